@@ -1,0 +1,95 @@
+# Two commands: `make swap` and `make test`. Both make a virtual environment, build, and do nothing twice.
+PYTHON ?= python3
+KVKERNELS_CUDA ?= AUTO
+KVKERNELS_WERROR ?= OFF
+# Arguments for benchmarks/swap.py, benchmarks/pages.py and pytest.
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := $(sort $(shell find csrc -type f)) CMakeLists.txt setup.py pyproject.toml
+CPP_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+# CMake and ninja come from the virtual environment.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export KVKERNELS_CUDA KVKERNELS_WERROR
+# A build that fails must fail here; without this, setup.py would fall back to the pure-torch package.
+export KVKERNELS_COMPILED = ON
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help build swap pages test lint format audit clean distclean always
+
+help:
+	@echo "make swap       build, check every byte and time the copies (ARGS=\"--model qwen3-32b\"; see --help)"
+	@echo "make pages      the page-size table of benchmarks/results"
+	@echo "make test       build and run all tests (ARGS=\"-k gather\" goes to pytest)"
+	@echo "make build      only build"
+	@echo "make lint       ruff, clang-format and mypy"
+	@echo "make format     rewrite the files as lint wants them"
+	@echo "make audit      check that the op library keeps to torch's stable ABI"
+	@echo "make clean      remove what was built; make distclean also removes $(VENV)"
+	@echo "Variables: PYTHON=$(PYTHON)  KVKERNELS_CUDA=$(KVKERNELS_CUDA) (AUTO, ON, OFF)  KVKERNELS_WERROR=$(KVKERNELS_WERROR)"
+
+# Each of Debian's split packages that may be missing gets its own sentence; pip's and CMake's are a page long.
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	  || { echo "kvkernels needs Python 3.10 or later: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null \
+	  || { echo "$(PYTHON) cannot make virtual environments: apt-get install python3-venv" >&2; exit 1; }
+	@$(PYTHON) -c 'import os, sysconfig, sys; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' \
+	  || { echo "$(PYTHON) has no C headers: apt-get install python3-dev" >&2; exit 1; }
+	@command -v $${CXX:-c++} >/dev/null \
+	  || { echo "There is no C++ compiler: apt-get install g++" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.requirements: requirements.txt $(VENV)/.created
+	$(BIN)/python -m pip install -r $<
+	@touch $@
+
+$(VENV)/.requirements-dev: requirements-dev.txt $(VENV)/.requirements
+	$(BIN)/python -m pip install -r $<
+	@touch $@
+
+# The settings and the list of sources: a changed variable or a removed file rebuilds, which no time stamp would show.
+$(VENV)/.settings: always $(VENV)/.created
+	@echo "$(KVKERNELS_CUDA) $(KVKERNELS_WERROR) $(SOURCES)" | cmp -s - $@ \
+	  || echo "$(KVKERNELS_CUDA) $(KVKERNELS_WERROR) $(SOURCES)" >$@
+
+$(VENV)/.built: $(SOURCES) $(VENV)/.requirements $(VENV)/.settings
+	$(BIN)/python -m pip install --no-build-isolation --no-deps -e .
+	@touch $@
+
+build: $(VENV)/.built
+
+swap: build
+	$(BIN)/python benchmarks/swap.py $(ARGS)
+
+pages: build
+	$(BIN)/python benchmarks/pages.py $(ARGS)
+
+test: build $(VENV)/.requirements-dev
+	$(BIN)/pytest $(ARGS)
+
+lint: $(VENV)/.requirements-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CPP_FILES)
+	$(BIN)/mypy
+
+format: $(VENV)/.requirements-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP_FILES)
+
+# The pattern is anchored, since UNSTABLE ends in STABLE too.
+audit: build $(VENV)/.requirements-dev
+	$(BIN)/torch-abi-audit --check torch $(wildcard kvkernels/libkvkernels_ops*.so) | tee $(VENV)/.audit
+	@grep -Eq 'Torch ABI: +STABLE' $(VENV)/.audit
+
+clean:
+	rm -rf build dist *.egg-info kvkernels/*.so kvkernels/_build.json $(VENV)/.built
+
+distclean: clean
+	rm -rf $(VENV)
