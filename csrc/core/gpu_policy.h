@@ -1,0 +1,36 @@
+// Which executor `auto` takes for a call with a tensor on a GPU: a table of four rows.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "core/lower.h"
+
+namespace kvkernels {
+
+// What the choice depends on besides the work itself.
+struct GpuFacts {
+  bool batches = false;        // the stream and the memory allow batched copies
+  std::string kernel_refusal;  // why a kernel cannot reach the host side; empty where it can
+};
+
+struct GpuChoice {
+  Executor executor;
+  std::string reason;
+};
+
+// Fragments shorter than this on average, and at least `min_count` of them, go to the kernel.
+struct GpuPolicyRow {
+  Direction direction;
+  bool batches;
+  int64_t min_count;
+  int64_t kernel_below_bytes;
+};
+
+// KVKERNELS_KERNEL_BELOW_BYTES, where set, replaces every row's limit. Never measured by this project on a GPU: the
+// figures are published ones (docs/design.md names them).
+GpuPolicyRow gpu_policy(Direction direction, bool batches);
+
+GpuChoice choose_on_gpu(Direction direction, int64_t bytes, int64_t descriptors, const GpuFacts& facts);
+
+}  // namespace kvkernels

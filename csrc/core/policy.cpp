@@ -1,0 +1,73 @@
+#include "core/policy.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <charconv>
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <system_error>
+
+namespace kvkernels {
+
+namespace {
+
+constexpr const char* kStreamBytesVariable = "KVKERNELS_STREAM_BYTES";
+
+// sysconf answers 0 or -1 where it does not know, and on some virtual machines the sum over a whole socket.
+int64_t cache_bytes(int name, int64_t most, int64_t otherwise) {
+  const int64_t bytes = sysconf(name);
+  return bytes > 0 && bytes <= most ? bytes : otherwise;
+}
+
+int64_t parse_bytes(const char* text) {
+  const char* const end = text + std::strlen(text);
+  int64_t bytes = 0;
+  const auto [stop, error] = std::from_chars(text, end, bytes);
+  if (error != std::errc() || stop != end || bytes < 0) {
+    throw std::invalid_argument(std::string(kStreamBytesVariable) +
+                                " must be a number of bytes from 0 to 9223372036854775807, got '" + text + "'");
+  }
+  return bytes;
+}
+
+CpuPolicy read_policy() {
+  CpuPolicy policy{};
+  policy.l2_bytes = cache_bytes(_SC_LEVEL2_CACHE_SIZE, 16 << 20, 512 << 10);
+  policy.l3_bytes = cache_bytes(_SC_LEVEL3_CACHE_SIZE, 128 << 20, 32 << 20);
+  policy.stream_pool_bytes = 2 * policy.l2_bytes;
+  policy.stream_soon_read_bytes = std::max(policy.l3_bytes / 4, policy.stream_pool_bytes);
+  policy.serial_bytes = 4 << 20;
+  policy.lane_bytes = 1 << 20;
+  policy.sort_min_page_bytes = 4 << 10;
+  policy.sort_max_page_bytes = 16 << 10;
+  policy.sort_bytes = 64 << 20;
+  if (const char* const text = std::getenv(kStreamBytesVariable)) {
+    policy.stream_pool_bytes = policy.stream_soon_read_bytes = parse_bytes(text);
+  }
+  return policy;
+}
+
+}  // namespace
+
+const CpuPolicy& cpu_policy() {
+  static const CpuPolicy policy = read_policy();
+  return policy;
+}
+
+int CpuPolicy::lanes_for(int64_t bytes, int threads) const {
+  if (bytes < serial_bytes) return 1;
+  return static_cast<int>(std::clamp<int64_t>(bytes / lane_bytes, 1, std::max(threads, 1)));
+}
+
+bool CpuPolicy::streams(int64_t bytes, bool soon_read) const {
+  return bytes >= (soon_read ? stream_soon_read_bytes : stream_pool_bytes);
+}
+
+bool CpuPolicy::sorts(int64_t page_bytes, int64_t total_bytes) const {
+  return page_bytes >= sort_min_page_bytes && page_bytes <= sort_max_page_bytes && total_bytes >= sort_bytes;
+}
+
+}  // namespace kvkernels

@@ -1,0 +1,31 @@
+// A stable radix sort on a non-negative key below a known limit: a few passes over 100,000 records where a
+// comparing sort takes seventeen.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+namespace kvkernels {
+
+template <class Record, class Key>
+void radix_sort(std::vector<Record>& records, uint64_t key_limit, Key key) {
+  constexpr int kDigitBits = 11;
+  constexpr size_t kDigits = size_t{1} << kDigitBits;
+  std::vector<Record> spare(records.size());
+  for (int shift = 0; shift < 64 && ((key_limit - 1) >> shift) != 0 && key_limit > 1; shift += kDigitBits) {
+    std::array<size_t, kDigits> starts{};
+    for (const Record& record : records) ++starts[(key(record) >> shift) & (kDigits - 1)];
+    size_t start = 0;
+    for (size_t& digit : starts) {
+      const size_t count = digit;
+      digit = start;
+      start += count;
+    }
+    for (const Record& record : records) spare[starts[(key(record) >> shift) & (kDigits - 1)]++] = record;
+    records.swap(spare);
+  }
+}
+
+}  // namespace kvkernels
