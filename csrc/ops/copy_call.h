@@ -1,0 +1,54 @@
+// The one path every op takes: check, coalesce, lower, choose an executor, run it.
+#pragma once
+
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "core/lower.h"
+#include "core/pairs.h"
+#include "ops/arguments.h"
+
+namespace kvkernels {
+
+struct CopyCall {
+  const char* op = "";
+  const char* ids_name = "mapping";  // what errors call the mapping, the sources and the destinations
+  const char* src_list = "src";
+  const char* dst_list = "dst";
+  Pools src;
+  Pools dst;
+  std::vector<Run> runs;  // verified
+  int64_t src_subblocks = 1;
+  int64_t dst_subblocks = 1;
+  IdColumn src_ids;
+  IdColumn dst_ids;
+  int64_t rows = 0;
+  IdLimit src_limit;
+  IdLimit dst_limit;
+  bool ids_on_device = false;
+  bool skip_negative = false;
+  bool soon_read = false;  // the destination is a buffer that its caller reads next
+  Executor executor = Executor::kAuto;
+  int64_t sm_budget = 0;
+  std::function<void()> reference;  // the same call on the reference; empty where an op has no executor argument
+};
+
+void carry_out(CopyCall call);
+
+// The tightest pool of a list, which an id out of range is reported against.
+IdLimit limit_of(const char* list, const std::vector<Pool>& pools, int64_t subblocks, bool is_list = true);
+
+Direction direction_of(const Place& src, const Place& dst);
+
+// Which executor serves a call, and why; ValueError where a named one cannot.
+struct Choice {
+  Executor executor;
+  std::string reason;
+};
+Choice choose_on_host(const char* op, Executor asked);
+
+int torch_threads();
+void run_on_cpu(const char* op, const Work& work, const std::string& reason);
+
+}  // namespace kvkernels

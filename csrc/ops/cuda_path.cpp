@@ -1,0 +1,239 @@
+#include "ops/cuda_path.h"
+
+#include <algorithm>
+#include <array>
+#include <utility>
+
+#include "core/gpu_policy.h"
+#include "cuda/device.h"
+#include "cuda/dma.h"
+#include "cuda/error.h"
+#include "cuda/fault.h"
+#include "cuda/kernel.h"
+#include "cuda/pointers.h"
+#include "cuda/stream.h"
+#include "ops/counters.h"
+#include "ops/explain.h"
+#include "ops/json.h"
+
+namespace kvkernels {
+namespace {
+
+// The ops that take ids on the device, by the code that a kernel records.
+constexpr std::array kFaultOps{"", "gather_blocks", "scatter_blocks", "copy_pages"};
+
+uint32_t fault_code(std::string_view op) {
+  const auto found = std::find(kFaultOps.begin(), kFaultOps.end(), op);
+  return static_cast<uint32_t>(found == kFaultOps.end() ? 0 : found - kFaultOps.begin());
+}
+
+// Where a call runs: its device, current, and that device's current stream.
+class Context {
+ public:
+  explicit Context(int device)
+      : device_(device),
+        guard_(device),
+        stream_(static_cast<cudaStream_t>(current_stream(device))),
+        limits_(device_limits(device)),
+        is_capturing_(kvkernels::is_capturing(stream_)),
+        is_legacy_(kvkernels::is_legacy(stream_)) {}
+
+  int device() const { return device_; }
+  cudaStream_t stream() const { return stream_; }
+  const DeviceLimits& limits() const { return limits_; }
+  bool is_capturing() const { return is_capturing_; }
+  bool allows_batches() const { return !is_capturing_ && !is_legacy_ && driver_function("cuMemcpyBatchAsync", 12080) != nullptr; }
+  std::string json() const {
+    return text("\"index\": ", device_, ", \"capturing\": ", is_capturing_ ? "true" : "false", ", \"legacy_stream\": ",
+                is_legacy_ ? "true" : "false");
+  }
+
+ private:
+  int device_;
+  DeviceGuard guard_;
+  cudaStream_t stream_;
+  DeviceLimits limits_;
+  bool is_capturing_;
+  bool is_legacy_;
+};
+
+// CUDA's errors get the op's name.
+template <class Body>
+auto named_errors(const char* op, Body&& body) {
+  try {
+    return body();
+  } catch (const CudaError& error) {
+    throw std::runtime_error(text(op, ": ", error.what()));
+  }
+}
+
+[[noreturn]] void refuse(const char* op, Executor executor, const std::string& reason) {
+  value_error(op, ": executor '", name_of(executor), "' cannot serve this call: ", reason);
+}
+
+void run_kernel_executor(const char* op, const Work& work, const DeviceIds* ids, int64_t sm_budget, const Context& context,
+                         const std::string& reason) {
+  const int budget = static_cast<int>(std::min<int64_t>(sm_budget, 1 << 20));
+  const KernelPlan plan = plan_kernel(work, ids, budget, context.limits(), context.is_capturing());
+  if (explaining()) {
+    Explanation explanation = explanation_of(op, work, reason);
+    explanation.executor = Executor::kKernel;
+    explanation.shape = std::string(name_of(plan.shape));
+    explanation.launches = plan.launches;
+    explanation.descriptors = plan.descriptors;
+    explanation.device = text('{', context.json(), ", \"ctas\": ", plan.ctas, ", \"threads\": ", plan.threads, ", \"tiles\": ",
+                              plan.tiles, ", \"table_bytes\": ", plan.table_bytes, ", \"uploads\": ",
+                              plan.uploads ? "true" : "false", '}');
+    return record(explanation);
+  }
+  // Freed after the launch: the allocator hands the memory out again on this stream only, behind the kernel.
+  std::vector<Tensor> uploads;
+  const Upload upload = [&](const void* host, size_t bytes) {
+    uploads.push_back(upload_bytes(host, bytes, context.device()));
+    return uploads.back().const_data_ptr();
+  };
+  const Issued issued = run_kernel(plan, upload, context.stream());
+  count_issued(Executor::kKernel, issued.launches, issued.descriptors, issued.bytes);
+}
+
+void run_dma_executor(const char* op, const Work& work, bool any_source_order, const Context& context, const std::string& reason) {
+  if (explaining()) {
+    const Issued planned = plan_dma(work, context.stream());
+    Explanation explanation = explanation_of(op, work, reason);
+    explanation.executor = Executor::kDma;
+    explanation.launches = planned.launches;
+    explanation.descriptors = planned.descriptors;
+    explanation.device = text('{', context.json(), '}');
+    return record(explanation);
+  }
+  const Issued issued = dma_copy(work, any_source_order, context.stream());
+  count_issued(Executor::kDma, issued.launches, issued.descriptors, issued.bytes);
+}
+
+// Makes `work` reachable for a kernel, or says why it is not.
+std::string map_or_refuse(Work& work, const DeviceIds* ids, const Context& context) {
+  PointerMap pointers;
+  try {
+    map_for_device(work, ids, context.limits(), pointers);
+  } catch (const std::invalid_argument& error) {
+    return error.what();
+  }
+  return "";
+}
+
+void carry_out_device_ids(const CopyCall& call, std::vector<Move> moves, Direction direction, const Context& context) {
+  const std::string reason = "the ids are on the device";
+  if (call.executor != Executor::kAuto && call.executor != Executor::kKernel) refuse(call.op, call.executor, reason);
+  Work work = lower_device_ids(std::move(moves), call.rows, direction);
+  const DeviceIds ids{call.src_ids,         call.dst_ids,       call.rows, call.src_limit.ids(), call.dst_limit.ids(),
+                      call.skip_negative, fault_code(call.op)};
+  const std::string refusal = map_or_refuse(work, &ids, context);
+  if (!refusal.empty()) refuse(call.op, Executor::kKernel, refusal);
+  run_kernel_executor(call.op, work, &ids, call.sm_budget, context, reason);
+}
+
+GpuChoice choose(const char* op, Executor asked, const Work& work, const Context& context, const std::string& refusal) {
+  if (asked == Executor::kCpu) refuse(op, asked, "a tensor is on a cuda device");
+  if (asked == Executor::kKernel && !refusal.empty()) refuse(op, asked, refusal);
+  if (asked != Executor::kAuto) return {asked, "named by the caller"};
+  return choose_on_gpu(work.direction, work.bytes, work.descriptors, {context.allows_batches(), refusal});
+}
+
+void carry_out_host_ids(const CopyCall& call, std::vector<Move> moves, PairList list, Direction direction, const Context& context) {
+  // Lowered as for the copy engine, whose descriptors are what the choice depends on; a kernel takes any order.
+  Work work = lower(std::move(moves), std::move(list), call.src_limit.ids(), direction, {Executor::kDma, 1, call.soon_read});
+  Work mapped = work;
+  const std::string refusal = work.bytes > 0 ? map_or_refuse(mapped, nullptr, context) : "";
+  const GpuChoice choice = choose(call.op, call.executor, work, context, refusal);
+  const bool is_kernel = choice.executor == Executor::kKernel;
+  if (work.bytes == 0) {
+    work.executor = choice.executor;
+    if (explaining()) record(explanation_of(call.op, work, choice.reason));
+  } else if (is_kernel) {
+    run_kernel_executor(call.op, mapped, nullptr, call.sm_budget, context, choice.reason);
+  } else {
+    run_dma_executor(call.op, work, false, context, choice.reason);
+  }
+  recycle(std::move(work.segments));
+}
+
+// What raw addresses are: which device, and which way the bytes go.
+struct AddressFacts {
+  int device = -1;
+  bool src_on_device = false;
+  bool dst_on_device = false;
+  bool src_on_host = false;
+  bool dst_on_host = false;
+  bool kernel_reaches = true;
+};
+
+AddressFacts facts_of(const char* op, const std::vector<Fragment>& fragments) {
+  AddressFacts facts;
+  PointerMap pointers;
+  const auto note = [&](const std::byte* address, bool& on_device, bool& on_host) {
+    const Range range = pointers.find(address);
+    const bool is_device = range.memory == Range::Memory::kDevice || range.memory == Range::Memory::kManaged;
+    (is_device ? on_device : on_host) = true;
+    if (range.memory == Range::Memory::kDevice) {
+      check_one_device(op, {facts.device >= 0, facts.device}, {true, range.device});
+      facts.device = range.device;
+    }
+    facts.kernel_reaches = facts.kernel_reaches && (is_device || (range.mapped && range.device_offset == 0));
+  };
+  for (const Fragment& fragment : fragments) {
+    note(fragment.src, facts.src_on_device, facts.src_on_host);
+    note(fragment.dst, facts.dst_on_device, facts.dst_on_host);
+  }
+  if ((facts.src_on_device || facts.dst_on_device) && facts.device < 0) facts.device = current_device();
+  return facts;
+}
+
+Direction direction_of(const AddressFacts& facts) {
+  if (!facts.src_on_host && !facts.dst_on_host) return Direction::kDeviceToDevice;
+  return facts.dst_on_device && !facts.dst_on_host ? Direction::kHostToDevice : Direction::kDeviceToHost;
+}
+
+}  // namespace
+
+void carry_out_on_cuda(const CopyCall& call, std::vector<Move> moves, PairList list) {
+  named_errors(call.op, [&] {
+    const Context context(call.src.place.on_device ? call.src.place.device : call.dst.place.device);
+    const Direction direction = kvkernels::direction_of(call.src.place, call.dst.place);
+    if (call.ids_on_device) return carry_out_device_ids(call, std::move(moves), direction, context);
+    carry_out_host_ids(call, std::move(moves), std::move(list), direction, context);
+  });
+}
+
+bool addresses_may_be_cuda() { return cuda_in_use(); }
+
+bool carry_out_fragments_on_cuda(const char* op, const std::vector<Fragment>& fragments, bool any_source_order) {
+  return named_errors(op, [&] {
+    const AddressFacts facts = facts_of(op, fragments);
+    if (facts.device < 0) return false;
+    const Context context(facts.device);
+    const Work work = lower_fragments(fragments, direction_of(facts), {Executor::kDma, 1, false});
+    const std::optional<Work> as_ids = facts.kernel_reaches ? addresses_as_ids(work) : std::nullopt;
+    const std::string refusal = as_ids ? "" : "its fragments differ in size, or it cannot reach them";
+    // A copy engine serves every direction, so only small fragments are worth a kernel's launch here.
+    const GpuChoice choice = choose_on_gpu(work.direction, work.bytes, work.descriptors, {context.allows_batches(), refusal});
+    if (choice.executor == Executor::kKernel && as_ids) {
+      run_kernel_executor(op, *as_ids, nullptr, 0, context, choice.reason);
+    } else {
+      run_dma_executor(op, work, any_source_order, context, choice.reason);
+    }
+    return true;
+  });
+}
+
+std::string take_fault_json(int device) {
+  if (!cuda_in_use()) return "{}";
+  return named_errors("check_device", [&]() -> std::string {
+    const DeviceGuard guard(device);
+    const std::optional<FaultRecord> fault = take_fault(device);
+    if (!fault) return "{}";
+    const char* op = fault->op < kFaultOps.size() ? kFaultOps[fault->op] : "";
+    return text("{\"count\": ", fault->count, ", \"first_row\": ", fault->first_row, ", \"op\": ", quoted(op), '}');
+  });
+}
+
+}  // namespace kvkernels

@@ -1,0 +1,78 @@
+// Everything that is odd about the LibTorch stable ABI stands here; nothing else under csrc/ includes torch.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "core/text.h"
+
+namespace kvkernels {
+
+using torch::stable::Tensor;
+
+// A tensor's metadata, read once. Errors are ours to word: STD_TORCH_CHECK would make each a RuntimeError that shows
+// the build's paths, typed data pointers throw with a header's path, and a failing shim call prints a backtrace, so
+// nothing here may fail for a strided tensor.
+class TensorFacts {
+ public:
+  explicit TensorFacts(const Tensor& tensor);
+
+  bool is_cpu() const { return device_type_ == aoti_torch_device_type_cpu(); }
+  bool is_cuda() const { return device_type_ == aoti_torch_device_type_cuda(); }
+  bool is_strided() const { return layout_ == aoti_torch_layout_strided(); }
+  int device_index() const { return device_index_; }
+  int32_t dtype() const { return dtype_; }
+  int64_t element_bytes() const { return element_bytes_; }
+  int64_t dim() const { return static_cast<int64_t>(sizes_.size()); }
+  int64_t size(int64_t dim) const { return sizes_[static_cast<size_t>(dim)]; }
+  int64_t stride(int64_t dim) const { return strides_[static_cast<size_t>(dim)]; }
+  const std::vector<int64_t>& sizes() const { return sizes_; }
+  const std::vector<int64_t>& strides() const { return strides_; }
+  int64_t numel() const;
+  bool is_contiguous_from(int64_t dim) const;  // dimensions dim and inwards, sizes of 1 aside
+  int64_t span_bytes() const;                  // from the first element's byte to the last one's end; 0 if empty
+  bool memory_is_there() const;                // the span lies inside the storage (resize_(0) frees it)
+
+  std::string device_text() const;
+  std::string dtype_text() const;
+  std::string layout_text() const;
+  std::string shape_text() const { return list_text(sizes_); }
+  std::string strides_text() const { return list_text(strides_); }
+
+ private:
+  int32_t device_type_ = 0;
+  int32_t device_index_ = 0;
+  int32_t dtype_ = 0;
+  int32_t layout_ = 0;
+  int64_t element_bytes_ = 0;
+  int64_t storage_offset_ = 0;
+  int64_t storage_bytes_ = 0;
+  std::vector<int64_t> sizes_;
+  std::vector<int64_t> strides_;
+};
+
+// at::parallel_for as the CPU executor wants it.
+void parallel_lanes(int lanes, void* context, void (*body)(void* context, int lane));
+
+// kvkernels::_copy_pages_reference, which Python registers. An error crossing it would lose its type: check first.
+void call_reference(const std::vector<Tensor>& src, const std::vector<Tensor>& dst, const Tensor& mapping,
+                    const Tensor& runs, int64_t src_subblocks, int64_t dst_subblocks, bool skip_negative);
+
+// An int64 tensor on the CPU holding `values`, row-major.
+Tensor int64_tensor(const std::vector<int64_t>& sizes, const int64_t* values);
+
+// The current stream of a CUDA device as a cudaStream_t. (Stream::id() is not one.)
+void* current_stream(int device);
+
+// Host bytes in pinned memory copied to `device` in its current stream's order. torch's host allocator frees the pinned
+// side once the copy has passed; a raw copy from a temporary would race with it.
+Tensor upload_bytes(const void* host, size_t bytes, int device);
+
+}  // namespace kvkernels

@@ -1,0 +1,60 @@
+#include <utility>
+
+#include "ops/copy_call.h"
+#include "ops/ops.h"
+
+namespace kvkernels {
+namespace {
+
+// vLLM's rule: a contiguous tensor of any shape is a row of blocks; one with padded rows steps by its row stride.
+Pool block_pool(const Name& name, const Tensor& tensor, const TensorFacts& facts, int64_t block_bytes, bool written) {
+  const char* op = "swap_blocks";
+  int64_t blocks = 0;
+  int64_t block_stride = block_bytes;
+  if (facts.is_contiguous_from(0)) {
+    const int64_t bytes = facts.numel() * facts.element_bytes();
+    if (bytes % block_bytes != 0) {
+      value_error(op, ": ", name, " must hold a whole number of blocks of ", block_bytes, " bytes, got ", bytes, " bytes");
+    }
+    blocks = bytes / block_bytes;
+  } else {
+    int64_t row_bytes = facts.element_bytes();
+    for (int64_t i = 1; i < facts.dim(); ++i) row_bytes *= facts.size(i);
+    block_stride = facts.stride(0) * facts.element_bytes();
+    if (!facts.is_contiguous_from(1) || row_bytes != block_bytes || block_stride <= row_bytes) {
+      value_error(op, ": ", name, " must be contiguous or have rows of ", block_bytes, " bytes at a larger stride, got shape ",
+                  facts.shape_text(), " and strides ", facts.strides_text());
+    }
+    blocks = facts.size(0);
+  }
+  void* base = written ? tensor.mutable_data_ptr() : const_cast<void*>(tensor.const_data_ptr());
+  return {static_cast<std::byte*>(base), blocks, block_stride, block_bytes};
+}
+
+}  // namespace
+
+void swap_blocks(const Tensor& src, const Tensor& dst, int64_t block_size_in_bytes, const Tensor& block_mapping) {
+  const char* op = "swap_blocks";
+  if (block_size_in_bytes <= 0) value_error(op, ": block_size_in_bytes must be positive, got ", block_size_in_bytes);
+  const TensorFacts src_facts = checked_tensor(op, Name{"src"}, src);
+  const TensorFacts dst_facts = checked_tensor(op, Name{"dst"}, dst);
+  CopyCall call;
+  call.op = op;
+  call.ids_name = "block_mapping";
+  merge_place(op, "src", src_facts, true, call.src.place);
+  merge_place(op, "dst", dst_facts, true, call.dst.place);
+  check_one_device(op, call.src.place, call.dst.place);
+  const Ids ids = checked_ids(op, "block_mapping", block_mapping, 2);
+  if (ids.on_device) value_error(op, ": block_mapping must be on the cpu, got cuda:", ids.device);
+  call.src.pools = {block_pool(Name{"src"}, src, src_facts, block_size_in_bytes, false)};
+  call.dst.pools = {block_pool(Name{"dst"}, dst, dst_facts, block_size_in_bytes, true)};
+  call.runs = {{0, 0, 0, 0, block_size_in_bytes, 0, 0, {{1, 0, 0}, {1, 0, 0}, {1, 0, 0}}}};
+  call.src_ids = ids.columns[0];
+  call.dst_ids = ids.columns[1];
+  call.rows = ids.rows;
+  call.src_limit = limit_of("src", call.src.pools, 1, false);
+  call.dst_limit = limit_of("dst", call.dst.pools, 1, false);
+  carry_out(std::move(call));
+}
+
+}  // namespace kvkernels
