@@ -51,8 +51,10 @@ class CMakeBuild(build_ext):
         (target / "_build.json").write_text(json.dumps({"compiled": not reason, "reason": reason}) + "\n")
 
     def cmake(self, target: Path) -> None:
-        build = Path(self.build_temp).resolve() / "cmake"
-        options = [f"-D{name}={os.environ[name]}" for name in ("KVKERNELS_CUDA", "KVKERNELS_WERROR") if name in os.environ]
+        # An editable install comes again after each edit, with a new build_temp each time; it keeps its objects here.
+        build = ROOT / "build" / "editable" if self.editable_mode else Path(self.build_temp).resolve() / "cmake"
+        defaults = {"KVKERNELS_CUDA": "AUTO", "KVKERNELS_WERROR": "OFF"}
+        options = [f"-D{name}={os.environ.get(name, default)}" for name, default in defaults.items()]
         configure = ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}"]
         subprocess.run([*configure, *options], check=True)
         subprocess.run(["cmake", "--build", str(build)], check=True)

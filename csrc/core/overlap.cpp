@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <tuple>
 
 #include "core/text.h"
 
@@ -10,6 +11,9 @@ namespace {
 
 // Intervals compared one by one before a call is refused as not provable (32 bytes each).
 constexpr int64_t kComparableIntervals = int64_t{1} << 23;
+
+// Regions compared all with all; a plan with more (thousands of runs that leave gaps) is seen pool by pool.
+constexpr size_t kComparableRegions = 512;
 
 // All that one pool's runs touch: `count` hulls of `width` bytes, `stride` apart.
 struct Region {
@@ -121,6 +125,25 @@ bool interleave_all(std::vector<Region>& cluster) {
   return phase(cluster.back()) + cluster.back().width <= stride;
 }
 
+// The runs' regions in order of side, pool and address; those of one pool that touch are one, so that a plan of many
+// runs costs no more than its pools. With `across_gaps` a pool's regions are one even where it leaves bytes out.
+std::vector<Region> joined(const std::vector<Region>& regions, bool across_gaps) {
+  std::vector<Region> result;
+  for (const Region& region : regions) {
+    if (!result.empty()) {
+      Region& last = result.back();
+      const auto distance = static_cast<int64_t>(region.begin - last.begin);
+      if (last.written == region.written && last.pool == region.pool && last.stride == region.stride &&
+          last.count == region.count && last.on_blocks == region.on_blocks && (across_gaps || distance <= last.width)) {
+        last.width = std::max(last.width, distance + region.width);
+        continue;
+      }
+    }
+    result.push_back(region);
+  }
+  return result;
+}
+
 std::vector<Region> regions_of(const OverlapRequest& request) {
   std::vector<Region> regions;
   regions.reserve(2 * request.runs.size());
@@ -131,7 +154,11 @@ std::vector<Region> regions_of(const OverlapRequest& request) {
       regions.push_back(region_of(run, view, pool, written));
     }
   }
-  return regions;
+  std::sort(regions.begin(), regions.end(), [](const Region& a, const Region& b) {
+    return std::tie(a.written, a.pool, a.begin) < std::tie(b.written, b.pool, b.begin);
+  });
+  regions = joined(regions, false);
+  return regions.size() <= kComparableRegions ? regions : joined(regions, true);
 }
 
 struct Meeting {
@@ -206,6 +233,9 @@ bool collect_shifts(const std::vector<Meeting>& meetings, std::vector<int64_t>& 
   return true;
 }
 
+// Most pools have no sub-blocks, and a division costs more than the rest of the loop that asks.
+int64_t block_of(int64_t id, int64_t subblocks) { return subblocks == 1 ? id : id / subblocks; }
+
 // True where no block that is read lies over one that is written.
 bool blocks_apart(const OverlapRequest& request, const std::vector<Meeting>& meetings) {
   std::vector<int64_t> shifts;
@@ -214,12 +244,12 @@ bool blocks_apart(const OverlapRequest& request, const std::vector<Meeting>& mee
   for (const Pool& pool : request.dst) blocks = std::max(blocks, pool.blocks);
   BlockSet written(blocks);
   for (const Segment& segment : request.segments) {
-    for (int64_t id = segment.dst; id < segment.dst + segment.count; ++id) written.insert(id / request.dst_subblocks);
+    for (int64_t id = segment.dst; id < segment.dst + segment.count; ++id) written.insert(block_of(id, request.dst_subblocks));
   }
   for (const int64_t shift : shifts) {
     for (const Segment& segment : request.segments) {
       for (int64_t id = segment.src; id < segment.src + segment.count; ++id) {
-        if (written.contains(id / request.src_subblocks + shift)) return false;
+        if (written.contains(block_of(id, request.src_subblocks) + shift)) return false;
       }
     }
   }
@@ -266,13 +296,32 @@ void append_intervals(const Run& run, const SideView& view, const Pool& pool, bo
               " overlapping source ", -1 - read.id);
 }
 
-// Every fragment of the call, in address order.
-void compare_intervals(const OverlapRequest& request) {
+// The pools that stand in some meeting; all others are known to be apart from everything.
+class Meeters {
+ public:
+  Meeters(const OverlapRequest& request, const std::vector<Meeting>& meetings)
+      : read_(request.src.size()), written_(request.dst.size()) {
+    for (const Meeting& meeting : meetings) {
+      for (const Region& region : {meeting.a, meeting.b}) {
+        (region.written ? written_ : read_)[static_cast<size_t>(region.pool)] = true;
+      }
+    }
+  }
+  bool has(bool written, int64_t pool) const { return (written ? written_ : read_)[static_cast<size_t>(pool)]; }
+
+ private:
+  std::vector<bool> read_;
+  std::vector<bool> written_;
+};
+
+// Every fragment of the pools that meet, in address order.
+void compare_intervals(const OverlapRequest& request, const Meeters& meeters) {
   std::vector<Interval> intervals;
   for (const Run& run : request.runs) {
     const int64_t fragments = run.loops[0].extent * run.loops[1].extent * run.loops[2].extent;
     for (const bool written : {false, true}) {
       const SideView view = view_of(run, written, request.src_subblocks, request.dst_subblocks);
+      if (!meeters.has(written, view.pool)) continue;
       const Pool& pool = (written ? request.dst : request.src)[static_cast<size_t>(view.pool)];
       for (const Segment& segment : request.segments) {
         if (static_cast<int64_t>(intervals.size()) + segment.count * fragments > kComparableIntervals) {
@@ -302,7 +351,7 @@ void check_overlap(const OverlapRequest& request) {
   if (request.segments.empty() || request.runs.empty()) return;
   const std::vector<Meeting> meetings = find_meetings(regions_of(request));
   if (meetings.empty() || blocks_apart(request, meetings)) return;
-  compare_intervals(request);
+  compare_intervals(request, Meeters(request, meetings));
 }
 
 }  // namespace kvkernels

@@ -6,8 +6,8 @@
 namespace kvkernels {
 
 struct CpuPolicy {
-  int64_t l2_bytes;  // one core's; 512 KiB where the system does not say
-  int64_t l3_bytes;  // one cache's; 32 MiB where the system does not say, or says the sum over a machine
+  int64_t l2_bytes;                // one core's; 512 KiB where the system does not say
+  int64_t l3_bytes;                // one cache's; 32 MiB where the system does not say, or says the sum over a machine
   int64_t stream_pool_bytes;       // calls from this size on stream into pools
   int64_t stream_soon_read_bytes;  // and into buffers that are read soon
   int64_t serial_bytes;            // calls below this size run on one lane
@@ -22,8 +22,9 @@ struct CpuPolicy {
   // Whether stores should bypass the caches; `soon_read` says that the destination is read right after the call.
   bool streams(int64_t bytes, bool soon_read) const;
 
-  // Whether the pairs of a call should be sorted by source. Measured on Sapphire Rapids, 4 KiB pages without huge pages:
-  // 1.06 to 1.09 times as fast from 64 MiB on, before the sort's own cost; nothing below 4 KiB, above 16 KiB or in less.
+  // Whether the pairs of a call should be sorted by source. Measured on Sapphire Rapids, before the sort's own cost: 4
+  // KiB pages of a swap 1.06 to 1.09 times as fast without huge pages, 1.00 to 1.03 with them; 16 KiB ones 1.04
+  // and 1.00; longer ones no faster.
   bool sorts(int64_t page_bytes, int64_t total_bytes) const;
 };
 

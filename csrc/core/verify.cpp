@@ -7,6 +7,7 @@
 #include <mutex>
 #include <numeric>
 #include <set>
+#include <tuple>
 #include <utility>
 
 #include "core/text.h"
@@ -16,6 +17,9 @@ namespace {
 
 // More fragments than this in one page are refused rather than compared one by one (24 bytes each).
 constexpr int64_t kComparableFragments = int64_t{1} << 24;
+
+// A longer plan (512 KiB) is verified each time rather than kept.
+constexpr int64_t kRememberedRuns = 4096;
 
 // A loop as one side sees it.
 struct Stride {
@@ -117,7 +121,8 @@ struct Written {
 }
 
 void check_disjoint(const char* op, int64_t pool, std::vector<Written>& written) {
-  std::sort(written.begin(), written.end(), [](const Written& a, const Written& b) { return a.begin < b.begin; });
+  std::sort(written.begin(), written.end(),
+            [](const Written& a, const Written& b) { return std::tie(a.begin, a.run) < std::tie(b.begin, b.run); });
   for (size_t i = 1; i < written.size(); ++i) {
     if (written[i].begin < written[i - 1].end) written_twice(op, pool, written[i - 1].run, written[i].run);
   }
@@ -231,7 +236,7 @@ void verify_runs(const char* op, const Run* runs, int64_t count, const PageSizes
   if (verified.contains(key)) return;
   check_columns(op, runs, count, pages);
   check_written_once(op, runs, count, pages);
-  verified.insert(std::move(key));
+  if (count <= kRememberedRuns) verified.insert(std::move(key));
 }
 
 }  // namespace kvkernels

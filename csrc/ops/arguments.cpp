@@ -64,6 +64,12 @@ Pools checked_pools(const char* op, const char* list, const std::vector<Tensor>&
   return result;
 }
 
+void reread_addresses(Pools& pools, const std::vector<Tensor>& tensors) {
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    pools.pools[i].base = static_cast<std::byte*>(const_cast<void*>(tensors[i].const_data_ptr()));
+  }
+}
+
 void check_one_device(const char* op, const Place& a, const Place& b) {
   if (a.on_device && b.on_device && a.device != b.device) {
     value_error(op, ": tensors must be on one cuda device, got ", place_text(a), " and ", place_text(b));

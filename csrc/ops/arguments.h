@@ -31,6 +31,10 @@ struct Pools {
 // A list of pools on one device; `written` ones are opened for writing.
 Pools checked_pools(const char* op, const char* list, const std::vector<Tensor>& tensors, bool written);
 
+// Opening a destination gives a copy-on-write storage memory of its own, which moves the sources that are views of it:
+// their addresses are read after every destination is open.
+void reread_addresses(Pools& pools, const std::vector<Tensor>& tensors);
+
 // `place` grows to hold one more tensor, or raises.
 void merge_place(const char* op, const char* list, const TensorFacts& facts, bool first, Place& place);
 

@@ -60,67 +60,80 @@ uintptr_t checked_address(const char* name, const Column& column, int64_t row, i
 
 uintptr_t address_of(const std::byte* pointer) { return reinterpret_cast<uintptr_t>(pointer); }
 
-// Row numbers by address; an address has 48 to 57 bits, so a few passes do.
-template <class Address>
-std::vector<int64_t> sorted_rows(const std::vector<Fragment>& fragments, Address address) {
-  std::vector<int64_t> rows(fragments.size());
-  uintptr_t top = 0;
-  for (size_t i = 0; i < rows.size(); ++i) {
-    rows[i] = static_cast<int64_t>(i);
-    top = std::max(top, address(fragments[i]));
+// A copy asked for, with the row that asked.
+struct Listed {
+  Fragment fragment;
+  int64_t row;
+
+  uintptr_t src_begin() const { return address_of(fragment.src); }
+  uintptr_t src_end() const { return src_begin() + static_cast<uintptr_t>(fragment.bytes); }
+  uintptr_t dst_begin() const { return address_of(fragment.dst); }
+  uintptr_t dst_end() const { return dst_begin() + static_cast<uintptr_t>(fragment.bytes); }
+};
+
+// Counted from the lowest, so that addresses near each other take a few passes.
+template <class Key>
+void sort_by(std::vector<Listed>& copies, Key key) {
+  if (copies.empty()) return;
+  uintptr_t least = key(copies.front());
+  uintptr_t most = least;
+  bool sorted = true;
+  uintptr_t before = least;
+  for (const Listed& copy : copies) {
+    const uintptr_t value = key(copy);
+    least = std::min(least, value);
+    most = std::max(most, value);
+    sorted = sorted && before <= value;
+    before = value;
   }
-  radix_sort(rows, top == std::numeric_limits<uintptr_t>::max() ? top : top + 1,
-             [&](int64_t row) { return address(fragments[static_cast<size_t>(row)]); });
-  return rows;
+  if (!sorted) radix_sort(copies, most - least + 1, [&](const Listed& copy) { return key(copy) - least; });
 }
 
-// Removes a copy given twice; ValueError where two destinations meet otherwise.
-void check_destinations(std::vector<Fragment>& fragments) {
-  const std::vector<int64_t> rows = sorted_rows(fragments, [](const Fragment& f) { return address_of(f.dst); });
-  std::vector<bool> repeated(fragments.size());
-  bool any_repeated = false;
-  int64_t before = -1;
-  for (const int64_t row : rows) {
-    const Fragment& fragment = fragments[static_cast<size_t>(row)];
-    if (before >= 0) {
-      const Fragment& last = fragments[static_cast<size_t>(before)];
-      if (last.dst == fragment.dst && last.src == fragment.src && last.bytes == fragment.bytes) {
-        repeated[static_cast<size_t>(row)] = any_repeated = true;
+// Of copies sorted by destination, removes those given twice; ValueError where two destinations meet otherwise.
+void check_destinations(std::vector<Listed>& copies) {
+  size_t kept = 0;
+  for (const Listed& copy : copies) {
+    if (kept > 0) {
+      const Listed& last = copies[kept - 1];
+      if (last.dst_begin() == copy.dst_begin() && last.src_begin() == copy.src_begin() &&
+          last.fragment.bytes == copy.fragment.bytes) {
         continue;
       }
-      if (address_of(fragment.dst) < address_of(last.dst) + static_cast<uintptr_t>(last.bytes)) {
-        value_error(kOp, ": dst_ptrs must name each destination once, got rows ", std::min(before, row), " and ",
-                    std::max(before, row), " sharing bytes");
+      if (copy.dst_begin() < last.dst_end()) {
+        value_error(kOp, ": dst_ptrs must name each destination once, got rows ", std::min(last.row, copy.row), " and ",
+                    std::max(last.row, copy.row), " sharing bytes");
       }
     }
-    before = row;
+    copies[kept++] = copy;
   }
-  if (!any_repeated) return;
-  size_t kept = 0;
-  for (size_t i = 0; i < fragments.size(); ++i) {
-    if (!repeated[i]) fragments[kept++] = fragments[i];
-  }
-  fragments.resize(kept);
+  copies.resize(kept);
 }
 
 // Destinations are apart from each other by now; a source may be read often, but never where something is written.
-void check_sources(const std::vector<Fragment>& fragments) {
-  const std::vector<int64_t> by_dst = sorted_rows(fragments, [](const Fragment& f) { return address_of(f.dst); });
-  const std::vector<int64_t> by_src = sorted_rows(fragments, [](const Fragment& f) { return address_of(f.src); });
-  size_t next = 0;
-  for (const int64_t row : by_src) {
-    const Fragment& source = fragments[static_cast<size_t>(row)];
-    const auto end_of = [&](size_t i) {
-      const Fragment& f = fragments[static_cast<size_t>(by_dst[i])];
-      return address_of(f.dst) + static_cast<uintptr_t>(f.bytes);
-    };
-    while (next < by_dst.size() && end_of(next) <= address_of(source.src)) ++next;
-    if (next == by_dst.size()) return;
-    const int64_t writer = by_dst[next];
-    if (address_of(fragments[static_cast<size_t>(writer)].dst) < address_of(source.src) + static_cast<uintptr_t>(source.bytes)) {
-      value_error(kOp, ": dst_ptrs must not write what src_ptrs read, got rows ", writer, " and ", row, " sharing bytes");
+void check_sources(const std::vector<Listed>& by_dst) {
+  std::vector<Listed> by_src = by_dst;
+  sort_by(by_src, [](const Listed& copy) { return copy.src_begin(); });
+  auto writer = by_dst.begin();
+  for (const Listed& reader : by_src) {
+    while (writer != by_dst.end() && writer->dst_end() <= reader.src_begin()) ++writer;
+    if (writer == by_dst.end()) return;
+    if (writer->dst_begin() < reader.src_end()) {
+      value_error(kOp, ": dst_ptrs must not write what src_ptrs read, got rows ", writer->row, " and ", reader.row,
+                  " sharing bytes");
     }
   }
+}
+
+// The copies to make, in the order asked for and each once, or an error.
+std::vector<Fragment> checked_fragments(std::vector<Listed> copies) {
+  sort_by(copies, [](const Listed& copy) { return copy.dst_begin(); });
+  check_destinations(copies);
+  check_sources(copies);
+  sort_by(copies, [](const Listed& copy) { return static_cast<uintptr_t>(copy.row); });
+  std::vector<Fragment> fragments;
+  fragments.reserve(copies.size());
+  for (const Listed& copy : copies) fragments.push_back(copy.fragment);
+  return fragments;
 }
 
 }  // namespace
@@ -129,17 +142,17 @@ void swap_blocks_batch(const Tensor& src_ptrs, const Tensor& dst_ptrs, const Ten
   const Column src = checked_column("src_ptrs", src_ptrs, true, -1);
   const Column dst = checked_column("dst_ptrs", dst_ptrs, true, src.rows);
   const Column bytes = checked_column("sizes", sizes, false, src.rows);
-  std::vector<Fragment> fragments;
-  fragments.reserve(static_cast<size_t>(src.rows));
+  std::vector<Listed> copies;
+  copies.reserve(static_cast<size_t>(src.rows));
   for (int64_t row = 0; row < src.rows; ++row) {
     const int64_t size = bytes[row];
     if (size < 0) value_error(kOp, ": sizes[", row, "] must not be negative, got ", size);
     if (size == 0) continue;
-    fragments.push_back({reinterpret_cast<const std::byte*>(checked_address("src_ptrs", src, row, size)),
-                         reinterpret_cast<std::byte*>(checked_address("dst_ptrs", dst, row, size)), size});
+    copies.push_back({{reinterpret_cast<const std::byte*>(checked_address("src_ptrs", src, row, size)),
+                       reinterpret_cast<std::byte*>(checked_address("dst_ptrs", dst, row, size)), size},
+                      row});
   }
-  check_destinations(fragments);
-  check_sources(fragments);
+  std::vector<Fragment> fragments = checked_fragments(std::move(copies));
   if (addresses_may_be_cuda() && carry_out_fragments_on_cuda(kOp, fragments, is_src_access_order_any)) return;
   const Work work = lower_fragments(std::move(fragments), Direction::kHostToHost, {Executor::kCpu, torch_threads(), false});
   run_on_cpu(kOp, work, "no address is a cuda device's");

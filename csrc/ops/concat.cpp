@@ -180,6 +180,7 @@ void carry_out_reshard(Reshard reshard) {
     value_error(reshard.op, ": ", Name{shards.list, static_cast<int64_t>(i)}, " must be copied in at most ", kMaxRuns,
                 " runs, got shape ", facts.shape_text(), " with strides ", src.strides_text(), " to strides ", dst.strides_text());
   }
+  if (!reshard.concatenates) reread_addresses(one, {reshard.whole});
   check_no_self_overlap(reshard.op, reshard, call);
   // One pair: block 0 of each pool.
   call.rows = 1;

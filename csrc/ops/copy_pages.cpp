@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <cstring>
 #include <utility>
 
@@ -11,7 +12,7 @@ namespace {
 // The rows of the runs tensor, copied: what is verified is what is used.
 std::vector<Run> read_runs(const char* op, const Tensor& tensor) {
   const TensorFacts facts(tensor);
-  if (facts.dtype() != aoti_torch_dtype_int64() || !facts.is_cpu() || !facts.is_strided() || facts.dim() != 2 ||
+  if (facts.dtype() != aoti_torch_dtype_int64() || !facts.is_cpu() || facts.dim() != 2 ||
       facts.size(1) != kRunColumns) {
     value_error(op, ": runs must be int64 of shape [r, 16] on the cpu, got ", facts.dtype_text(), " of shape ",
                 facts.shape_text(), " on ", facts.device_text());
@@ -32,11 +33,11 @@ std::vector<Run> read_runs(const char* op, const Tensor& tensor) {
 
 void check_subblocks(const char* op, const char* argument, const char* list, int64_t subblocks, const Pools& pools) {
   if (subblocks <= 0) value_error(op, ": ", argument, " must be positive, got ", subblocks);
-  for (const Pool& pool : pools.pools) {
-    int64_t ids = 0;
-    if (__builtin_mul_overflow(pool.blocks, subblocks, &ids)) {
-      value_error(op, ": ", argument, " must leave ", list, "'s ids in int64, got ", subblocks, " for ", pool.blocks, " blocks");
-    }
+  int64_t most = 0;
+  for (const Pool& pool : pools.pools) most = std::max(most, pool.blocks);
+  int64_t ids = 0;
+  if (__builtin_mul_overflow(most, subblocks, &ids)) {
+    value_error(op, ": ", argument, " must leave ", list, "'s ids in int64, got ", subblocks, " for ", most, " blocks");
   }
 }
 
@@ -62,6 +63,7 @@ void copy_pages(const std::vector<Tensor>& src, const std::vector<Tensor>& dst, 
   call.sm_budget = sm_budget;
   call.src = checked_pools(op, "src", src, false);
   call.dst = checked_pools(op, "dst", dst, true);
+  reread_addresses(call.src, src);
   check_one_device(op, call.src.place, call.dst.place);
   const Ids ids = checked_ids(op, "mapping", mapping, 2);
   check_ids_device(op, "mapping", ids, call.src.place, call.dst.place);

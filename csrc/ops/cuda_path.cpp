@@ -170,19 +170,24 @@ struct AddressFacts {
 AddressFacts facts_of(const char* op, const std::vector<Fragment>& fragments) {
   AddressFacts facts;
   PointerMap pointers;
-  const auto note = [&](const std::byte* address, bool& on_device, bool& on_host) {
-    const Range range = pointers.find(address);
-    const bool is_device = range.memory == Range::Memory::kDevice || range.memory == Range::Memory::kManaged;
-    (is_device ? on_device : on_host) = true;
-    if (range.memory == Range::Memory::kDevice) {
-      check_one_device(op, {facts.device >= 0, facts.device}, {true, range.device});
-      facts.device = range.device;
+  const auto note = [&](const std::byte* begin, int64_t bytes, bool& on_device, bool& on_host) {
+    // A fragment may cross from one registration into the next; of pageable memory one look is enough.
+    for (auto at = reinterpret_cast<uintptr_t>(begin), end = at + static_cast<uintptr_t>(bytes); at < end;) {
+      const Range range = pointers.find(reinterpret_cast<const std::byte*>(at));
+      const bool is_device = range.memory == Range::Memory::kDevice || range.memory == Range::Memory::kManaged;
+      (is_device ? on_device : on_host) = true;
+      if (range.memory == Range::Memory::kDevice) {
+        check_one_device(op, {facts.device >= 0, facts.device}, {true, range.device});
+        facts.device = range.device;
+      }
+      facts.kernel_reaches = facts.kernel_reaches && range.mapped && range.device_offset == 0;
+      if (range.memory == Range::Memory::kPageable) return;
+      at = range.end;
     }
-    facts.kernel_reaches = facts.kernel_reaches && (is_device || (range.mapped && range.device_offset == 0));
   };
   for (const Fragment& fragment : fragments) {
-    note(fragment.src, facts.src_on_device, facts.src_on_host);
-    note(fragment.dst, facts.dst_on_device, facts.dst_on_host);
+    note(fragment.src, fragment.bytes, facts.src_on_device, facts.src_on_host);
+    note(fragment.dst, fragment.bytes, facts.dst_on_device, facts.dst_on_host);
   }
   if ((facts.src_on_device || facts.dst_on_device) && facts.device < 0) facts.device = current_device();
   return facts;

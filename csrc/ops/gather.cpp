@@ -77,6 +77,7 @@ void move_blocks(const char* op, const std::vector<Tensor>& pool_tensors, const 
   const Ids ids = checked_ids(op, "block_ids", block_ids, 1);
   const char* buffer_name = gathers ? "out" : "buffer";
   Buffer buffer = checked_buffer(op, buffer_name, buffer_tensor, pools, ids.rows, gathers);
+  if (gathers) reread_addresses(pools, pool_tensors);
   check_one_device(op, pools.place, buffer.pools.place);
   check_ids_device(op, "block_ids", ids, pools.place, buffer.pools.place);
   call.runs = page_runs(pools.pools, gathers);

@@ -33,10 +33,14 @@ int64_t TensorFacts::numel() const {
   return elements;
 }
 
+bool TensorFacts::is_empty_from(int64_t dim) const {
+  return std::find(sizes_.begin() + dim, sizes_.end(), 0) != sizes_.end();
+}
+
 bool TensorFacts::is_contiguous_from(int64_t dim) const {
+  if (is_empty_from(dim)) return true;
   int64_t expected = 1;
   for (int64_t i = this->dim() - 1; i >= dim; --i) {
-    if (size(i) == 0) return true;
     if (size(i) != 1 && stride(i) != expected) return false;
     expected *= size(i);
   }
@@ -44,11 +48,9 @@ bool TensorFacts::is_contiguous_from(int64_t dim) const {
 }
 
 int64_t TensorFacts::span_bytes() const {
+  if (is_empty_from(0)) return 0;
   int64_t last = 0;
-  for (int64_t i = 0; i < dim(); ++i) {
-    if (size(i) == 0) return 0;
-    last += (size(i) - 1) * stride(i);
-  }
+  for (int64_t i = 0; i < dim(); ++i) last += (size(i) - 1) * stride(i);
   return (last + 1) * element_bytes_;
 }
 
@@ -71,31 +73,17 @@ std::string TensorFacts::device_text() const {
 }
 
 std::string TensorFacts::dtype_text() const {
-  const std::array<std::pair<int32_t, const char*>, 22> names{{{aoti_torch_dtype_float32(), "float32"},
-                                                               {aoti_torch_dtype_bfloat16(), "bfloat16"},
-                                                               {aoti_torch_dtype_float16(), "float16"},
-                                                               {aoti_torch_dtype_float64(), "float64"},
-                                                               {aoti_torch_dtype_uint8(), "uint8"},
-                                                               {aoti_torch_dtype_int8(), "int8"},
-                                                               {aoti_torch_dtype_int16(), "int16"},
-                                                               {aoti_torch_dtype_int32(), "int32"},
-                                                               {aoti_torch_dtype_int64(), "int64"},
-                                                               {aoti_torch_dtype_uint16(), "uint16"},
-                                                               {aoti_torch_dtype_uint32(), "uint32"},
-                                                               {aoti_torch_dtype_uint64(), "uint64"},
-                                                               {aoti_torch_dtype_bool(), "bool"},
-                                                               {aoti_torch_dtype_float8_e5m2(), "float8_e5m2"},
-                                                               {aoti_torch_dtype_float8_e4m3fn(), "float8_e4m3fn"},
-                                                               {aoti_torch_dtype_float8_e5m2fnuz(), "float8_e5m2fnuz"},
-                                                               {aoti_torch_dtype_float8_e4m3fnuz(), "float8_e4m3fnuz"},
-                                                               {torch_dtype_float8_e8m0fnu(), "float8_e8m0fnu"},
-                                                               {torch_dtype_float4_e2m1fn_x2(), "float4_e2m1fn_x2"},
-                                                               {aoti_torch_dtype_complex32(), "complex32"},
-                                                               {aoti_torch_dtype_complex64(), "complex64"},
-                                                               {aoti_torch_dtype_complex128(), "complex128"}}};
-  for (const auto& [code, name] : names) {
-    if (code == dtype_) return name;
-  }
+  // In the order of ScalarType, whose numbers the ABI fixes; the shim names but half of them.
+  constexpr std::array names{
+      "uint8",     "int8",      "int16",     "int32",          "int64",         "float16",         "float32",
+      "float64",   "complex32", "complex64", "complex128",     "bool",          "qint8",           "quint8",
+      "qint32",    "bfloat16",  "quint4x2",  "quint2x4",       "bits1x8",       "bits2x4",         "bits4x2",
+      "bits8",     "bits16",    "float8_e5m2", "float8_e4m3fn", "float8_e5m2fnuz", "float8_e4m3fnuz", "uint16",
+      "uint32",    "uint64",    "uint1",     "uint2",          "uint3",         "uint4",           "uint5",
+      "uint6",     "uint7",     "int1",      "int2",           "int3",          "int4",            "int5",
+      "int6",      "int7",      "float8_e8m0fnu", "float4_e2m1fn_x2"};
+  static_assert(names.size() == static_cast<size_t>(torch::headeronly::ScalarType::Undefined));
+  if (dtype_ >= 0 && dtype_ < static_cast<int32_t>(names.size())) return names[static_cast<size_t>(dtype_)];
   return text("dtype ", dtype_);
 }
 

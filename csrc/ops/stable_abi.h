@@ -36,6 +36,7 @@ class TensorFacts {
   const std::vector<int64_t>& sizes() const { return sizes_; }
   const std::vector<int64_t>& strides() const { return strides_; }
   int64_t numel() const;
+  bool is_empty_from(int64_t dim) const;       // some size, from dimension dim inwards, is 0
   bool is_contiguous_from(int64_t dim) const;  // dimensions dim and inwards, sizes of 1 aside
   int64_t span_bytes() const;                  // from the first element's byte to the last one's end; 0 if empty
   bool memory_is_there() const;                // the span lies inside the storage (resize_(0) frees it)

@@ -48,6 +48,7 @@ void swap_blocks(const Tensor& src, const Tensor& dst, int64_t block_size_in_byt
   if (ids.on_device) value_error(op, ": block_mapping must be on the cpu, got cuda:", ids.device);
   call.src.pools = {block_pool(Name{"src"}, src, src_facts, block_size_in_bytes, false)};
   call.dst.pools = {block_pool(Name{"dst"}, dst, dst_facts, block_size_in_bytes, true)};
+  reread_addresses(call.src, {src});
   call.runs = {{0, 0, 0, 0, block_size_in_bytes, 0, 0, {{1, 0, 0}, {1, 0, 0}, {1, 0, 0}}}};
   call.src_ids = ids.columns[0];
   call.dst_ids = ids.columns[1];
