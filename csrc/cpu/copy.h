@@ -1,0 +1,28 @@
+// The CPU executor: copies what a Work says with the processor's own instructions.
+#pragma once
+
+#include <cstdint>
+
+#include "core/lower.h"
+#include "cpu/isa.h"
+
+namespace kvkernels::cpu {
+
+// What was really copied, counted where it is issued.
+struct Issued {
+  int64_t descriptors = 0;
+  int64_t bytes = 0;
+};
+
+// Runs body(context, lane) for each lane in [0, lanes), perhaps in parallel, and returns when all are done.
+using ParallelFor = void (*)(int lanes, void* context, void (*body)(void* context, int lane));
+
+// Copies everything in `work` with work.lanes lanes of about the same bytes and, where work.streaming, with
+// stores that bypass the caches; those are visible to other threads when this returns. `parallel` may be null
+// where work.lanes is 1. Touches no byte outside a fragment. `isa` must be supported.
+Issued copy(const Work& work, ParallelFor parallel, Isa isa);
+
+// The same with selected_isa(), whose exception comes before the first byte.
+Issued copy(const Work& work, ParallelFor parallel);
+
+}  // namespace kvkernels::cpu
