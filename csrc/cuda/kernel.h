@@ -1,0 +1,68 @@
+// Plans and launches the copy kernels.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <vector>
+
+#include "core/lower.h"
+#include "cuda/copy_kernel.h"
+#include "cuda/device.h"
+#include "cuda/issued.h"
+#include "cuda/pointers.h"
+
+namespace kvkernels {
+
+// CTAs on a host link where the caller names none: published work saturates a PCIe link with as many.
+constexpr int kHostLinkCtas = 12;
+
+// A mapping whose values only the device knows. A pair outside the limits is skipped and recorded (fault.h).
+struct DeviceIds {
+  IdColumn src;
+  IdColumn dst;
+  int64_t n = 0;  // rows
+  int64_t src_limit = 0;
+  int64_t dst_limit = 0;
+  bool skip_negative = false;
+  uint32_t op = 1;  // what take_fault reports; never 0
+};
+
+struct KernelLaunch {
+  Head head;
+  std::vector<std::byte> tables;
+  int ctas;
+};
+
+struct KernelPlan {
+  Shape shape = Shape::kPage;
+  KernelVariant variant = KernelVariant::kPage;
+  int64_t launches = 0;
+  int ctas = 0;     // of the largest launch
+  int threads = 0;  // of a CTA
+  int64_t tiles = 0;
+  int64_t descriptors = 0;  // entries of the tables: moves and pairs, over all launches
+  int64_t bytes = 0;
+  int64_t table_bytes = 0;
+  bool uploads = false;  // the tables do not fit in the parameters
+  std::vector<KernelLaunch> parts;
+};
+
+// Copies host bytes to the current device in the stream's order and returns where; valid until the stream has passed.
+using Upload = std::function<const void*(const void* host, size_t bytes)>;
+
+// One launch over all moves and pairs, with one upload where the tables exceed the parameters; while capturing nothing
+// is uploaded and there are several launches instead. `sm_budget` 0 is the policy's default. Calls no CUDA function.
+KernelPlan plan_kernel(const Work& work, const DeviceIds* ids, int sm_budget, const DeviceLimits& limits,
+                       bool capturing);
+
+// Launches it on the current device. Throws CudaError.
+Issued run_kernel(const KernelPlan& plan, const Upload& upload, cudaStream_t stream);
+
+// Makes the host sides of `work` addresses that the current device can use. Throws std::invalid_argument, whose text is
+// the reason alone, where it cannot.
+void map_for_device(Work& work, const DeviceIds* ids, const DeviceLimits& limits, PointerMap& pointers);
+
+}  // namespace kvkernels
