@@ -1,0 +1,34 @@
+"""Moves KV-cache blocks between devices, layouts and tensor-parallel shards: each byte asked for, or an error."""
+
+from kvkernels import fake as _fake  # noqa: F401  (loads the library and registers the fake kernels)
+from kvkernels.explain import Explanation, check_device, counters, explain, reset_counters
+from kvkernels.info import info
+from kvkernels.ops import (
+    concat_tp_shards,
+    concat_tp_shards_out,
+    copy_pages,
+    gather_blocks,
+    scatter_blocks,
+    split_tp_shards,
+    swap_blocks,
+    swap_blocks_batch,
+)
+from kvkernels.version import __version__
+
+__all__ = [
+    "Explanation",
+    "__version__",
+    "check_device",
+    "concat_tp_shards",
+    "concat_tp_shards_out",
+    "copy_pages",
+    "counters",
+    "explain",
+    "gather_blocks",
+    "info",
+    "reset_counters",
+    "scatter_blocks",
+    "split_tp_shards",
+    "swap_blocks",
+    "swap_blocks_batch",
+]

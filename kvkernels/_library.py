@@ -1,0 +1,138 @@
+"""Loads the compiled ops, or gives the reference their names where none were built."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlparse
+
+import torch
+
+from kvkernels import ledger, reference, schemas
+
+FILE_NAME = "libkvkernels_ops.so"
+PACKAGE = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True)
+class Library:
+    """What the ops of this process are served by."""
+
+    path: Path | None
+    why: str
+    registrations: torch.library.Library  # the ops end with it
+
+    @property
+    def compiled(self) -> bool:
+        return self.path is not None
+
+
+def load() -> Library:
+    """Register every op of ``schemas`` under ``torch.ops.kvkernels``.
+
+    Raises
+    ------
+    ImportError
+        The library is there but does not load or lacks an op, or this copy of the package has none but shadows an
+        installed one that does.
+    """
+    path = PACKAGE / FILE_NAME
+    if path.exists():
+        _load_compiled(path)
+        return Library(path, "the compiled library loaded", _implement_python_kernels())
+    if os.environ.get("KVKERNELS_ALLOW_REFERENCE") != "1":
+        _refuse_to_shadow()
+    return Library(None, _why_not_built(), _define_on_reference())
+
+
+def _load_compiled(path: Path) -> None:
+    remedy = (
+        "rebuild it beside this torch (pip install --no-build-isolation --force-reinstall .), or delete the file to "
+        "run on the reference"
+    )
+    try:
+        torch.ops.load_library(str(path))
+    except (OSError, RuntimeError) as error:
+        reason = error.__cause__ or error  # torch's own error has the path alone
+        raise ImportError(
+            f"kvkernels: {path} does not load with torch {torch.__version__}: {reason}; {remedy}"
+        ) from error
+    missing = [op for op in (*schemas.PUBLIC, *schemas.PRIVATE) if not hasattr(torch.ops.kvkernels, op)]
+    if missing:
+        raise ImportError(
+            f"kvkernels: {path} was built from other sources than this package, it lacks {', '.join(missing)}; {remedy}"
+        )
+
+
+def _implement_python_kernels() -> torch.library.Library:
+    library = torch.library.Library(schemas.NAMESPACE, "IMPL")
+    library.impl("_copy_pages_reference", reference.copy_pages_checked, "CompositeExplicitAutograd")
+    return library
+
+
+def _define_on_reference() -> torch.library.Library:
+    private = {
+        "_explain_begin": ledger.explain_begin,
+        "_explain_end": ledger.explain_end,
+        "_counters": ledger.counters,
+        "_reset_counters": ledger.reset_counters,
+        "_build_info": lambda: json.dumps(build_record()),
+        "_check_device": lambda device: "{}",  # the reference checks ids before it moves anything
+        "_copy_pages_reference": reference.copy_pages_checked,
+    }
+    library = torch.library.Library(schemas.NAMESPACE, "DEF")
+    for op, schema in {**schemas.PUBLIC, **schemas.PRIVATE}.items():
+        library.define(op + schema, tags=schemas.tags(op))
+        kernel = private[op] if op in private else getattr(reference, op)
+        # Also the key of a call without tensors, such as one with an empty list.
+        library.impl(op, kernel, "CompositeExplicitAutograd")
+    return library
+
+
+def build_record() -> dict[str, Any]:
+    """What the build wrote beside the package; empty where there is no record."""
+    try:
+        record = json.loads((PACKAGE / "_build.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _why_not_built() -> str:
+    record = build_record()
+    if record.get("compiled"):
+        return f"the build made a compiled library, but {PACKAGE / FILE_NAME} is gone"
+    return str(record.get("reason") or f"no compiled library was built: there is no {FILE_NAME} in {PACKAGE}")
+
+
+def _refuse_to_shadow() -> None:
+    """ImportError where Python found this copy although another one, with a library, is installed."""
+    for package in _other_packages():
+        if (package / FILE_NAME).exists():  # not so of this copy, which is one of them
+            raise ImportError(
+                f"kvkernels: the copy in {PACKAGE} has no compiled library and shadows the installed one in {package}; "
+                "run Python from another directory, or build in place with "
+                "pip install --no-build-isolation -e . (KVKERNELS_ALLOW_REFERENCE=1 accepts the reference)"
+            )
+
+
+def _other_packages() -> Iterator[Path]:
+    for entry in sys.path:
+        yield (Path(entry) / "kvkernels").resolve()
+    try:
+        distribution = importlib.metadata.distribution("kvkernels")
+    except importlib.metadata.PackageNotFoundError:
+        return
+    # An editable install may be known to an import hook only, not to sys.path.
+    url = urlparse(json.loads(distribution.read_text("direct_url.json") or "{}").get("url", ""))
+    if url.scheme == "file":
+        yield (Path(unquote(url.path)) / "kvkernels").resolve()
+
+
+LIBRARY = load()

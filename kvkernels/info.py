@@ -1,0 +1,136 @@
+"""What serves the ops here, and why: the first thing to read when a call is slower than expected."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import platform
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from kvkernels import schemas
+from kvkernels._library import LIBRARY, build_record
+from kvkernels.explain import explain
+from kvkernels.reference import NO_LIBRARY
+from kvkernels.version import __version__
+
+_PLACES = ("cpu to cpu", "cpu to cuda", "cuda to cpu", "cuda to cuda")
+_TAKES_EXECUTOR = frozenset({"gather_blocks", "scatter_blocks", "copy_pages"})
+
+
+def info() -> dict[str, Any]:
+    """Report the library, the machine, and which executors serve each op.
+
+    Returns
+    -------
+    dict
+        Only what JSON has. ``compiled`` and ``why`` say whether the compiled library is loaded; ``ops`` has, for each
+        op and each combination of devices, the ``executors`` that can serve it, the one that ``auto`` takes, and why.
+
+    Notes
+    -----
+    Moves nothing and initialises CUDA only as far as ``torch.cuda.is_available()`` does.
+
+    Examples
+    --------
+    >>> import kvkernels
+    >>> kvkernels.info()["version"]
+    '0.1.0'
+    """
+    build = {**build_record(), **json.loads(torch.ops.kvkernels._build_info())}
+    architectures = [a for a in str(build.get("architectures", "")).split(",") if a]
+    cuda = {
+        "built": bool(build.get("cuda")),
+        "version": build.get("cuda_version") or None,
+        "architectures": architectures,
+        "available": torch.cuda.is_available(),
+    }
+    return {
+        "version": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "compiled": LIBRARY.compiled,
+        "why": LIBRARY.why,
+        "library": str(LIBRARY.path) if LIBRARY.path else None,
+        "compiler": build.get("compiler"),
+        "cuda": cuda,
+        "cpu": _cpu(build),
+        "ops": {op: {place: _service(op, place, cuda) for place in _PLACES} for op in schemas.PUBLIC},
+    }
+
+
+def _cpu(build: Mapping[str, Any]) -> dict[str, Any]:
+    found = {"instruction_set": build.get("instruction_set"), "torch_threads": torch.get_num_threads(), "policy": None}
+    try:
+        host = importlib.import_module("kvkernels._host")
+        found["instruction_set"] = host.instruction_set()
+        found["policy"] = host.cpu_policy()
+    except ImportError as error:
+        found["why_no_policy"] = str(error)
+    return found
+
+
+def _service(op: str, place: str, cuda: Mapping[str, Any]) -> dict[str, Any]:
+    """Executors that can serve an op between two kinds of memory."""
+    if place == "cpu to cpu":
+        explanation = _explain_small(op)
+        named = [explanation.executor, "reference"] if op in _TAKES_EXECUTOR else [explanation.executor]
+        return _entry(list(dict.fromkeys(named)), explanation.executor, explanation.reason)
+    if not LIBRARY.compiled:
+        if op == "swap_blocks_batch":
+            return _entry([], None, "the reference cannot tell a device's address from the host's")
+        return _entry(["reference"], "reference", NO_LIBRARY)
+    if not cuda["built"]:
+        return _entry([], None, "the library was built without CUDA code")
+    reference = ["reference"] if op in _TAKES_EXECUTOR else []
+    if place == "cuda to cuda":
+        return _entry(["kernel", *reference], "kernel", "one launch for all pools and pairs")
+    return _entry(
+        ["kernel", "dma", *reference],
+        "kernel or dma",
+        "by fragment bytes, their number and the direction: kvkernels.explain says which",
+    )
+
+
+def _entry(executors: list[str], auto: str | None, why: str) -> dict[str, Any]:
+    return {"executors": executors, "auto": auto, "why": why}
+
+
+def _explain_small(op: str) -> Any:
+    """What a call of a few bytes on the CPU comes to."""
+    page, other = torch.zeros(1, 16, dtype=torch.uint8), torch.zeros(1, 16, dtype=torch.uint8)
+    id_zero, pair = torch.zeros(1, dtype=torch.int64), torch.zeros(1, 2, dtype=torch.int64)
+    run = torch.tensor([[0, 0, 0, 0, 16, 0, 0, 1, 0, 0, 1, 0, 0, 1, 0, 0]])
+    arguments: dict[str, tuple[Any, ...]] = {
+        "swap_blocks": (page, other, 16, pair),
+        "swap_blocks_batch": (torch.tensor([page.data_ptr()]), torch.tensor([other.data_ptr()]), torch.tensor([16])),
+        "gather_blocks": ([page], id_zero, other),
+        "scatter_blocks": (page, id_zero, [other]),
+        "copy_pages": ([page], [other], pair, run),
+        "concat_tp_shards": ([page], 0),
+        "concat_tp_shards_out": ([page], 0, other),
+        "split_tp_shards": (page, 0, [other]),
+    }
+    return explain(op, *arguments[op])
+
+
+def info_text(found: Mapping[str, Any]) -> str:
+    """The same for a terminal."""
+    cuda, cpu = found["cuda"], found["cpu"]
+    code = f"CUDA {cuda['version']} code for {', '.join(cuda['architectures'])}" if cuda["built"] else "no CUDA code"
+    lines = [
+        f"kvkernels {found['version']}, torch {found['torch']}, Python {found['python']}, {found['machine']}",
+        f"compiled: {'yes' if found['compiled'] else 'no'} ({found['why']})",
+        f"library:  {found['library'] or 'none'}",
+        f"cuda:     {code}; torch finds {'a' if cuda['available'] else 'no'} CUDA device",
+        f"cpu:      {cpu['instruction_set'] or 'torch decides'}, {cpu['torch_threads']} threads",
+        "",
+    ]
+    for op, places in found["ops"].items():
+        lines.append(op)
+        for place, service in places.items():
+            lines.append(f"  {place:<13} {service['auto'] or 'none':<14} {service['why']}")
+    return "\n".join(lines)

@@ -1,0 +1,52 @@
+"""The one Python copy of the op schemas and tags; a test compares it with what the compiled library registers."""
+
+from __future__ import annotations
+
+import torch
+
+NAMESPACE = "kvkernels"
+
+PUBLIC = {
+    "swap_blocks": "(Tensor src, Tensor(a!) dst, int block_size_in_bytes, Tensor block_mapping) -> ()",
+    "swap_blocks_batch": (
+        "(Tensor src_ptrs, Tensor(a!) dst_ptrs, Tensor sizes, bool is_src_access_order_any=False) -> ()"
+    ),
+    "gather_blocks": ('(Tensor[] pools, Tensor block_ids, Tensor(a!) out, str executor="auto", int sm_budget=0) -> ()'),
+    "scatter_blocks": (
+        '(Tensor buffer, Tensor block_ids, Tensor(a!)[] pools, str executor="auto", int sm_budget=0) -> ()'
+    ),
+    "copy_pages": (
+        "(Tensor[] src, Tensor(a!)[] dst, Tensor mapping, Tensor runs, int src_subblocks_per_block=1, "
+        'int dst_subblocks_per_block=1, bool skip_negative=False, str executor="auto", int sm_budget=0) -> ()'
+    ),
+    "concat_tp_shards": "(Tensor[] shards, int dim) -> Tensor",
+    "concat_tp_shards_out": "(Tensor[] shards, int dim, Tensor(a!) out) -> ()",
+    "split_tp_shards": "(Tensor input, int dim, Tensor(a!)[] out) -> ()",
+}
+
+PRIVATE = {
+    "_explain_begin": "() -> ()",
+    "_explain_end": "() -> str",
+    "_counters": "() -> str",
+    "_reset_counters": "() -> ()",
+    "_build_info": "() -> str",
+    "_check_device": "(int device) -> str",
+    "_copy_pages_reference": (
+        "(Tensor[] src, Tensor(a!)[] dst, Tensor mapping, Tensor runs, int src_subblocks_per_block, "
+        "int dst_subblocks_per_block, bool skip_negative) -> ()"
+    ),
+}
+
+# A CUDA graph freezes the values of a mapping that lives on the host, so inductor must not capture these unasked.
+TAKES_HOST_IDS = frozenset({"swap_blocks", "swap_blocks_batch", "gather_blocks", "scatter_blocks", "copy_pages"})
+
+# Kernels that Python provides even where the library is compiled: C++ calls them for executor="reference".
+PYTHON_KERNELS = frozenset({"_copy_pages_reference"})
+
+
+def tags(op: str) -> tuple[torch.Tag, ...]:
+    """Tags of a public op; private ops have none."""
+    if op not in PUBLIC:
+        return ()
+    always = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+    return (*always, torch.Tag.cudagraph_unsafe) if op in TAKES_HOST_IDS else always
