@@ -1,0 +1,139 @@
+"""The test session: which kvkernels is tested, what a missing GPU means, and how cases are drawn."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+
+import kvkernels
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = Path(kvkernels.__file__).resolve().parent
+ALLOWS_REFERENCE = os.environ.get("KVKERNELS_ALLOW_REFERENCE") == "1"
+REQUIRES_CUDA = os.environ.get("KVKERNELS_REQUIRE_CUDA") == "1"
+
+# Tests import the case generators by name, and --import-mode=importlib leaves sys.path alone.
+sys.path.append(str(Path(__file__).parent))
+
+hypothesis.settings.register_profile(
+    "kvkernels",
+    deadline=None,
+    derandomize=bool(os.environ.get("CI")),
+    max_examples=100,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large],
+)
+hypothesis.settings.load_profile("kvkernels")
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    problem = _wrong_package()
+    if problem:
+        pytest.exit(problem, returncode=3)
+
+
+def _wrong_package() -> str:
+    """Why this kvkernels is not the one to test, or ""."""
+    foreign = [path for path in sorted(PACKAGE.glob("*.py")) if not _is_from_this_tree(path)]
+    if foreign:
+        return (
+            f"the tests in {ROOT / 'tests'} import kvkernels from {PACKAGE}, whose {foreign[0].name} is not this "
+            "tree's; install this tree: pip install --no-build-isolation -e ."
+        )
+    found = kvkernels.info()
+    if not found["compiled"] and not ALLOWS_REFERENCE:
+        return (
+            f"kvkernels from {PACKAGE} runs on the reference ({found['why']}), which would be compared with itself; "
+            "build it, or set KVKERNELS_ALLOW_REFERENCE=1"
+        )
+    return ""
+
+
+def _is_from_this_tree(path: Path) -> bool:
+    twin = ROOT / "kvkernels" / path.name
+    return twin.exists() and twin.read_bytes() == path.read_bytes()
+
+
+def pytest_report_header() -> str:
+    found = kvkernels.info()
+    return f"kvkernels: {PACKAGE}, library {found['library']}, CUDA device: {torch.cuda.is_available()}"
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("cuda") is None:
+        return
+    reason = _why_no_cuda()
+    if reason and REQUIRES_CUDA:
+        pytest.fail(f"KVKERNELS_REQUIRE_CUDA=1, but {reason}", pytrace=False)
+    if reason:
+        pytest.skip(reason)
+
+
+def _why_no_cuda() -> str:
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    return "" if kvkernels.info()["cuda"]["built"] else "the library was built without CUDA code"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    skipped = [r for r in terminalreporter.stats.get("skipped", []) if "cuda" in r.keywords]
+    if skipped:
+        terminalreporter.write_line(f"{len(skipped)} GPU tests skipped: {_why_no_cuda()}", yellow=True)
+
+
+@pytest.fixture(autouse=True)
+def _same_start() -> Iterator[None]:
+    """Seeds, and one thread: a team that waits for its slowest member makes thousands of small cases slow."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=[1, 2], ids=["one-thread", "two-threads"])
+def threads(request: pytest.FixtureRequest, _same_start: None) -> int:
+    """Torch's number of threads, which is what the cpu executor may use."""
+    torch.set_num_threads(request.param)
+    return request.param
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """torch.compile without what earlier runs left in its caches: a cached graph would hide what a change broke."""
+    import torch._functorch.config
+    import torch._inductor.config
+
+    torch.compiler.reset()
+    with (
+        torch._inductor.config.patch(fx_graph_cache=False, fx_graph_remote_cache=False),
+        torch._functorch.config.patch(enable_autograd_cache=False),
+    ):
+        yield
+
+
+@pytest.fixture(scope="session")
+def simgpu_build() -> Path:
+    """The build directory of the ``simgpu`` preset, up to date."""
+    if shutil.which("nvcc", path=os.environ.get("PATH", "") + ":/usr/local/cuda/bin") is None:
+        pytest.skip("the simgpu preset needs nvcc, which was not found")
+    path = str(Path(sys.executable).parent) + os.pathsep + os.environ.get("PATH", "")
+    for command in (
+        ["cmake", "--preset", "simgpu", f"-DPython_EXECUTABLE={sys.executable}"],
+        ["cmake", "--build", "--preset", "simgpu"],
+    ):
+        done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PATH": path}, capture_output=True, text=True)
+        if done.returncode:
+            pytest.fail(f"{' '.join(command)} failed:\n{(done.stdout + done.stderr)[-4000:]}", pytrace=False)
+    return ROOT / "build" / "simgpu"

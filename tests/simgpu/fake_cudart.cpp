@@ -1,0 +1,347 @@
+// libcudart.so.13 of the stand-in: the runtime functions that csrc/cuda calls, and what nvcc's host stubs register
+// with.
+#include <cuda.h>
+#include <cuda_runtime_api.h>
+#include <sys/mman.h>
+
+#include <cstring>
+#include <map>
+#include <vector>
+
+#include "fake.h"
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+extern "C" CUresult fake_cuPointerGetAttributes(unsigned, CUpointer_attribute*, void**, CUdeviceptr);
+extern "C" CUresult fake_cuMemcpyBatchAsync(CUdeviceptr*, CUdeviceptr*, size_t*, size_t, CUmemcpyAttributes*, size_t*,
+                                            size_t, size_t*, CUstream);
+
+namespace {
+
+using fake::Allocation;
+
+// Many, so that what happens once a device can be tested often.
+constexpr int kDevices = 4096;
+
+thread_local cudaError_t last_error = cudaSuccess;
+thread_local int current = 0;
+thread_local cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeGlobal;
+
+std::map<const void*, std::string>& kernels() {
+  static auto* const instance = new std::map<const void*, std::string>;
+  return *instance;
+}
+
+cudaError_t done(int code) {
+  if (code != 0) last_error = static_cast<cudaError_t>(code);
+  return static_cast<cudaError_t>(code);
+}
+
+// Calls that no thread may make while a stream captures, unless the thread said that it knows.
+bool breaks_capture() { return fake::any_capture() && capture_mode != cudaStreamCaptureModeRelaxed; }
+
+uintptr_t address(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer); }
+
+cudaError_t allocate(const char* call, void** out, size_t bytes, int memory) {
+  if (const int code = fake::enter(call)) return done(code);
+  if (breaks_capture()) return done(cudaErrorStreamCaptureUnsupported);
+  const size_t rounded = (bytes + 4095) / 4096 * 4096;
+  void* at = mmap(nullptr, rounded, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (at == MAP_FAILED) return done(cudaErrorMemoryAllocation);
+  Allocation allocation{address(at), address(at) + bytes, memory, current, 0};
+  if (memory == fake::kPinned && fake::setting("device_addresses_differ") != 0) {
+    allocation.device_offset = static_cast<ptrdiff_t>(fake::map_again(allocation.begin, rounded) - allocation.begin);
+  }
+  // Fresh device memory is not zero.
+  if (memory == fake::kDevice) std::memset(at, 0xA5, rounded < (1u << 20) ? rounded : 1u << 20);
+  fake::insert(allocation);
+  *out = at;
+  return done(0);
+}
+
+cudaError_t release(const char* call, void* pointer) {
+  if (const int code = fake::enter(call)) return done(code);
+  Allocation erased;
+  if (pointer == nullptr) return done(0);
+  if (!fake::erase(address(pointer), erased)) return done(cudaErrorInvalidValue);
+  munmap(pointer, (erased.end - erased.begin + 4095) / 4096 * 4096);
+  return done(0);
+}
+
+cudaError_t copy(const char* call, void* dst, const void* src, size_t bytes, cudaMemcpyKind kind, void* stream) {
+  if (const int code = fake::enter(call)) return done(code);
+  fake::log(call, {{"dst", static_cast<int64_t>(address(dst))},
+                   {"src", static_cast<int64_t>(address(src))},
+                   {"bytes", static_cast<int64_t>(bytes)},
+                   {"kind", kind},
+                   {"stream", reinterpret_cast<intptr_t>(stream)},
+                   {"capturing", fake::is_capturing(stream)}});
+  return done(fake::copy(address(dst), address(src), bytes));
+}
+
+}  // namespace
+
+EXPORT cudaError_t cudaMalloc(void** out, size_t bytes) { return allocate("cudaMalloc", out, bytes, fake::kDevice); }
+EXPORT cudaError_t cudaFree(void* pointer) { return release("cudaFree", pointer); }
+EXPORT cudaError_t cudaFreeHost(void* pointer) { return release("cudaFreeHost", pointer); }
+
+EXPORT cudaError_t cudaHostAlloc(void** out, size_t bytes, unsigned) {
+  return allocate("cudaHostAlloc", out, bytes, fake::kPinned);
+}
+
+EXPORT cudaError_t cudaMallocManaged(void** out, size_t bytes, unsigned) {
+  return allocate("cudaMallocManaged", out, bytes, fake::kManaged);
+}
+
+EXPORT cudaError_t cudaHostRegister(void* pointer, size_t bytes, unsigned) {
+  if (const int code = fake::enter("cudaHostRegister")) return done(code);
+  Allocation found;
+  if (fake::find(address(pointer), found)) return done(cudaErrorHostMemoryAlreadyRegistered);
+  found = {address(pointer), address(pointer) + bytes, fake::kPinned, current, 0};
+  if (fake::setting("device_addresses_differ") != 0) {
+    const uintptr_t second = fake::map_again(found.begin, bytes);
+    if (second == 0) return done(cudaErrorInvalidValue);
+    found.device_offset = static_cast<ptrdiff_t>(second - found.begin);
+  }
+  fake::insert(found);
+  return done(0);
+}
+
+EXPORT cudaError_t cudaHostUnregister(void* pointer) {
+  if (const int code = fake::enter("cudaHostUnregister")) return done(code);
+  Allocation erased;
+  return done(fake::erase(address(pointer), erased) ? 0 : cudaErrorHostMemoryNotRegistered);
+}
+
+EXPORT cudaError_t cudaHostGetDevicePointer(void** out, void* pointer, unsigned) {
+  if (const int code = fake::enter("cudaHostGetDevicePointer")) return done(code);
+  Allocation found;
+  if (!fake::find(address(pointer), found) || found.memory != fake::kPinned) return done(cudaErrorInvalidValue);
+  *out = static_cast<char*>(pointer) + found.device_offset;
+  return done(0);
+}
+
+EXPORT cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* out, const void* pointer) {
+  if (const int code = fake::enter("cudaPointerGetAttributes")) return done(code);
+  Allocation found;
+  *out = cudaPointerAttributes{};
+  out->device = -1;
+  if (!fake::find(address(pointer), found)) return done(0);
+  out->type = found.memory == fake::kPinned   ? cudaMemoryTypeHost
+              : found.memory == fake::kDevice ? cudaMemoryTypeDevice
+                                              : cudaMemoryTypeManaged;
+  out->device = found.device;
+  char* seen = static_cast<char*>(const_cast<void*>(pointer));
+  out->hostPointer = found.memory == fake::kDevice ? nullptr : seen;
+  out->devicePointer = fake::setting("unmapped") != 0 ? nullptr : seen + found.device_offset;
+  return done(0);
+}
+
+EXPORT cudaError_t cudaMemcpy(void* dst, const void* src, size_t bytes, cudaMemcpyKind kind) {
+  if (breaks_capture()) return done(cudaErrorStreamCaptureImplicit);
+  return copy("cudaMemcpy", dst, src, bytes, kind, nullptr);
+}
+
+EXPORT cudaError_t cudaMemcpyAsync(void* dst, const void* src, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream) {
+  return copy("cudaMemcpyAsync", dst, src, bytes, kind, stream);
+}
+
+EXPORT cudaError_t cudaMemsetAsync(void* dst, int value, size_t bytes, cudaStream_t stream) {
+  if (const int code = fake::enter("cudaMemsetAsync")) return done(code);
+  if (fake::is_legacy(stream) && fake::any_capture()) return done(cudaErrorStreamCaptureImplicit);
+  fake::log("cudaMemsetAsync", {{"bytes", static_cast<int64_t>(bytes)}, {"capturing", fake::is_capturing(stream)}});
+  std::memset(dst, value, bytes);
+  return done(0);
+}
+
+EXPORT cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
+  if (const int code = fake::enter("cudaStreamCreateWithFlags")) return done(code);
+  *stream = static_cast<cudaStream_t>(fake::make_stream());
+  return done(0);
+}
+
+EXPORT cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+  const int code = fake::enter("cudaStreamDestroy");
+  if (!fake::destroy_stream(stream)) return done(cudaErrorInvalidResourceHandle);
+  return done(code);
+}
+
+EXPORT cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+  if (const int code = fake::enter("cudaStreamSynchronize")) return done(code);
+  if (fake::is_capturing(stream) || breaks_capture()) return done(cudaErrorStreamCaptureUnsupported);
+  return done(0);
+}
+
+EXPORT cudaError_t cudaDeviceSynchronize() {
+  if (const int code = fake::enter("cudaDeviceSynchronize")) return done(code);
+  fake::log("cudaDeviceSynchronize", {{"device", current}});
+  return done(fake::any_capture() ? cudaErrorStreamCaptureUnsupported : cudaSuccess);
+}
+
+EXPORT cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status) {
+  if (const int code = fake::enter("cudaStreamIsCapturing")) return done(code);
+  if (fake::is_legacy(stream) && fake::any_capture()) return done(cudaErrorStreamCaptureImplicit);
+  *status = fake::is_capturing(stream) ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+  return done(0);
+}
+
+EXPORT cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
+  if (const int code = fake::enter("cudaThreadExchangeStreamCaptureMode")) return done(code);
+  std::swap(*mode, capture_mode);
+  return done(0);
+}
+
+EXPORT int fake_capture_mode() { return capture_mode; }
+EXPORT void fake_set_capture_mode(int mode) { capture_mode = static_cast<cudaStreamCaptureMode>(mode); }
+
+EXPORT cudaError_t cudaGetDeviceCount(int* count) {
+  if (const int code = fake::enter("cudaGetDeviceCount")) return done(code);
+  *count = kDevices;
+  return done(0);
+}
+
+EXPORT cudaError_t cudaGetDevice(int* device) {
+  if (const int code = fake::enter("cudaGetDevice")) return done(code);
+  *device = current;
+  return done(0);
+}
+
+EXPORT cudaError_t cudaSetDevice(int device) {
+  if (const int code = fake::enter("cudaSetDevice")) return done(code);
+  if (device < 0 || device >= kDevices) return done(cudaErrorInvalidDevice);
+  current = device;
+  return done(0);
+}
+
+EXPORT cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  if (const int code = fake::enter("cudaDeviceGetAttribute")) return done(code);
+  *value = attribute == cudaDevAttrMultiProcessorCount ? 132 : 0;
+  return done(0);
+}
+
+EXPORT cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
+  if (const int code = fake::enter("cudaGetDeviceProperties")) return done(code);
+  std::memset(properties, 0, sizeof *properties);
+  std::strcpy(properties->name, "stand-in");
+  properties->multiProcessorCount = 132;
+  return done(0);
+}
+
+EXPORT cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** function, unsigned version,
+                                                    unsigned long long, cudaDriverEntryPointQueryResult* status) {
+  if (const int code = fake::enter("cudaGetDriverEntryPointByVersion")) return done(code);
+  fake::log("cudaGetDriverEntryPointByVersion", {{"version", version}}, symbol);
+  *function = nullptr;
+  *status = cudaDriverEntryPointSuccess;
+  if (std::strcmp(symbol, "cuPointerGetAttributes") == 0) {
+    *function = reinterpret_cast<void*>(fake_cuPointerGetAttributes);
+  } else if (std::strcmp(symbol, "cuMemcpyBatchAsync") == 0 && version == 12080 &&
+             fake::setting("batch_missing") == 0) {
+    *function = reinterpret_cast<void*>(fake_cuMemcpyBatchAsync);
+  } else {
+    *status = cudaDriverEntryPointSymbolNotFound;
+  }
+  return done(0);
+}
+
+EXPORT cudaError_t cudaGetLastError() {
+  const cudaError_t code = last_error;
+  last_error = cudaSuccess;
+  return code;
+}
+
+EXPORT cudaError_t cudaPeekAtLastError() { return last_error; }
+
+EXPORT const char* cudaGetErrorName(cudaError_t code) {
+  switch (code) {
+    case cudaSuccess:
+      return "cudaSuccess";
+    case cudaErrorInvalidValue:
+      return "cudaErrorInvalidValue";
+    case cudaErrorMemoryAllocation:
+      return "cudaErrorMemoryAllocation";
+    case cudaErrorIllegalAddress:
+      return "cudaErrorIllegalAddress";
+    case cudaErrorNotSupported:
+      return "cudaErrorNotSupported";
+    case cudaErrorStreamCaptureUnsupported:
+      return "cudaErrorStreamCaptureUnsupported";
+    case cudaErrorStreamCaptureImplicit:
+      return "cudaErrorStreamCaptureImplicit";
+    default:
+      return "cudaErrorUnknown";
+  }
+}
+
+EXPORT const char* cudaGetErrorString(cudaError_t code) {
+  return code == cudaErrorInvalidValue ? "invalid argument" : "an error of the stand-in";
+}
+
+// nvcc's host code passes the address of a kernel's stub; registration says which name that is.
+EXPORT void** __cudaRegisterFatBinary(void* binary) { return static_cast<void**>(binary); }
+EXPORT void __cudaRegisterFatBinaryEnd(void**) {}
+EXPORT void __cudaUnregisterFatBinary(void**) {}
+EXPORT char __cudaInitModule(void**) { return 0; }
+
+EXPORT void __cudaRegisterFunction(void**, const char* stub, char*, const char* name, int, uint3*, uint3*, dim3*, dim3*,
+                                   int*) {
+  kernels()[stub] = name;
+}
+
+EXPORT void __cudaRegisterVar(void**, char*, char*, const char*, int, size_t, int, int) {}
+
+EXPORT cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void* stub) {
+  *kernel = reinterpret_cast<cudaKernel_t>(const_cast<void*>(stub));
+  return cudaSuccess;
+}
+
+EXPORT cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* stub, void** arguments) {
+  if (const int code = fake::enter("cudaLaunchKernelExC")) return done(code);
+  const auto found = kernels().find(stub);
+  if (found == kernels().end()) return done(cudaErrorInvalidDeviceFunction);
+  const bool is_flat = config->gridDim.y == 1 && config->gridDim.z == 1 && config->blockDim.y == 1 &&
+                       config->blockDim.z == 1 && config->dynamicSmemBytes == 0 && config->numAttrs == 0;
+  if (!is_flat || config->gridDim.x == 0 || config->blockDim.x == 0 || config->blockDim.x > 1024) {
+    return done(cudaErrorInvalidConfiguration);
+  }
+  return done(fake::launch(found->second.c_str(), arguments, config->gridDim.x, config->blockDim.x, config->stream));
+}
+
+EXPORT cudaError_t cudaLaunchKernel(const void* stub, dim3 grid, dim3 block, void** arguments, size_t shared_bytes,
+                                    cudaStream_t stream) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  return cudaLaunchKernelExC(&config, stub, arguments);
+}
+
+EXPORT cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void** arguments, size_t shared_bytes,
+                                      cudaStream_t stream) {
+  return cudaLaunchKernel(kernel, grid, block, arguments, shared_bytes, stream);
+}
+
+namespace {
+thread_local std::vector<cudaLaunchConfig_t> configurations;
+}
+
+EXPORT unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t shared_bytes, CUstream_st* stream) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  configurations.push_back(config);
+  return 0;
+}
+
+EXPORT cudaError_t __cudaPopCallConfiguration(dim3* grid, dim3* block, size_t* shared_bytes, void* stream) {
+  if (configurations.empty()) return done(cudaErrorInvalidConfiguration);
+  *grid = configurations.back().gridDim;
+  *block = configurations.back().blockDim;
+  *shared_bytes = configurations.back().dynamicSmemBytes;
+  *static_cast<cudaStream_t*>(stream) = configurations.back().stream;
+  configurations.pop_back();
+  return done(0);
+}

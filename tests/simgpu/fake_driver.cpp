@@ -1,0 +1,335 @@
+// libcuda.so.1 of the stand-in: memory, streams, the log, failures on demand, and the driver functions in use.
+#include <cuda.h>
+#include <sys/mman.h>
+
+#include <cstring>
+#include <map>
+#include <set>
+#include <vector>
+
+#include "fake.h"
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace fake {
+namespace {
+
+constexpr int kInvalidValue = 1;
+constexpr int kCaptureUnsupported = 900;
+
+struct State {
+  std::recursive_mutex mutex;
+  bool is_initialised = false;
+  std::map<uintptr_t, Allocation> allocations;
+  std::map<std::string, int64_t> settings;
+  std::map<std::string, int64_t> calls;
+  std::map<std::pair<std::string, int64_t>, int> failures;
+  std::set<Stream*> streams;
+  std::string log;
+  std::string log_text;
+  std::vector<std::string> parameters;
+  Runner runner = nullptr;
+  ParameterBytes parameter_bytes = nullptr;
+};
+
+State& state() {
+  static State* const instance = new State;
+  return *instance;
+}
+
+using Lock = std::lock_guard<std::recursive_mutex>;
+
+// Where the piece of memory that holds `address` ends; UINTPTR_MAX after the last one.
+bool crosses(uintptr_t begin, size_t bytes) {
+  Allocation found;
+  if (find(begin, found)) return found.end - begin < bytes;
+  const auto next = state().allocations.lower_bound(begin);
+  return next != state().allocations.end() && next->first - begin < bytes;
+}
+
+}  // namespace
+
+std::recursive_mutex& mutex() { return state().mutex; }
+
+int enter(const char* call) {
+  Lock lock(mutex());
+  if (std::strncmp(call, "cuda", 4) == 0) state().is_initialised = true;
+  const auto failure = state().failures.find({call, ++state().calls[call]});
+  if (failure == state().failures.end()) return 0;
+  log(call, {{"failed", failure->second}});
+  return failure->second;
+}
+
+void log(const char* call, std::initializer_list<std::pair<const char*, int64_t>> fields, const std::string& name,
+         const std::string& list) {
+  Lock lock(mutex());
+  std::string& text = state().log;
+  text += text.empty() ? "{" : ",\n{";
+  text += "\"call\": \"" + std::string(call) + "\"";
+  for (const auto& [key, value] : fields) text += ", \"" + std::string(key) + "\": " + std::to_string(value);
+  if (!name.empty()) text += ", \"name\": \"" + name + "\"";
+  if (!list.empty()) text += ", \"copies\": " + list;
+  text += "}";
+}
+
+int64_t setting(const char* name) {
+  Lock lock(mutex());
+  const auto found = state().settings.find(name);
+  return found == state().settings.end() ? 0 : found->second;
+}
+
+bool find(uintptr_t address, Allocation& found) {
+  Lock lock(mutex());
+  auto after = state().allocations.upper_bound(address);
+  if (after == state().allocations.begin()) return false;
+  found = std::prev(after)->second;
+  return address < found.end;
+}
+
+void insert(const Allocation& allocation) {
+  Lock lock(mutex());
+  state().allocations[allocation.begin] = allocation;
+}
+
+bool erase(uintptr_t begin, Allocation& erased) {
+  Lock lock(mutex());
+  const auto found = state().allocations.find(begin);
+  if (found == state().allocations.end()) return false;
+  erased = found->second;
+  state().allocations.erase(found);
+  return true;
+}
+
+int copy(uintptr_t dst, uintptr_t src, size_t bytes) {
+  Lock lock(mutex());
+  if (bytes == 0 || crosses(dst, bytes) || crosses(src, bytes)) return kInvalidValue;
+  std::memmove(reinterpret_cast<void*>(dst), reinterpret_cast<const void*>(src), bytes);
+  return 0;
+}
+
+bool is_legacy(const void* stream) { return stream == nullptr || stream == CU_STREAM_LEGACY; }
+
+bool is_capturing(const void* stream) {
+  Lock lock(mutex());
+  for (const Stream* s : state().streams) {
+    if (s == stream) return s->is_capturing;
+  }
+  return false;
+}
+
+bool any_capture() {
+  Lock lock(mutex());
+  for (const Stream* s : state().streams) {
+    if (s->is_capturing) return true;
+  }
+  return false;
+}
+
+void* make_stream() {
+  Lock lock(mutex());
+  return *state().streams.insert(new Stream).first;
+}
+
+bool destroy_stream(void* stream) {
+  Lock lock(mutex());
+  if (state().streams.erase(static_cast<Stream*>(stream)) == 0) return false;
+  delete static_cast<Stream*>(stream);
+  return true;
+}
+
+uintptr_t map_again(uintptr_t begin, size_t bytes) {
+  void* second = mremap(reinterpret_cast<void*>(begin), 0, bytes, MREMAP_MAYMOVE);
+  return second == MAP_FAILED ? 0 : reinterpret_cast<uintptr_t>(second);
+}
+
+int launch(const char* kernel, void** arguments, unsigned ctas, unsigned threads, void* stream) {
+  Lock lock(mutex());
+  State& s = state();
+  const size_t bytes = s.parameter_bytes == nullptr ? 0 : s.parameter_bytes(kernel);
+  s.parameters.emplace_back(bytes == 0 ? "" : static_cast<const char*>(arguments[0]), bytes);
+  log("launch",
+      {{"ctas", ctas},
+       {"threads", threads},
+       {"stream", reinterpret_cast<intptr_t>(stream)},
+       {"capturing", is_capturing(stream)},
+       {"parameter_bytes", static_cast<int64_t>(bytes)},
+       {"index", static_cast<int64_t>(s.parameters.size()) - 1}},
+      kernel);
+  return s.runner == nullptr ? 0 : s.runner(kernel, arguments, ctas, threads);
+}
+
+}  // namespace fake
+
+using namespace fake;
+
+EXPORT void fake_reset() {
+  Lock lock(mutex());
+  state().settings.clear();
+  state().calls.clear();
+  state().failures.clear();
+  state().log.clear();
+  state().parameters.clear();
+  for (Stream* stream : state().streams) stream->is_capturing = false;
+}
+
+EXPORT void fake_set(const char* name, int64_t value) {
+  Lock lock(mutex());
+  state().settings[name] = value;
+}
+
+// The k-th call of that name from now on (1 is the next) returns `code`.
+EXPORT void fake_fail(const char* call, int64_t k, int code) {
+  Lock lock(mutex());
+  state().failures[{call, state().calls[call] + k}] = code;
+}
+
+EXPORT int64_t fake_calls(const char* call) {
+  Lock lock(mutex());
+  return state().calls[call];
+}
+
+EXPORT const char* fake_log() {
+  Lock lock(mutex());
+  state().log_text = "[" + state().log + "]";
+  return state().log_text.c_str();
+}
+
+EXPORT void fake_clear_log() {
+  Lock lock(mutex());
+  state().log.clear();
+}
+
+EXPORT int64_t fake_parameters(int64_t index, void* out, int64_t capacity) {
+  Lock lock(mutex());
+  if (index < 0 || index >= static_cast<int64_t>(state().parameters.size())) return -1;
+  const std::string& bytes = state().parameters[static_cast<size_t>(index)];
+  std::memcpy(out, bytes.data(), std::min<size_t>(bytes.size(), static_cast<size_t>(capacity)));
+  return static_cast<int64_t>(bytes.size());
+}
+
+EXPORT void fake_set_runner(Runner runner, ParameterBytes parameter_bytes) {
+  Lock lock(mutex());
+  state().runner = runner;
+  state().parameter_bytes = parameter_bytes;
+}
+
+EXPORT void fake_set_capturing(void* stream, int is_capturing) {
+  Lock lock(mutex());
+  static_cast<Stream*>(stream)->is_capturing = is_capturing != 0;
+}
+
+// Declares any memory of the test's to be of a kind; fake_forget undoes it.
+EXPORT void fake_adopt(uintptr_t begin, int64_t bytes, int memory, int device, int64_t device_offset) {
+  insert({begin, begin + static_cast<uintptr_t>(bytes), memory, device, device_offset});
+}
+
+EXPORT int fake_forget(uintptr_t begin) {
+  Allocation erased;
+  return erase(begin, erased) ? 1 : 0;
+}
+
+EXPORT int64_t fake_allocations() {
+  Lock lock(mutex());
+  return static_cast<int64_t>(state().allocations.size());
+}
+
+EXPORT int64_t fake_streams() {
+  Lock lock(mutex());
+  return static_cast<int64_t>(state().streams.size());
+}
+
+// The end of the memory round `address` that a kernel may touch; 0 where it may not.
+EXPORT uintptr_t fake_kernel_reach(uintptr_t address, uintptr_t* begin) {
+  Lock lock(mutex());
+  Allocation found;
+  if (find(address, found)) {
+    if (found.memory == kPinned && found.device_offset != 0) return 0;
+    *begin = found.begin;
+    return found.end;
+  }
+  for (const auto& [at, allocation] : state().allocations) {
+    const uintptr_t shift = static_cast<uintptr_t>(allocation.device_offset);
+    if (allocation.memory != kPinned || shift == 0) continue;
+    if (address >= at + shift && address < allocation.end + shift) {
+      *begin = at + shift;
+      return allocation.end + shift;
+    }
+  }
+  if (setting("pageable_access") == 0) return 0;
+  const auto next = state().allocations.lower_bound(address);
+  *begin = address;
+  return next == state().allocations.end() ? UINTPTR_MAX : next->first;
+}
+
+EXPORT CUresult cuCtxGetCurrent(CUcontext* context) {
+  Lock lock(mutex());
+  if (const int code = enter("cuCtxGetCurrent")) return static_cast<CUresult>(code);
+  *context = nullptr;
+  return state().is_initialised ? CUDA_SUCCESS : CUDA_ERROR_NOT_INITIALIZED;
+}
+
+EXPORT CUresult fake_cuPointerGetAttributes(unsigned count, CUpointer_attribute* attributes, void** data,
+                                            CUdeviceptr pointer) {
+  Lock lock(mutex());
+  if (const int code = enter("cuPointerGetAttributes")) return static_cast<CUresult>(code);
+  Allocation found;
+  if (!find(pointer, found)) found = Allocation{};
+  for (unsigned i = 0; i < count; ++i) {
+    switch (attributes[i]) {
+      case CU_POINTER_ATTRIBUTE_MEMORY_TYPE:
+        *static_cast<unsigned*>(data[i]) = found.memory == kPageable ? 0
+                                           : found.memory == kPinned ? CU_MEMORYTYPE_HOST
+                                                                     : CU_MEMORYTYPE_DEVICE;
+        break;
+      case CU_POINTER_ATTRIBUTE_IS_MANAGED:
+        *static_cast<unsigned*>(data[i]) = found.memory == kManaged;
+        break;
+      case CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL:
+        *static_cast<int*>(data[i]) = found.device;
+        break;
+      case CU_POINTER_ATTRIBUTE_RANGE_START_ADDR:
+        *static_cast<CUdeviceptr*>(data[i]) = found.begin;
+        break;
+      case CU_POINTER_ATTRIBUTE_RANGE_SIZE:
+        *static_cast<size_t*>(data[i]) = found.end - found.begin;
+        break;
+      default:
+        return CUDA_ERROR_INVALID_VALUE;
+    }
+  }
+  return CUDA_SUCCESS;
+}
+
+EXPORT CUresult fake_cuMemcpyBatchAsync(CUdeviceptr* dsts, CUdeviceptr* srcs, size_t* sizes, size_t count,
+                                        CUmemcpyAttributes* attributes, size_t* attribute_indices,
+                                        size_t attribute_count, size_t* failed, CUstream stream) {
+  Lock lock(mutex());
+  if (const int code = enter("cuMemcpyBatchAsync")) {
+    *failed = static_cast<size_t>(setting("failed_index"));
+    return static_cast<CUresult>(code);
+  }
+  if (setting("batch_refuses") != 0) return CUDA_ERROR_NOT_SUPPORTED;
+  std::string list = "[";
+  for (size_t i = 0; i < count; ++i) {
+    list += (i == 0 ? "[" : ", [") + std::to_string(dsts[i]) + ", " + std::to_string(srcs[i]) + ", " +
+            std::to_string(sizes[i]) + "]";
+  }
+  log("cuMemcpyBatchAsync",
+      {{"count", static_cast<int64_t>(count)},
+       {"stream", reinterpret_cast<intptr_t>(stream)},
+       {"order", attribute_count > 0 ? attributes[0].srcAccessOrder : -1},
+       {"attributes", static_cast<int64_t>(attribute_count)},
+       {"first_index", attribute_count > 0 ? static_cast<int64_t>(attribute_indices[0]) : -1}},
+      "", list + "]");
+  if (is_capturing(stream)) return static_cast<CUresult>(kCaptureUnsupported);
+  if (is_legacy(stream) || count == 0 || attribute_count != 1) return CUDA_ERROR_INVALID_VALUE;
+  for (size_t i = 0; i < count; ++i) {
+    Allocation src;
+    Allocation dst;
+    const bool is_known = find(srcs[i], src) && find(dsts[i], dst);
+    *failed = i;
+    if (!is_known || copy(dsts[i], srcs[i], sizes[i]) != 0) return CUDA_ERROR_INVALID_VALUE;
+  }
+  *failed = SIZE_MAX;
+  return CUDA_SUCCESS;
+}

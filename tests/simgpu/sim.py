@@ -1,0 +1,393 @@
+"""The stand-in for CUDA from Python, and an oracle for what a list of moves copies."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+PAGEABLE, PINNED, DEVICE, MANAGED = range(4)
+H2H, H2D, D2H, D2D = range(4)
+LEGACY, LEGACY_BY_NAME, PER_THREAD = 0, 1, 2
+STREAM_ORDER, ANY_ORDER = 1, 3
+ILLEGAL_ADDRESS, NOT_SUPPORTED = 700, 801
+SMS = 132
+BATCH = 2048
+LARGE_PARAMETERS, SMALL_PARAMETERS = 32000, 4096
+
+
+class CudaError(RuntimeError):
+    """What C++ threw as CudaError."""
+
+
+class Refused(ValueError):
+    """What C++ threw as std::invalid_argument."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side of a move: ``base`` is an offset in its buffer, in bytes."""
+
+    base: int
+    block_stride: int
+    subblock_stride: int = 0
+    subblocks: int = 1
+
+    def at(self, id_: int) -> int:
+        block, subblock = divmod(id_, self.subblocks)
+        return self.base + block * self.block_stride + subblock * self.subblock_stride
+
+
+@dataclass(frozen=True)
+class Move:
+    """``loops`` are (extent, source stride, destination stride), outermost first."""
+
+    src: Side
+    dst: Side
+    fragment_bytes: int
+    loops: tuple[tuple[int, int, int], ...] = ()
+    merges: bool = False
+
+    def row(self, src_address: int, dst_address: int) -> list[int]:
+        loops = [number for loop in self.loops for number in loop]
+        loops += [0] * (9 - len(loops))
+        sides = []
+        for side, address in ((self.src, src_address), (self.dst, dst_address)):
+            sides += [address + side.base, side.block_stride, side.subblock_stride, side.subblocks]
+        return [*sides, self.fragment_bytes, len(self.loops), *loops, int(self.merges)]
+
+    def offsets(self) -> np.ndarray:
+        """Source and destination offsets of every fragment of a pair."""
+        offsets = np.zeros((1, 2), np.int64)
+        for extent, src_stride, dst_stride in self.loops:
+            steps = np.arange(extent)[:, None] * np.array([src_stride, dst_stride])
+            offsets = (offsets[:, None, :] + steps[None, :, :]).reshape(-1, 2)
+        return offsets
+
+
+def copy_naively(
+    moves: Sequence[Move], pairs: Sequence[tuple[int, int]], src: np.ndarray, dst: np.ndarray
+) -> np.ndarray:
+    """Copies fragment by fragment; how often each byte of ``dst`` was written."""
+    writes = np.zeros(len(dst), np.uint8)
+    for move in moves:
+        offsets = move.offsets()
+        for src_id, dst_id in pairs:
+            for src_offset, dst_offset in offsets + np.array([move.src.at(src_id), move.dst.at(dst_id)]):
+                dst[dst_offset : dst_offset + move.fragment_bytes] = src[src_offset : src_offset + move.fragment_bytes]
+                writes[dst_offset : dst_offset + move.fragment_bytes] += 1
+    return writes
+
+
+def segments_of(pairs: Sequence[tuple[int, int]]) -> list[tuple[int, int, int]]:
+    """Runs of pairs that count up on both sides."""
+    segments: list[list[int]] = []
+    for src, dst in pairs:
+        if segments and (src, dst) == (segments[-1][0] + segments[-1][2], segments[-1][1] + segments[-1][2]):
+            segments[-1][2] += 1
+        else:
+            segments.append([src, dst, 1])
+    return [(src, dst, count) for src, dst, count in segments]
+
+
+PAGE = Move(Side(0, 64), Side(0, 64), 64)
+
+
+def random_pairs(count: int, blocks: int) -> list[tuple[int, int]]:
+    """Any sources, each destination once."""
+    rng = np.random.default_rng(0)
+    return list(zip(rng.integers(0, blocks, count).tolist(), rng.permutation(blocks)[:count].tolist(), strict=True))
+
+
+@dataclass
+class IdColumn:
+    address: int = 0
+    stride_bytes: int = 0
+    width: int = 0
+
+
+@dataclass
+class DeviceIds:
+    src: IdColumn
+    dst: IdColumn
+    rows: int
+    src_limit: int
+    dst_limit: int
+    skip_negative: bool = False
+    op: int = 7
+
+    def numbers(self) -> list[int]:
+        columns = [n for c in (self.src, self.dst) for n in (c.address, c.stride_bytes, c.width)]
+        return [*columns, self.rows, self.src_limit, self.dst_limit, int(self.skip_negative), self.op]
+
+
+@dataclass
+class Issued:
+    launches: int
+    descriptors: int
+    bytes: int
+
+
+@dataclass
+class KernelRun:
+    launches: int
+    ctas: int
+    threads: int
+    tiles: int
+    descriptors: int
+    bytes: int
+    table_bytes: int
+    uploads: bool
+    variant: str
+    issued: Issued
+
+
+@dataclass
+class Sim:
+    """Memory, streams, failures and the log of the stand-in; the entry points of csrc/cuda."""
+
+    cuda: Any
+    cudart: Any
+    drive: Any
+    buffers: list[tuple[str, int]] = field(default_factory=list)
+    streams: list[int] = field(default_factory=list)
+
+    _loaded = None
+
+    @classmethod
+    def of(cls, build: str) -> Sim:
+        if cls._loaded is None:
+            names = ("libcuda.so.1", "libcudart.so.13", "libkvkernels_drive.so")
+            cls._loaded = cls(*(ctypes.CDLL(str(Path(build) / name)) for name in names))
+            cls._loaded.cuda.fake_log.restype = ctypes.c_char_p
+            cls._loaded.drive.drive_message.restype = ctypes.c_char_p
+            for function in ("fake_calls", "fake_parameters", "fake_allocations", "fake_streams"):
+                getattr(cls._loaded.cuda, function).restype = ctypes.c_int64
+            cls._loaded.drive.drive_divide.restype = ctypes.c_int64
+        return cls._loaded
+
+    def reset(self) -> None:
+        self.cuda.fake_reset()
+        self.drive.drive_watch(ctypes.c_uint64(0), ctypes.c_int64(0), None)
+        for release, address in self.buffers:
+            if release == "forget":
+                self.cuda.fake_forget(ctypes.c_uint64(address))
+            elif release:
+                self._runtime(release, ctypes.c_void_p(address))
+        self.buffers.clear()
+        for stream in self.streams:
+            self._runtime("cudaStreamDestroy", ctypes.c_void_p(stream))
+        self.streams.clear()
+        self._runtime("cudaSetDevice", 0)
+        self.cudart.cudaGetLastError()
+        self.cuda.fake_reset()
+
+    def _runtime(self, name: str, *arguments: Any) -> None:
+        code = getattr(self.cudart, name)(*arguments)
+        if code:
+            raise CudaError(f"{name}: {code}")
+
+    def _allocate(self, name: str, release: str, byte_count: int, *more: Any) -> np.ndarray:
+        out = ctypes.c_void_p()
+        self._runtime(name, ctypes.byref(out), ctypes.c_size_t(byte_count), *more)
+        assert out.value is not None
+        self.buffers.append((release, out.value))
+        return np.frombuffer((ctypes.c_uint8 * byte_count).from_address(out.value), np.uint8)
+
+    def memory(self, kind: int, byte_count: int) -> np.ndarray:
+        """Random bytes in memory of a kind."""
+        if kind == PAGEABLE:
+            buffer = np.empty(byte_count, np.uint8)
+        elif kind == PINNED:
+            buffer = self._allocate("cudaHostAlloc", "cudaFreeHost", byte_count, 0)
+        elif kind == DEVICE:
+            buffer = self._allocate("cudaMalloc", "cudaFree", byte_count)
+        else:
+            buffer = self._allocate("cudaMallocManaged", "cudaFree", byte_count, 1)
+        buffer[:] = np.random.default_rng(byte_count + kind).integers(0, 256, byte_count, np.uint8)
+        return buffer
+
+    def adopt(self, buffer: np.ndarray, kind: int, device: int = 0, device_offset: int = 0) -> np.ndarray:
+        """Declares memory of the test's own to be of a kind."""
+        self.cuda.fake_adopt(
+            ctypes.c_uint64(address(buffer)), ctypes.c_int64(buffer.nbytes), kind, device, ctypes.c_int64(device_offset)
+        )
+        self.buffers.append(("forget", address(buffer)))
+        return buffer
+
+    def register(self, buffer: np.ndarray) -> None:
+        self._runtime("cudaHostRegister", ctypes.c_void_p(address(buffer)), ctypes.c_size_t(buffer.nbytes), 0)
+        self.buffers.append(("cudaHostUnregister", address(buffer)))
+
+    def stream(self, capturing: bool = False) -> int:
+        out = ctypes.c_void_p()
+        self._runtime("cudaStreamCreateWithFlags", ctypes.byref(out), 1)
+        assert out.value is not None
+        self.streams.append(out.value)
+        self.capture(out.value, capturing)
+        return out.value
+
+    def capture(self, stream: int, capturing: bool) -> None:
+        self.cuda.fake_set_capturing(ctypes.c_void_p(stream), int(capturing))
+
+    def set_device(self, device: int) -> None:
+        self._runtime("cudaSetDevice", device)
+
+    def set(self, name: str, value: int) -> None:
+        self.cuda.fake_set(name.encode(), ctypes.c_int64(value))
+
+    def fail(self, call: str, k: int, code: int) -> None:
+        self.cuda.fake_fail(call.encode(), ctypes.c_int64(k), code)
+
+    def calls(self, call: str) -> int:
+        return self.cuda.fake_calls(call.encode())
+
+    def log(self, call: str = "") -> list[dict[str, Any]]:
+        entries = json.loads(self.cuda.fake_log())
+        return [entry for entry in entries if call in ("", entry["call"])]
+
+    def clear_log(self) -> None:
+        self.cuda.fake_clear_log()
+
+    def parameters(self, index: int) -> bytes:
+        out = ctypes.create_string_buffer(LARGE_PARAMETERS)
+        size = self.cuda.fake_parameters(ctypes.c_int64(index), out, ctypes.c_int64(LARGE_PARAMETERS))
+        return out.raw[:size]
+
+    def watch(self, buffer: np.ndarray) -> np.ndarray:
+        """Counts how often kernels write each byte of ``buffer``."""
+        writes = np.zeros(len(buffer), np.uint8)
+        self.drive.drive_watch(
+            ctypes.c_uint64(address(buffer)), ctypes.c_int64(len(buffer)), writes.ctypes.data_as(ctypes.c_void_p)
+        )
+        self._watching = writes
+        return writes
+
+    def loads(self) -> tuple[dict[int, int], int]:
+        """Loads by width since the last call, and the most that one thread had in flight before a store."""
+        widths = (ctypes.c_int64 * 17)()
+        deepest = ctypes.c_int64()
+        self.drive.drive_loads(widths, ctypes.byref(deepest))
+        return {width: count for width, count in enumerate(widths) if count}, deepest.value
+
+    def _checked(self, status: int) -> None:
+        if status == 0:
+            return
+        text = self.drive.drive_message().decode()
+        raise {1: CudaError, 2: Refused}.get(status, AssertionError)(text)
+
+    def dma(
+        self,
+        moves: Sequence[Move],
+        pairs: Sequence[tuple[int, int]],
+        src: np.ndarray,
+        dst: np.ndarray,
+        stream: int,
+        *,
+        direction: int = H2D,
+        any_order: bool = False,
+        plans_only: bool = False,
+    ) -> Issued:
+        rows = _int64([move.row(address(src), address(dst)) for move in moves])
+        segments = _int64(segments_of(pairs))
+        out = np.zeros(3, np.int64)
+        status = self.drive.drive_dma(
+            _data(rows), ctypes.c_int64(len(rows)), _data(segments), ctypes.c_int64(len(segments)), direction,
+            int(any_order), int(plans_only), ctypes.c_void_p(stream), _data(out),
+        )  # fmt: skip
+        self._checked(status)
+        return Issued(*out.tolist())
+
+    def fragments(
+        self, rows: Sequence[tuple[int, int, int]], stream: int, *, any_order: bool = False, plans_only: bool = False
+    ) -> Issued:
+        """Rows are source address, destination address and bytes."""
+        numbers = _int64(rows)
+        out = np.zeros(3, np.int64)
+        status = self.drive.drive_fragments(
+            _data(numbers),
+            ctypes.c_int64(len(rows)),
+            int(any_order),
+            int(plans_only),
+            ctypes.c_void_p(stream),
+            _data(out),
+        )
+        self._checked(status)
+        return Issued(*out.tolist())
+
+    def kernel(
+        self,
+        moves: Sequence[Move],
+        pairs: Sequence[tuple[int, int]],
+        src: np.ndarray,
+        dst: np.ndarray,
+        stream: int = 0,
+        *,
+        ids: DeviceIds | None = None,
+        direction: int = D2D,
+        sm_budget: int = 0,
+        max_items: int = 0,
+        capturing: bool = False,
+        maps: bool = False,
+        runs: bool = True,
+    ) -> KernelRun:
+        rows = _int64([move.row(address(src), address(dst)) for move in moves])
+        segments = _int64([] if ids else segments_of(pairs))
+        numbers = _int64(ids.numbers()) if ids else None
+        options = _int64([direction, sm_budget, max_items, int(capturing), int(maps), int(runs)])
+        out = np.zeros(12, np.int64)
+        status = self.drive.drive_kernel(
+            _data(rows), ctypes.c_int64(len(rows)), _data(segments), ctypes.c_int64(len(segments)),
+            None if numbers is None else _data(numbers), _data(options), ctypes.c_void_p(stream), _data(out),
+        )  # fmt: skip
+        self._checked(status)
+        found = out.tolist()
+        variant = ("page", "row", "bytes")[found[8]]
+        return KernelRun(*found[:7], bool(found[7]), variant, Issued(*found[9:]))
+
+    def take_fault(self, device: int = 0) -> tuple[int, int, int] | None:
+        """Count, first row and op."""
+        out = np.zeros(4, np.int64)
+        self._checked(self.drive.drive_take_fault(device, _data(out)))
+        return tuple(out[1:].tolist()) if out[0] else None
+
+    def is_capturing(self, stream: int) -> bool:
+        out = np.zeros(1, np.int64)
+        self._checked(self.drive.drive_is_capturing(ctypes.c_void_p(stream), _data(out)))
+        return bool(out[0])
+
+    def find(self, addresses: Sequence[int]) -> list[dict[str, int]]:
+        numbers = _int64(addresses)
+        out = np.zeros((len(addresses), 6), np.int64)
+        self._checked(self.drive.drive_find(_data(numbers), ctypes.c_int64(len(addresses)), _data(out)))
+        keys = ("memory", "begin", "end", "device", "mapped", "device_offset")
+        return [dict(zip(keys, row, strict=True)) for row in out.tolist()]
+
+    def divide(self, n: int, divisor: int, wide: bool) -> int:
+        return self.drive.drive_divide(ctypes.c_int64(n), ctypes.c_int64(divisor), int(wide))
+
+
+def address(buffer: np.ndarray) -> int:
+    return buffer.ctypes.data
+
+
+def _int64(numbers: Any) -> np.ndarray:
+    return np.ascontiguousarray(numbers, dtype=np.int64)
+
+
+def _data(numbers: np.ndarray) -> ctypes.c_void_p:
+    return numbers.ctypes.data_as(ctypes.c_void_p)
+
+
+def ids_in_column(sim: Sim, ids: Sequence[int], width: int = 8, stride_bytes: int = 8) -> IdColumn:
+    """A column of ids in device memory at any stride, with garbage between."""
+    buffer = sim.memory(DEVICE, max(1, len(ids) * stride_bytes))
+    for row, id_ in enumerate(ids):
+        number = int(id_).to_bytes(width, "little", signed=True)
+        buffer[row * stride_bytes : row * stride_bytes + width] = np.frombuffer(number, np.uint8)
+    return IdColumn(address(buffer), stride_bytes, width)

@@ -1,0 +1,102 @@
+"""The C++ core and the CPU executor under sanitizers, compiled from the sources beside these tests."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+CSRC = ROOT / "csrc"
+CPP = ROOT / "tests" / "cpp"
+COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+
+MEMORY = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+RACES = ("-fsanitize=thread",)
+
+CORE = sorted(CSRC.glob("core/*.cpp"))
+CPU = sorted(CSRC.glob("cpu/*.cpp"))
+# What test_core.cpp calls: its build for races need not wait for the rest.
+READING = [CSRC / "core" / "pairs.cpp", CSRC / "core" / "verify.cpp"]
+
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler was found")
+
+
+def names_of_tests(source: Path) -> list[str]:
+    """Every ``void name() {`` is a test; the program's --list must name the same."""
+    return sorted(re.findall(r"^void (\w+)\(\) \{$", source.read_text(), re.MULTILINE))
+
+
+def run(command: Sequence[object]) -> str:
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=300)
+    if done.returncode:
+        output = (done.stdout + done.stderr)[-6000:]
+        pytest.fail(f"{Path(str(command[0])).name} exited with {done.returncode}:\n{output}", pytrace=False)
+    return done.stdout
+
+
+class Build:
+    """Object files of one set of sanitizers, each compiled once."""
+
+    def __init__(self, folder: Path, sanitizers: Sequence[str]) -> None:
+        self._folder = folder
+        self._sanitizers = sanitizers
+
+    def program(self, name: str, sources: Sequence[Path]) -> Path:
+        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+            objects = list(pool.map(self._compiled, [CPP / f"{name}.cpp", *sources]))
+        program = self._folder / name
+        run([COMPILER, *self._sanitizers, *objects, "-o", program, "-pthread"])
+        return program
+
+    def _compiled(self, source: Path) -> Path:
+        target = self._folder / f"{source.parent.name}_{source.name}.o"
+        if not target.exists():
+            run([COMPILER, "-std=c++20", "-O1", "-g1", *self._sanitizers, f"-I{CSRC}", "-c", source, "-o", target])
+        return target
+
+
+@pytest.fixture(scope="module")
+def memory_build(tmp_path_factory: pytest.TempPathFactory) -> Build:
+    return Build(tmp_path_factory.mktemp("memory"), MEMORY)
+
+
+@pytest.fixture(scope="module")
+def core(memory_build: Build) -> Path:
+    return memory_build.program("test_core", CORE)
+
+
+@pytest.fixture(scope="module")
+def core_bytes(memory_build: Build) -> Path:
+    return memory_build.program("test_core_bytes", [*CORE, *CPU])
+
+
+@pytest.mark.parametrize("name", names_of_tests(CPP / "test_core.cpp"))
+def test_core(core: Path, name: str) -> None:
+    run([core, name])
+
+
+@pytest.mark.parametrize("name", names_of_tests(CPP / "test_core_bytes.cpp"))
+def test_core_bytes(core_bytes: Path, name: str) -> None:
+    run([core_bytes, name])
+
+
+def test_every_test_of_the_core_is_listed(core: Path, core_bytes: Path) -> None:
+    for program in (core, core_bytes):
+        assert run([program, "--list"]).split() == names_of_tests(CPP / f"{program.name}.cpp")
+
+
+def test_core_without_races(tmp_path: Path) -> None:
+    program = Build(tmp_path, RACES).program("test_core", READING)
+    run([program, "threads_share_the_cache_of_plans"])
+
+
+def test_cpu_copy(memory_build: Build) -> None:
+    seed, seconds = 1, 5
+    run([memory_build.program("test_cpu_copy", [*CORE, *CPU]), seed, seconds])

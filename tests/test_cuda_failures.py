@@ -1,0 +1,169 @@
+"""Every CUDA call of csrc/cuda fails in turn on the stand-in: a clean error that names it, and the next call works."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from simgpu.sim import (
+    BATCH,
+    DEVICE,
+    H2D,
+    ILLEGAL_ADDRESS,
+    PAGE,
+    PAGEABLE,
+    PINNED,
+    CudaError,
+    DeviceIds,
+    IdColumn,
+    Move,
+    Side,
+    address,
+    ids_in_column,
+    random_pairs,
+)
+from simgpu.worker import on_stand_in
+
+
+def dma_scenario(sim):
+    """Two batches, a copy beside them, and one alone."""
+    src, pageable, dst = sim.memory(PINNED, 4096 * 64), sim.memory(PAGEABLE, 64), sim.memory(DEVICE, 8192 * 64)
+    rows = [(address(src) + 64 * (i % 4096), address(dst) + 64 * i, 64) for i in range(2 * BATCH + 1)]
+    rows.append((address(pageable), address(dst) + 64 * 8000, 64))
+    stream = sim.stream()
+    return lambda: sim.fragments(rows, stream)
+
+
+def kernel_scenario(sim):
+    """Two launches of uploaded tables, from mapped pinned memory."""
+    src, dst = sim.memory(PINNED, 16384 * 16), sim.memory(DEVICE, 16384 * 16)
+    move, pairs = Move(Side(0, 16), Side(0, 16), 16), random_pairs(16000, 16384)
+    return lambda: sim.kernel([move], pairs, src, dst, sim.stream(), direction=H2D, maps=True, max_items=8000)
+
+
+class FirstUse:
+    """Everything that happens at a device's first use, and reading its word."""
+
+    last_device = 200
+
+    def __init__(self, sim):
+        FirstUse.last_device += 1
+        self.sim, self.device = sim, FirstUse.last_device
+
+    def run(self, prepare=lambda: None):
+        """What was found; ``prepare`` is called once everything is allocated that is not part of it."""
+        self.sim.set_device(self.device)
+        src, dst = self.sim.memory(DEVICE, 4096), self.sim.memory(DEVICE, 4096)
+        ids = DeviceIds(ids_in_column(self.sim, [99, 1]), IdColumn(), 2, 10, 10)
+        stream = self.sim.stream()
+        self.sim.clear_log()
+        prepare()
+        self.sim.kernel([PAGE], [], src, dst, stream, ids=ids)
+        return self.sim.take_fault(self.device)
+
+
+# Calls whose failure a destructor meets: nothing can be done about it, and the next call would say what is wrong.
+UNREPORTED = {("cudaStreamDestroy", 1), ("cudaStreamDestroy", 2), ("cudaThreadExchangeStreamCaptureMode", 2)}
+MOVES_BYTES = {"cudaMemcpyAsync", "cuMemcpyBatchAsync", "cudaLaunchKernelExC"}
+
+
+POINTER_CALLS = ("cuPointerGetAttributes", "cudaPointerGetAttributes")
+CALLS = {
+    "dma": ("cuMemcpyBatchAsync", "cudaMemcpyAsync", "cudaStreamIsCapturing", *POINTER_CALLS),
+    "kernel": ("cudaLaunchKernelExC", "cudaGetDevice", "cudaMalloc", *POINTER_CALLS),
+}
+
+
+@pytest.mark.parametrize("scenario", ["dma", "kernel"])
+@on_stand_in
+def test_every_return_code_is_checked(sim, scenario):
+    """Each call of each kind fails in turn: an error that names it, no error left behind, and the next call works."""
+    run = {"dma": dma_scenario, "kernel": kernel_scenario}[scenario](sim)
+    for call in CALLS[scenario]:
+        run()
+        before = sim.calls(call)
+        run()
+        count = sim.calls(call) - before
+        assert count > 0, call
+        for k in range(1, count + 1):
+            sim.fail(call, k, ILLEGAL_ADDRESS)
+            sim.set("failed_index", 5)
+            with pytest.raises(CudaError) as caught:
+                run()
+            batch = " (copy 5 of its batch)" if call == "cuMemcpyBatchAsync" else ""
+            tail = "; the destination is undefined" if call in MOVES_BYTES else ""
+            assert (
+                str(caught.value) == f"{call}{batch} failed: cudaErrorIllegalAddress (an error of the stand-in){tail}"
+            )
+            assert sim.cudart.cudaPeekAtLastError() == 0
+            run()
+
+
+@on_stand_in
+def test_every_return_code_at_first_use(sim):
+    """The same for what happens once a device: each try has a device of its own."""
+    names = ("cudaDeviceGetAttribute", "cudaMalloc", "cudaStreamCreateWithFlags", "cudaMemsetAsync", "cudaGetDevice",
+             "cudaStreamSynchronize", "cudaThreadExchangeStreamCaptureMode", "cudaStreamDestroy",
+             "cudaDeviceSynchronize", "cudaMemcpy", "cudaLaunchKernelExC")  # fmt: skip
+    counts = {}
+    assert FirstUse(sim).run(lambda: counts.update({name: -sim.calls(name) for name in names})) == (1, 0, 7)
+    counts = {name: count + sim.calls(name) for name, count in counts.items()}
+    assert min(counts.values()) > 0, counts
+    for name, k in [(name, k) for name, count in counts.items() for k in range(1, count + 1)]:
+        sim.reset()
+        allocations, streams = sim.cuda.fake_allocations(), sim.cuda.fake_streams()
+        use = FirstUse(sim)
+        try:
+            assert use.run(lambda name=name, k=k: sim.fail(name, k, ILLEGAL_ADDRESS)) == (1, 0, 7)
+            assert (name, k) in UNREPORTED, f"call {k} of {name} failed unnoticed"
+            lost = 0
+        except CudaError as error:
+            assert str(error).startswith(f"{name} failed: cudaErrorIllegalAddress"), error
+            # Once cleared, a record is gone with the exception; before that, it is still there for the next call.
+            lost = len(sim.log("launch")) - ((name, k) == ("cudaStreamSynchronize", 2))
+        assert sim.cudart.cudaPeekAtLastError() == 0, name
+        if (name, k) == ("cudaThreadExchangeStreamCaptureMode", 2):
+            sim.cudart.fake_set_capture_mode(0)
+        assert sim.cudart.fake_capture_mode() == 0, name
+        sim.reset()
+        # The word stays with its device, unless it could not be zeroed.
+        assert sim.cuda.fake_streams() == streams, name
+        kept = sim.cuda.fake_allocations() - allocations
+        assert kept in (0, 1) and (kept == 0 or k > 1 or name not in ("cudaMemsetAsync", "cudaStreamSynchronize")), name
+        assert use.run() == (1 + lost, 0, 7), (name, k)
+
+
+@on_stand_in(fresh=True)
+def test_the_entry_points_return_codes(sim):
+    """Asked for once a process, and again after a failure."""
+    src, dst = sim.memory(PINNED, 4096), sim.memory(DEVICE, 4096)
+    stream = sim.stream()
+    for k, done in ((1, 0), (2, 1)):
+        sim.fail("cudaGetDriverEntryPointByVersion", k, ILLEGAL_ADDRESS)
+        with pytest.raises(CudaError, match=r"^cudaGetDriverEntryPointByVersion failed: cudaErrorIllegalAddress"):
+            sim.dma([PAGE], [(0, 1), (3, 2)], src, dst, stream)
+        assert sim.calls("cudaGetDriverEntryPointByVersion") == k + done
+    sim.dma([PAGE], [(0, 1), (3, 2)], src, dst, stream)
+    sim.dma([PAGE], [(0, 1), (3, 2)], src, dst, stream)
+    assert len(sim.log("cudaGetDriverEntryPointByVersion")) == 4
+    assert np.array_equal(dst[64:128], src[:64])
+
+
+@on_stand_in
+def test_an_error_of_someone_elses_is_not_ours(sim):
+    """What another library left as the runtime's last error fails none of our calls, and stays where it is."""
+    src, dst = sim.memory(PINNED, 4096), sim.memory(DEVICE, 4096)
+    assert sim.cudart.cudaHostUnregister(None) != 0
+    sim.dma([PAGE], [(0, 1), (3, 2)], src, dst, sim.stream())
+    sim.kernel([PAGE], [(0, 1), (3, 2)], src, dst, direction=H2D, maps=True)
+    assert sim.cudart.cudaGetLastError() != 0
+
+
+@on_stand_in
+def test_a_failed_upload_launches_nothing(sim):
+    run = kernel_scenario(sim)
+    run()
+    sim.clear_log()
+    sim.fail("cudaMemcpyAsync", 1, ILLEGAL_ADDRESS)
+    with pytest.raises(CudaError, match="cudaMemcpyAsync failed"):
+        run()
+    assert not sim.log("launch")

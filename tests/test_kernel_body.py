@@ -1,0 +1,344 @@
+"""The copy kernels' per-thread code, executed on the host: every byte, every alignment, each byte written once.
+
+Accesses are checked one by one: aligned to their width, and inside memory that a kernel may touch.
+"""
+
+from __future__ import annotations
+
+import mmap
+
+import numpy as np
+import pytest
+from simgpu.sim import (
+    D2D,
+    D2H,
+    DEVICE,
+    H2D,
+    PINNED,
+    DeviceIds,
+    IdColumn,
+    Move,
+    Side,
+    Sim,
+    address,
+    copy_naively,
+    ids_in_column,
+)
+from simgpu.worker import on_stand_in
+
+MAX_OFFSET_BYTES = 16
+SIZES = (1, 2, 15, 16, 17, 31, 48, 100, 127, 128, 255, 1000, 1024, 1040, 3000, 4095, 4096, 4097, 4300, 8192, 9001)
+
+
+def check(sim: Sim, moves, pairs, src, dst, **options):
+    """Runs the kernels and compares every byte of the destination, and how often each was written, with the oracle."""
+    expected = dst.copy()
+    expected_writes = copy_naively(moves, pairs, src, expected)
+    assert expected_writes.max(initial=0) <= 1, "the case itself writes a byte twice"
+    source = src.copy()
+    rows = options.pop("rows", pairs)
+    writes = sim.watch(dst)
+    before = [sim.calls("cudaLaunchKernelExC"), sim.calls("cudaMemcpyAsync")]
+    run = sim.kernel(moves, pairs, src, dst, **options)
+    after = [sim.calls("cudaLaunchKernelExC"), sim.calls("cudaMemcpyAsync")]
+    assert np.array_equal(dst, expected), f"{np.flatnonzero(dst != expected)[:8]} of {len(dst)}: {moves} {run}"
+    assert np.array_equal(writes, expected_writes), f"{np.flatnonzero(writes != expected_writes)[:8]}: {moves} {run}"
+    assert np.array_equal(src, source)
+    assert after[0] - before[0] == run.launches == run.issued.launches
+    assert after[1] - before[1] == int(run.uploads)
+    assert (run.issued.descriptors, run.issued.bytes) == (run.descriptors, run.bytes)
+    assert run.bytes == len(rows) * sum(m.fragment_bytes * len(m.offsets()) for m in moves)
+    return run
+
+
+@pytest.mark.parametrize("direction", [H2D, D2H], ids=["cut-on-src", "cut-on-dst"])
+@pytest.mark.parametrize("src_offset", range(MAX_OFFSET_BYTES + 1))
+@on_stand_in
+def test_every_alignment_and_size(sim, src_offset, direction):
+    src = sim.memory(DEVICE, 64 << 10)
+    dst = sim.memory(DEVICE, 64 << 10)
+    for dst_offset in range(MAX_OFFSET_BYTES + 1):
+        for fragment_bytes in SIZES:
+            stride = fragment_bytes + (src_offset + dst_offset) % 3
+            moves = [Move(Side(src_offset, stride), Side(dst_offset, stride + 1), fragment_bytes)]
+            check(sim, moves, [(0, 1), (3, 0), (2, 3)], src, dst, direction=direction, sm_budget=1)
+
+
+def _nest(rng, extents, fragment_bytes, pad_unit):
+    """Strides of a page whose loops lie in random order, innermost first, with random padding; and its bytes."""
+    strides = [0] * len(extents)
+    size = fragment_bytes + pad_unit * int(rng.integers(0, 3))
+    for level in rng.permutation(len(extents)):
+        strides[level] = size
+        size = size * extents[level] + pad_unit * int(rng.integers(0, 3))
+    return strides, size
+
+
+def _random_case(rng, shape):
+    """Moves over disjoint parts of both buffers, pairs, both sizes, and the ids there are on each side."""
+    fragment_bytes = {
+        "page": lambda: int(rng.choice([rng.integers(1, 200), rng.integers(200, 5000), rng.integers(5000, 14000)])),
+        "row": lambda: 16 * int(rng.integers(1, 65)),
+        "bytes": lambda: int(rng.choice([rng.integers(1, 70), rng.integers(70, 1200), rng.integers(4000, 9000)])),
+    }[shape]()
+    unit = 16 if shape == "row" else int(rng.choice([1, 2, 4, 8, 16]))
+    if shape == "bytes" and rng.integers(2):
+        fragment_bytes = max(unit, fragment_bytes // unit * unit)
+    loop_count = 0 if shape == "page" else int(rng.integers(0, 4))
+    budget = max(1, 60000 // fragment_bytes)
+    subblocks = [1, 1]
+    if rng.integers(3) == 0:
+        subblocks = [int(rng.choice([1, 2, 3, 7, 16])) for _ in range(2)]
+    blocks = [max(2, int(rng.integers(2, 12)) // s) for s in subblocks]
+    id_counts = [b * s for b, s in zip(blocks, subblocks, strict=True)]
+    moves, ends = [], [0, 0]
+    same_form = bool(rng.integers(2))
+    extents = None
+    for _ in range(int(rng.integers(1, 5))):
+        if extents is None or not same_form:
+            extents = [int(rng.integers(2, 6)) for _ in range(loop_count)]
+            while np.prod(extents, dtype=int) * max(id_counts) > budget and max(extents, default=1) > 1:
+                extents[int(np.argmax(extents))] -= 1
+        sides, all_strides = [], []
+        for s in range(2):
+            strides, size = _nest(rng, [*extents, subblocks[s]], fragment_bytes, unit)
+            offset = (ends[s] + 15) // 16 * 16 + (0 if shape == "row" else unit * int(rng.integers(0, 17)))
+            block_stride = size + unit * int(rng.integers(0, 4))
+            sides.append(Side(offset, block_stride, strides[-1], subblocks[s]))
+            all_strides.append(strides[:-1])
+            ends[s] = offset + blocks[s] * block_stride
+        loops = tuple(zip(extents, *all_strides, strict=True))
+        moves.append(Move(sides[0], sides[1], fragment_bytes, loops))
+        if not same_form:
+            grain = 16 if shape == "row" else 1
+            fragment_bytes = grain * int(
+                rng.choice([rng.integers(1, fragment_bytes // grain + 1), 1 + rng.integers(0, 9)])
+            )
+    count = int(rng.integers(1, id_counts[1] + 1))
+    dst_ids = rng.permutation(id_counts[1])[:count]
+    src_ids = rng.integers(0, id_counts[0], count)
+    if rng.integers(3) == 0:
+        dst_ids = np.sort(dst_ids)
+        src_ids = np.minimum(dst_ids, id_counts[0] - 1)
+    pairs = list(zip(src_ids.tolist(), dst_ids.tolist(), strict=True))
+    return moves, pairs, ends[0] + 64, ends[1] + 64, id_counts
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("shape", ["page", "row", "bytes"])
+@on_stand_in
+def test_random_cases(sim, shape, seed):
+    """Random moves, pools, loops, sub-blocks and ids; a third of them cut into many launches."""
+    rng = np.random.default_rng([seed, len(shape)])
+    variants = set()
+    for _ in range(25):
+        moves, pairs, src_bytes, dst_bytes, _ = _random_case(rng, shape)
+        src, dst = sim.memory(DEVICE, src_bytes), sim.memory(DEVICE, dst_bytes)
+        max_items = int(rng.choice([0, 0, rng.integers(1, 40), rng.integers(40, 3000)]))
+        capturing = bool(rng.integers(4) == 0)
+        run = check(
+            sim, moves, pairs, src, dst, sm_budget=int(rng.integers(1, 4)), max_items=max_items, capturing=capturing,
+            direction=int(rng.choice([H2D, D2H, D2D])),
+        )  # fmt: skip
+        variants.add(run.variant)
+        if not max_items and not capturing:
+            assert run.launches == 1
+        sim.reset()
+    assert shape != "row" or variants == {"row"}
+
+
+@pytest.mark.parametrize("width", [4, 8])
+@pytest.mark.parametrize("shape", ["page", "row", "bytes"])
+@on_stand_in
+def test_ids_on_the_device(sim, shape, width):
+    """Bad pairs are skipped and counted once each, whatever the moves, loops and launches; good ones are copied."""
+    rng = np.random.default_rng([width, len(shape)])
+    for _ in range(40):
+        moves, pairs, src_bytes, dst_bytes, limits = _random_case(rng, shape)
+        src, dst = sim.memory(DEVICE, src_bytes), sim.memory(DEVICE, dst_bytes)
+        rows = [list(pair) for pair in pairs]
+        skip_negative = bool(rng.integers(2))
+        for row in range(len(rows)):
+            if rng.integers(4) == 0:
+                side = int(rng.integers(2))
+                far = 2**31 - 1 if width == 4 else 2**62
+                rows[row][side] = int(rng.choice([-1, -far, limits[side], limits[side] + 1, far]))
+        in_order = bool(rng.integers(5) == 0) and len(rows) <= limits[1]
+        if in_order:
+            rows = [[src_id, row] for row, (src_id, _) in enumerate(rows)]
+        kept = [(s, d) for s, d in rows if 0 <= s < limits[0] and 0 <= d < limits[1]]
+        bad = [
+            row for row, (s, d) in enumerate(rows)
+            if not (0 <= s < limits[0] and 0 <= d < limits[1]) and not (skip_negative and min(s, d) < 0)
+        ]  # fmt: skip
+        ids = DeviceIds(
+            ids_in_column(sim, [s for s, _ in rows], width, width * int(rng.integers(1, 4))),
+            IdColumn() if in_order else ids_in_column(sim, [d for _, d in rows], width, width * 2),
+            len(rows), *limits, skip_negative,
+        )  # fmt: skip
+        max_items = int(rng.choice([0, rng.integers(1, 60)]))
+        check(sim, moves, kept, src, dst, ids=ids, rows=rows, sm_budget=2, max_items=max_items)
+        assert sim.take_fault() == ((len(bad), bad[0], ids.op) if bad else None)
+        assert sim.take_fault() is None
+        sim.reset()
+
+
+@on_stand_in
+def test_the_first_op_to_fail_owns_the_row(sim):
+    src, dst = sim.memory(DEVICE, 4096), sim.memory(DEVICE, 4096)
+    move = Move(Side(0, 64), Side(0, 64), 64)
+    for op, ids in ((3, [0, 1, 99, 99]), (5, [99, 0, 1, 2]), (3, [0, 99, 1, 2])):
+        columns = DeviceIds(ids_in_column(sim, ids), IdColumn(), len(ids), 10, 10, op=op)
+        sim.kernel([move], [], src, dst, ids=columns)
+    assert sim.take_fault() == (4, 1, 3)
+
+
+def _sparse(sim, byte_count):
+    """Memory of which only what is touched exists."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
+    buffer = np.frombuffer(mmap.mmap(-1, byte_count, flags=flags), np.uint8)
+    return sim.adopt(buffer, DEVICE)
+
+
+@on_stand_in
+def test_offsets_beyond_32_bits(sim):
+    """Block, sub-block and loop strides and ids whose products pass 2^31 and 2^32."""
+    big = _sparse(sim, 13 << 30)
+    small = sim.memory(DEVICE, 1 << 16)
+    page = 4096 + 40
+    for src_is_big in (True, False):
+        far = Side(8, (1 << 30) + 16)
+        near = Side(24, page)
+        wide_loop = (3, (1 << 31) + 48, page) if src_is_big else (3, page, (1 << 31) + 48)
+        nested = (Side(0, 1 << 28, (1 << 31) + 64, 5), Side(0, 3 * page))
+        cases = [
+            (Move(far, near, page), [(9, 0), (2, 3), (4, 1)]),
+            (Move(Side(0, 1 << 20), Side(0, 6 * page), page, (wide_loop,)), [(5, 0), (2, 1)]),
+            (Move(*nested, 272), [(4, 0), (7, 1), (0, 2)]),
+        ]
+        for move, pairs in cases:
+            if not src_is_big:
+                loops = tuple((e, s, d) for e, s, d in move.loops)
+                if move.src is not far and not loops:
+                    move = Move(move.dst, move.src, move.fragment_bytes)
+                elif loops:
+                    move = Move(move.dst, move.src, move.fragment_bytes, loops)
+                else:
+                    move = Move(near, far, page)
+                pairs = [(d, s) for s, d in pairs]
+            places = [(s + move.src.at(a), d + move.dst.at(b)) for a, b in pairs for s, d in move.offsets()]
+            assert max(max(place) for place in places) > 2**32
+            src, dst = (big, small) if src_is_big else (small, big)
+            for k, (s, _) in enumerate(places):
+                if src_is_big:
+                    src[s : s + move.fragment_bytes] = (np.arange(move.fragment_bytes) * 7 + k) % 251
+            sim.kernel([move], pairs, src, dst, sm_budget=2)
+            for s, d in places:
+                assert np.array_equal(dst[d : d + move.fragment_bytes], src[s : s + move.fragment_bytes])
+                if not src_is_big:
+                    guard = dst[d + move.fragment_bytes : d + move.fragment_bytes + 64]
+                    assert not guard.any()
+                    dst[d : d + move.fragment_bytes] = 0
+
+
+@on_stand_in
+def test_ids_beyond_32_bits(sim):
+    """Ids that do not fit in 32 bits ride in the tables as 64-bit ones."""
+    big = _sparse(sim, 5 << 30)
+    dst = sim.memory(DEVICE, 4096)
+    ids = [2**32 + 5, 2**31 + 3, 7]
+    for value, id_ in enumerate(ids):
+        big[id_] = value + 1
+    sim.kernel([Move(Side(0, 1), Side(0, 1), 1)], [(id_, row) for row, id_ in enumerate(ids)], big, dst)
+    assert dst[:3].tolist() == [1, 2, 3]
+    # 2^40 sub-block ids of no stride of their own: only the division sees the size.
+    for subblocks in (3, 2**20 + 7, 2**39 + 1):
+        ids = [2**40 - 1, 2**40 // 2 + 1, subblocks]
+        move = Move(Side(0, 1, 0, subblocks), Side(0, 1), 1)
+        for id_ in ids:
+            if id_ // subblocks < 5 << 30:
+                big[id_ // subblocks] = id_ % 250 + 1
+        usable = [id_ for id_ in ids if id_ // subblocks < 5 << 30]
+        assert usable
+        sim.kernel([move], [(id_, row) for row, id_ in enumerate(usable)], big, dst)
+        assert dst[: len(usable)].tolist() == [int(big[id_ // subblocks]) for id_ in usable]
+
+
+@on_stand_in
+def test_division_by_multiplication_is_exact(sim):
+    """At every edge: multiples of the divisor and their neighbours, up to the largest number allowed."""
+    rng = np.random.default_rng(0)
+    for wide, limit in ((False, 2**31), (True, 2**63)):
+        divisors = [1, 2, 3, 5, 7, 16, 63, 64, 65, 1000, 2**16 + 1, 2**30 - 1, 2**30, 2**30 + 1, 2**31 - 1]
+        divisors += [int(d) for d in rng.integers(1, 2**31, 100)]
+        if wide:
+            divisors = [*divisors[1:], 2**31, 2**32 + 1, 2**62 - 1, 2**62, 2**62 + 1, 2**63 - 1]
+        for divisor in divisors:
+            numbers = {0, 1, divisor - 1, divisor, limit - 1, limit - 2}
+            for multiple in (limit // divisor, limit // divisor // 2, 2, int(rng.integers(0, limit // divisor + 1))):
+                numbers |= {multiple * divisor - 1, multiple * divisor, multiple * divisor + 1}
+            for n in numbers:
+                if 0 <= n < limit:
+                    assert sim.divide(n, divisor, wide) == n // divisor, (n, divisor, wide)
+
+
+@on_stand_in
+def test_wide_accesses_and_loads_in_flight(sim):
+    """Aligned pages move in 16-byte accesses alone, eight a lane before a store; the widest common width otherwise."""
+    src, dst = sim.memory(DEVICE, 1 << 20), sim.memory(DEVICE, 1 << 20)
+    pairs = [(i, (i * 5 + 1) % 8) for i in range(8)]
+    sim.loads()
+    sim.kernel([Move(Side(0, 65536), Side(0, 65536), 65536)], pairs, src, dst)
+    assert sim.loads() == ({16: 8 * 65536 // 16}, 8)
+    sim.kernel([Move(Side(0, 65536), Side(0, 65536), 256, ((8, 4096, 256), (16, 256, 2048)))], pairs, src, dst)
+    assert sim.loads() == ({16: 8 * 128 * 16}, 4)
+    # Tiles are cut at cache lines, so that only a page's own ends go byte by byte.
+    sim.kernel([Move(Side(40, 65536), Side(24, 65536), 65280)], pairs, src, dst)
+    assert sim.loads()[0] == {16: 8 * (65280 // 16 - 1), 1: 8 * 16}
+    for difference, width in ((8, 8), (4, 4), (2, 2), (1, 1)):
+        sim.kernel([Move(Side(difference, 65536), Side(0, 65536), 65280)], pairs, src, dst)
+        widths, deepest = sim.loads()
+        assert widths[width] >= 8 * (65280 // width - 2 * 16) and deepest >= 4
+
+
+@on_stand_in
+def test_addresses_as_ids_keep_their_alignment(sim):
+    """Raw addresses are ids of a stride of 1: the widest access that all of them allow, and exact tiles."""
+    src, dst = sim.memory(DEVICE, 1 << 18), sim.memory(DEVICE, 1 << 18)
+    absolute = np.empty(0, np.uint8)
+    for unit, variant in ((16, "row"), (8, "bytes"), (4, "bytes"), (2, "bytes"), (1, "bytes")):
+        for fragment_bytes in (48, 5 * 4096):
+            places = [(3 * unit, 16 * 7), (65536, unit), (131072 + 5 * unit, 65536)]
+            expected = dst.copy()
+            for s, d in places:
+                expected[d : d + fragment_bytes] = src[s : s + fragment_bytes]
+            pairs = [(address(src) + s, address(dst) + d) for s, d in places]
+            # The move's base is null: what is added to it here, the Sim adds back.
+            move = Move(Side(-address(absolute), 1), Side(-address(absolute), 1), fragment_bytes)
+            sim.loads()
+            run = sim.kernel([move], pairs, absolute, absolute)
+            assert np.array_equal(dst, expected)
+            widths, _ = sim.loads()
+            assert run.variant == (variant if fragment_bytes == 48 else "page")
+            assert fragment_bytes > 48 or widths == {unit: 3 * 48 // unit}
+            assert fragment_bytes == 48 or run.tiles == 3 * 6
+            src[:] = np.roll(src, 1)
+    aligned = [(address(src), address(dst) + 128), (address(src) + 256, address(dst) + 65536)]
+    move = Move(Side(-address(absolute), 1), Side(-address(absolute), 1), 3 * 4096)
+    assert sim.kernel([move], aligned, absolute, absolute, runs=False).tiles == 2 * 3
+
+
+@on_stand_in
+def test_pinned_memory_is_reached_through_the_devices_address(sim):
+    """Where the device sees host memory at another address, kernels use that one; the host's would fault here."""
+    sim.set("device_addresses_differ", 1)
+    host, device = sim.memory(PINNED, 1 << 16), sim.memory(DEVICE, 1 << 16)
+    moves = [Move(Side(64, 5000), Side(32, 6000), 4999), Move(Side(40000, 96), Side(50000, 96), 96)]
+    pairs = [(0, 3), (2, 1), (5, 0)]
+    sim.kernel(moves, pairs, host, device, direction=H2D, maps=True)
+    expected = device.copy()
+    copy_naively(moves, pairs, host, expected)
+    assert np.array_equal(device, expected)
+    sim.kernel(moves, pairs, device, host, direction=D2H, maps=True)
+    with pytest.raises(RuntimeError, match="out of reach"):
+        sim.kernel(moves, pairs, host, device, direction=H2D, maps=False)
