@@ -83,13 +83,18 @@ def _service(op: str, place: str, cuda: Mapping[str, Any]) -> dict[str, Any]:
         if op == "swap_blocks_batch":
             return _entry([], None, "the reference cannot tell a device's address from the host's")
         return _entry(["reference"], "reference", NO_LIBRARY)
-    if not cuda["built"]:
-        return _entry([], None, "the library was built without CUDA code")
     reference = ["reference"] if op in _TAKES_EXECUTOR else []
-    if place == "cuda to cuda":
-        return _entry(["kernel", *reference], "kernel", "one launch for all pools and pairs")
+    if not cuda["built"]:
+        return _entry(reference, None, "the library was built without CUDA code")
+    both = ["kernel", "dma", *reference]
+    if place == "cuda to cuda" and op != "swap_blocks_batch":
+        return _entry(
+            both if op in _TAKES_EXECUTOR else ["kernel"],
+            "kernel",
+            "one launch for all pools and pairs",
+        )
     return _entry(
-        ["kernel", "dma", *reference],
+        both,
         "kernel or dma",
         "by fragment bytes, their number and the direction: kvkernels.explain says which",
     )

@@ -27,9 +27,10 @@ GUARD_BYTES = 64
 MAX_OFFSET_BYTES = 16
 _CASE_BYTES = 1 << 20
 
-TAKES_EXECUTOR = ("gather_blocks", "scatter_blocks", "copy_pages")
-# Which kinds of memory the source and the destination are in; those with a device run where there is one.
-PLACEMENTS = ("h2h", "h2d", "d2h", "d2d")
+# The ops that take an executor, and ids on a device: where those stand among the arguments.
+IDS_AT = {"gather_blocks": 1, "scatter_blocks": 1, "copy_pages": 2}
+# (placement, whether host memory is pinned): the combinations that need a GPU.
+DEVICE_PLACEMENTS = [("h2d", True), ("h2d", False), ("d2h", True), ("d2h", False), ("d2d", False)]
 
 
 def examples(count: int) -> settings:
@@ -110,10 +111,14 @@ class Case:
     def fits(self, placement: str) -> bool:
         return "both" not in self.sides or placement in ("h2h", "d2d")
 
-    def executors(self, placement: str) -> tuple[str, ...]:
-        if self.op not in TAKES_EXECUTOR:
+    def executors(self, placement: str, pinned: bool) -> tuple[str, ...]:
+        if self.op not in IDS_AT:
             return ("auto",)
-        return ("auto", "cpu", "reference") if placement == "h2h" else ("auto", "kernel", "dma", "reference")
+        if placement == "h2h":
+            return ("auto", "cpu", "reference")
+        if placement == "d2d":
+            return ("auto", "kernel", "reference")
+        return ("auto", "dma", "reference", "kernel") if pinned else ("auto", "dma", "reference")
 
 
 def _placed(case: Case, buffers: Sequence[Tensor], placement: str, pinned: bool) -> list[Tensor]:
@@ -132,24 +137,39 @@ def check(case: Case, placement: str = "h2h", pinned: bool = False) -> None:
     """Each executor moves what the reference moves, and issues what explain() predicted."""
     before = case.random_buffers()
     expected = [b.clone() for b in before]
-    expected_result = getattr(reference, case.op)(*case.arguments_on(expected), **case.options)
-    for executor in case.executors(placement):
-        options = dict(case.options, executor=executor) if executor != "auto" else case.options
-        actual = _placed(case, before, placement, pinned)
-        arguments = case.arguments_on(actual)
-        predicted = kvkernels.explain(case.op, *arguments, **options)
-        assert_same_bytes(actual, before, f"explain with executor {executor}")
-        kvkernels.reset_counters()
-        result = getattr(torch.ops.kvkernels, case.op)(*arguments, **options)
-        if placement != "h2h":
-            torch.cuda.synchronize()
-        assert_same_bytes(actual, expected, f"executor {executor}")
-        if expected_result is not None:
-            assert (result.shape, result.stride()) == (expected_result.shape, expected_result.stride())
-            assert_same_bytes([bytes_of(result)], [bytes_of(expected_result)], f"executor {executor}, result")
-        assert_issued(predicted)
-        if executor != "auto":
-            assert predicted.executor == executor
+    result = getattr(reference, case.op)(*case.arguments_on(expected), **case.options)
+    for executor in case.executors(placement, pinned):
+        ids_places = ("cpu", "cuda") if executor == "kernel" else ("cpu",)
+        for ids_place in ids_places:
+            actual = _placed(case, before, placement, pinned)
+            arguments = case.arguments_on(actual)
+            if ids_place == "cuda":
+                arguments[IDS_AT[case.op]] = arguments[IDS_AT[case.op]].cuda()
+            _check_call(case, executor, arguments, actual, before, expected, result)
+
+
+def _check_call(
+    case: Case,
+    executor: str,
+    arguments: Sequence[Any],
+    actual: Sequence[Tensor],
+    before: Sequence[Tensor],
+    expected: Sequence[Tensor],
+    expected_result: Tensor | None,
+) -> None:
+    options = case.options if executor == "auto" else {**case.options, "executor": executor}
+    predicted = kvkernels.explain(case.op, *arguments, **options)
+    assert_same_bytes(actual, before, f"explain with executor {executor}")
+    kvkernels.reset_counters()
+    result = getattr(torch.ops.kvkernels, case.op)(*arguments, **options)
+    if any(buffer.is_cuda for buffer in actual):
+        torch.cuda.synchronize()
+    assert_same_bytes(actual, expected, f"executor {executor}")
+    if expected_result is not None:
+        assert (result.shape, result.stride()) == (expected_result.shape, expected_result.stride())
+        assert_same_bytes([bytes_of(result)], [bytes_of(expected_result)], f"executor {executor}, result")
+    assert_issued(predicted)
+    assert executor in ("auto", predicted.executor)
 
 
 def assert_issued(predicted: kvkernels.Explanation) -> None:

@@ -25,11 +25,8 @@ def test_random_cases(op):
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("pinned", [True, False], ids=["pinned", "pageable"])
-@pytest.mark.parametrize(
-    ("op", "placement"),
-    [("concat_tp_shards", "d2d"), *itertools.product(OPS[1:], ("h2d", "d2h", "d2d"))],
-)
+@pytest.mark.parametrize(("placement", "pinned"), cases.DEVICE_PLACEMENTS)
+@pytest.mark.parametrize("op", OPS)
 def test_random_cases_on_a_device(op, placement, pinned):
     # Elements at unaligned addresses become a dimension of bytes on a device, which would shift negative dimensions.
     @cases.examples(60)

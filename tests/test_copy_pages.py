@@ -21,8 +21,7 @@ def test_random_plans(case):
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("pinned", [True, False], ids=["pinned", "pageable"])
-@pytest.mark.parametrize("placement", ["h2d", "d2h", "d2d"])
+@pytest.mark.parametrize(("placement", "pinned"), cases.DEVICE_PLACEMENTS)
 def test_random_plans_on_a_device(placement, pinned):
     @cases.examples(100)
     @given(copy_pages_cases())
@@ -223,15 +222,21 @@ def test_large_calls_over_several_lanes(threads, kind):
         cases.pool_view(arena.reserve(side, blocks * page_bytes), blocks, page_bytes, page_bytes, torch.uint8)
         for side in ("src", "dst")
     ]
-    pairs = cases.neighbouring_pairs(np.random.default_rng(7), blocks * subblocks, blocks * subblocks, 10**6)
-    case = arena.case(
-        "copy_pages",
-        *([views[0]], [views[1]], torch.from_numpy(pairs), runs_tensor(*([0, 0, *run, 1, 0, 0] for run in runs))),
-        src_subblocks_per_block=subblocks,
-        dst_subblocks_per_block=subblocks,
-    )
-    cases.check(case)
-    assert kvkernels.explain("copy_pages", *case.arguments_on(case.random_buffers()), **case.options).lanes == threads
+    ids = blocks * subblocks
+    # One segment of all ids, in whose middle a lane begins, and many short ones.
+    for pairs in (
+        np.stack((np.arange(1, ids), np.arange(ids - 1)), 1),
+        cases.neighbouring_pairs(np.random.default_rng(7), ids, ids, ids),
+    ):
+        case = arena.case(
+            "copy_pages",
+            *([views[0]], [views[1]], torch.from_numpy(pairs), runs_tensor(*([0, 0, *run, 1, 0, 0] for run in runs))),
+            src_subblocks_per_block=subblocks,
+            dst_subblocks_per_block=subblocks,
+        )
+        cases.check(case)
+        explained = kvkernels.explain("copy_pages", *case.arguments_on(case.random_buffers()), **case.options)
+        assert explained.lanes == threads
 
 
 def test_many_threads_at_once():

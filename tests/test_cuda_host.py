@@ -45,6 +45,7 @@ COPY_CALLS = ("cuMemcpyBatchAsync", "cudaMemcpyAsync")
 
 def check_dma(sim, moves, pairs, src, dst, stream, **options):
     """Copies, compares every byte, and the plan with what was issued and recorded."""
+    dst ^= 0xFF  # what an earlier call copied must not pass for this one's work
     expected = dst.copy()
     copy_naively(moves, pairs, src, expected)
     plan = sim.dma(moves, pairs, src, dst, stream, plans_only=True)
@@ -292,6 +293,7 @@ def test_empty_lists_and_sizes_copy_nothing(sim):
 
 
 def check_kernel(sim, moves, pairs, src, dst, stream=LEGACY, **options):
+    dst ^= 0xFF  # what an earlier call copied must not pass for this one's work
     expected = dst.copy()
     copy_naively(moves, pairs, src, expected)
     sim.clear_log()
@@ -353,6 +355,9 @@ def test_tables_ride_in_the_parameters_while_they_fit(sim):
             bytes_in = sim.parameters(launch["index"])
             assert struct.pack("<ii", *random_pairs(count, 8192)[-1]) in bytes_in
     assert set(seen) == {"small", "large", "table"}
+    # Several launches share one upload, each with tables of its own.
+    run, _ = check_kernel(sim, [move], random_pairs(8000, 8192), src, dst, stream, max_items=4500)
+    assert (run.launches, run.uploads, len(sim.log("cudaMemcpyAsync"))) == (2, True, 1)
 
 
 @on_stand_in

@@ -81,10 +81,11 @@ def test_shape_of_whole_pages(page_bytes, stride_bytes, shape):
     assert _swap([[0, 1]], page_bytes, src, _pool(3, page_bytes)).shape == shape
 
 
+@pytest.mark.parametrize("side", ["src", "dst"])
 @pytest.mark.parametrize("offset_bytes", [1, 8, 16])
-def test_shape_depends_on_alignment(offset_bytes):
-    src = torch.zeros(16 * 64 + 16, dtype=torch.uint8)[offset_bytes : offset_bytes + 16 * 64].view(16, 64)
-    assert _swap([[0, 1]], src=src).shape == ("row" if offset_bytes == 16 else "page")
+def test_shape_depends_on_alignment(side, offset_bytes):
+    pool = torch.zeros(16 * 64 + 16, dtype=torch.uint8)[offset_bytes : offset_bytes + 16 * 64].view(16, 64)
+    assert _swap([[0, 1]], **{side: pool}).shape == ("row" if offset_bytes == 16 else "page")
 
 
 @pytest.mark.parametrize(

@@ -24,8 +24,7 @@ def test_random_cases(op):
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("pinned", [True, False], ids=["pinned", "pageable"])
-@pytest.mark.parametrize("placement", ["h2d", "d2h", "d2d"])
+@pytest.mark.parametrize(("placement", "pinned"), cases.DEVICE_PLACEMENTS)
 @pytest.mark.parametrize("op", OPS)
 def test_random_cases_on_a_device(op, placement, pinned):
     @cases.examples(60)

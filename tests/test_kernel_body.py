@@ -32,6 +32,7 @@ SIZES = (1, 2, 15, 16, 17, 31, 48, 100, 127, 128, 255, 1000, 1024, 1040, 3000, 4
 
 def check(sim: Sim, moves, pairs, src, dst, **options):
     """Runs the kernels and compares every byte of the destination, and how often each was written, with the oracle."""
+    dst ^= 0xFF  # what an earlier call copied must not pass for this one's work
     expected = dst.copy()
     expected_writes = copy_naively(moves, pairs, src, expected)
     assert expected_writes.max(initial=0) <= 1, "the case itself writes a byte twice"
@@ -206,26 +207,19 @@ def test_offsets_beyond_32_bits(sim):
     big = _sparse(sim, 13 << 30)
     small = sim.memory(DEVICE, 1 << 16)
     page = 4096 + 40
+    near = Side(24, page)
+    cases = [
+        (Move(Side(8, (1 << 30) + 16), near, page), [(9, 0), (2, 3), (4, 1)]),
+        (Move(Side(0, 1 << 20), Side(0, 6 * page), page, ((3, (1 << 31) + 48, page),)), [(5, 0), (2, 1)]),
+        (Move(Side(0, 1 << 28, (1 << 31) + 64, 5), Side(0, 3 * page), 272), [(4, 0), (7, 1), (0, 2)]),
+        (Move(Side(8, (1 << 30) + 16, 8192, 5), near, page), [(49, 0), (13, 1)]),
+    ]
     for src_is_big in (True, False):
-        far = Side(8, (1 << 30) + 16)
-        near = Side(24, page)
-        wide_loop = (3, (1 << 31) + 48, page) if src_is_big else (3, page, (1 << 31) + 48)
-        nested = (Side(0, 1 << 28, (1 << 31) + 64, 5), Side(0, 3 * page))
-        cases = [
-            (Move(far, near, page), [(9, 0), (2, 3), (4, 1)]),
-            (Move(Side(0, 1 << 20), Side(0, 6 * page), page, (wide_loop,)), [(5, 0), (2, 1)]),
-            (Move(*nested, 272), [(4, 0), (7, 1), (0, 2)]),
-        ]
         for move, pairs in cases:
             if not src_is_big:
-                loops = tuple((e, s, d) for e, s, d in move.loops)
-                if move.src is not far and not loops:
-                    move = Move(move.dst, move.src, move.fragment_bytes)
-                elif loops:
-                    move = Move(move.dst, move.src, move.fragment_bytes, loops)
-                else:
-                    move = Move(near, far, page)
-                pairs = [(d, s) for s, d in pairs]
+                loops = tuple((extent, dst_stride, src_stride) for extent, src_stride, dst_stride in move.loops)
+                move = Move(move.dst, move.src, move.fragment_bytes, loops)
+                pairs = [(dst_id, src_id) for src_id, dst_id in pairs]
             places = [(s + move.src.at(a), d + move.dst.at(b)) for a, b in pairs for s, d in move.offsets()]
             assert max(max(place) for place in places) > 2**32
             src, dst = (big, small) if src_is_big else (small, big)
@@ -326,6 +320,26 @@ def test_addresses_as_ids_keep_their_alignment(sim):
     aligned = [(address(src), address(dst) + 128), (address(src) + 256, address(dst) + 65536)]
     move = Move(Side(-address(absolute), 1), Side(-address(absolute), 1), 3 * 4096)
     assert sim.kernel([move], aligned, absolute, absolute, runs=False).tiles == 2 * 3
+
+
+@on_stand_in
+def test_chunks_are_as_wide_as_every_address_allows(sim):
+    """Ids decide, too: blocks 0 and 1 of a stride of 24 lie 8 bytes apart from alignment, blocks 0 and 2 do not."""
+    src, dst = sim.memory(DEVICE, 1 << 16), sim.memory(DEVICE, 1 << 16)
+    move = Move(Side(0, 24), Side(0, 24), 16)
+    for pairs, width in (([(0, 0), (1, 1)], 8), ([(2, 0), (0, 2)], 16), ([(0, 2), (2, 1)], 8)):
+        sim.loads()
+        check(sim, [move], pairs, src, dst)
+        assert sim.loads()[0] == {width: 32 // width}
+    for fragment_bytes, variant in (
+        (1024, "row"),
+        (1040, "page"),
+        (64, "row"),
+        (60, "bytes"),
+        (252, "bytes"),
+        (260, "page"),
+    ):
+        assert check(sim, [Move(Side(0, 4096), Side(0, 4096), fragment_bytes)], [(1, 1)], src, dst).variant == variant
 
 
 @on_stand_in

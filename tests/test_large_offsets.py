@@ -102,18 +102,22 @@ def test_scatter_blocks(executor):
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)
-def test_copy_pages_with_far_sub_blocks(far_source, executor):
-    """Ids of sub-blocks beyond 2^31 bytes: the second half of each block to the first half of another."""
+@pytest.mark.parametrize("gap", [0, 64], ids=["side by side", "apart"])
+def test_copy_pages_with_far_sub_blocks(far_source, executor, gap):
+    """Ids of sub-blocks beyond 2^31 bytes: the second one of each block to the first one of another.
+
+    Side by side they continue from block to block, and an id needs no division; apart it does.
+    """
     dst = _blocks(_sparse())
     half = _BLOCK // 2
-    runs = runs_tensor(run_row((0, 0), (0, 0), half, (half, half)))
+    runs = runs_tensor(run_row((0, 0), (0, 0), half - gap, (half - gap, half - gap)))
     pairs = torch.tensor([[2 * s + 1, 2 * d] for s, d in zip(FAR, reversed(FAR), strict=True)])
     kvkernels.copy_pages(
         [far_source], [dst], pairs, runs, src_subblocks_per_block=2, dst_subblocks_per_block=2, executor=executor
     )
     for s, d in zip(FAR, reversed(FAR), strict=True):
-        assert torch.equal(dst[d, :half], far_source[s, half:])
-        assert not dst[d, half:].any()
+        assert torch.equal(dst[d, : half - gap], far_source[s, half - gap : _BLOCK - 2 * gap])
+        assert not dst[d, half - gap :].any()
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)

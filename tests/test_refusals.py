@@ -206,6 +206,16 @@ def test_pools(op: str, path: Path) -> None:
         refused(op, lambda a, t=t: put(a, path, t), ValueError, f"{name} {text}")
 
 
+def test_pools_without_blocks_may_claim_any_page() -> None:
+    """The sizes of a tensor without elements come to more than int64 holds."""
+    huge = torch.empty((0, 1 << 62), dtype=torch.uint8)
+    for count in (2, 4):
+        with pytest.raises(ValueError, match=r"^gather_blocks: out must be uint8 of shape \[0, \d+\], got uint8 of "):
+            torch.ops.kvkernels.gather_blocks([huge] * count, torch.empty(0, dtype=torch.int64), noise(0, 5))
+    with pytest.raises(ValueError, match=r"^concat_tp_shards_out: out must have shape \[0, \d+\], got \[0, 0\]"):
+        torch.ops.kvkernels.concat_tp_shards_out([huge] * 4, 1, noise(0, 0))
+
+
 def test_a_single_block_has_no_row_stride() -> None:
     """Its stride of dimension 0 says nothing, as torch's own is_contiguous has it."""
     for stride in (0, 3, 100):
@@ -337,6 +347,16 @@ def test_what_interleaves_or_meets_in_no_byte_is_fine() -> None:
     run = torch.tensor([[0, 0, 0, 8, 8, *RUN[5:]]])
     torch.ops.kvkernels.copy_pages([pool], [pool], torch.tensor([[i, i] for i in range(4)]), run)
     assert torch.equal(pool[:, :8], pool[:, 8:])
+
+
+def test_shards_beside_each_other_in_many_rows_are_fine() -> None:
+    """More pieces than are compared one by one: 18 million of one byte."""
+    shards = [noise(2_250_000, 1) for _ in range(8)]
+    whole = torch.ops.kvkernels.concat_tp_shards(shards, 1)
+    assert torch.equal(whole, torch.cat(shards, 1))
+    apart = torch.zeros_like(whole)
+    torch.ops.kvkernels.split_tp_shards(whole, 1, [apart[:, i : i + 1] for i in range(8)])
+    assert torch.equal(apart, whole)
 
 
 def test_two_sources_for_one_destination() -> None:

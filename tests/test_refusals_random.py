@@ -17,15 +17,18 @@ ODD_NUMBERS = st.sampled_from([-1, 0, 1, 2, 5, 6, 7, 8, 1 << 31, 1 << 32, 1 << 6
 def spoilt_tensor(draw: st.DrawFn, t: Tensor) -> Tensor:
     """Another dtype, shape, stride, device or value; perhaps one that is just as valid."""
     kind = draw(st.sampled_from(["value", "value", "dtype", "shape", "strides", "meta", "sparse", "freed", "narrow"]))
+    if not _is_intact(t):
+        return t
     if kind == "value" and t.numel() and t.dtype in (torch.int32, torch.int64):
-        t.view(-1)[draw(st.integers(0, t.numel() - 1))] = draw(ODD_NUMBERS)
+        limits = torch.iinfo(t.dtype)
+        t[tuple(draw(st.integers(0, n - 1)) for n in t.shape)] = min(max(draw(ODD_NUMBERS), limits.min), limits.max)
     elif kind == "dtype":
         return torch.zeros(t.shape, dtype=draw(st.sampled_from([torch.int32, torch.float32, torch.int64, torch.uint8])))
     elif kind == "shape":
         return torch.zeros(draw(st.lists(st.integers(0, 7), max_size=4)), dtype=t.dtype)
     elif kind == "strides":
         strides = [draw(st.integers(0, 12)) for _ in t.shape]
-        return torch.ones(200, dtype=t.dtype).as_strided(t.shape, strides)
+        return torch.ones(600, dtype=t.dtype).as_strided(t.shape, strides)
     elif kind == "meta":
         return t.to("meta")
     elif kind == "sparse" and t.dim():
@@ -78,9 +81,12 @@ def spoilings(draw: st.DrawFn) -> Spoiling:
             value[i] = spoilt_tensor(draw, value[i])
         else:
             data = [t for t in tensors_of(arguments) if t.dtype == torch.uint8]
-            arguments[name] = value[: draw(st.integers(0, 2))] + draw(st.lists(st.sampled_from(data), max_size=1))
+            more = st.lists(st.sampled_from(data), max_size=1) if data else st.just([])
+            arguments[name] = value[: draw(st.integers(0, 2))] + draw(more)
     if op in TAKES_EXECUTOR and draw(st.integers(0, 7)) == 0:
-        arguments["executor"] = draw(st.text(max_size=4))
+        # An exception crosses into Python as a C string, which a NUL ends.
+        characters = st.characters(exclude_characters="\0", exclude_categories=["Cs"])
+        arguments["executor"] = draw(st.text(characters, max_size=4))
     return Spoiling(op, arguments, count)
 
 
@@ -92,14 +98,12 @@ def copied(arguments: Arguments) -> Arguments:
         if t.device.type != "cpu" or t.layout != torch.strided:
             return t.clone()
         storage = t.untyped_storage()
-        twin = storages.setdefault(storage._cdata, storage.clone())
-        made = torch.empty(0, dtype=t.dtype)
-        if twin.nbytes() == storage.nbytes() and _inside(t):
-            return made.set_(twin, t.storage_offset(), t.shape, t.stride())
-        # What lies outside its storage can only be made by shrinking it.
-        made = torch.zeros(t.shape, dtype=t.dtype) if _plain(t) else t
-        if made is not t:
-            made.untyped_storage().resize_(storage.nbytes())
+        if _inside(t):
+            twin = storages.setdefault(storage._cdata, storage.clone())
+            return torch.empty(0, dtype=t.dtype).set_(twin, t.storage_offset(), t.shape, t.stride())
+        # torch makes no tensor outside its storage: the storage shrinks under it. Its strides are of no interest.
+        made = torch.zeros(t.shape, dtype=t.dtype)
+        made.untyped_storage().resize_(min(storage.nbytes(), made.nbytes - 1))
         return made
 
     return {
@@ -108,8 +112,8 @@ def copied(arguments: Arguments) -> Arguments:
     }
 
 
-def _plain(t: Tensor) -> bool:
-    return t.is_contiguous() and t.storage_offset() == 0
+def _is_intact(t: Tensor) -> bool:
+    return t.device.type == "cpu" and t.layout == torch.strided and _inside(t)
 
 
 def _inside(t: Tensor) -> bool:

@@ -18,8 +18,7 @@ def test_random_cases(case):
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("pinned", [True, False], ids=["pinned", "pageable"])
-@pytest.mark.parametrize("placement", ["h2d", "d2h", "d2d"])
+@pytest.mark.parametrize(("placement", "pinned"), cases.DEVICE_PLACEMENTS)
 def test_random_cases_on_a_device(placement, pinned):
     @cases.examples(100)
     @given(cases.swap_cases().filter(lambda case: case.fits(placement)))
@@ -64,14 +63,16 @@ def test_nan_payloads_are_kept():
     assert torch.equal(dst.view(torch.int32), expected)
 
 
-@pytest.mark.parametrize("page_bytes", [4096, 20_000, 300_001, 1 << 20])
-def test_large_calls_over_several_lanes(threads, page_bytes):
-    """24 MiB, which several threads share, in random order with neighbours among the pairs."""
-    blocks = (24 << 20) // page_bytes
+@pytest.mark.parametrize("padding_bytes", [0, 24])
+@pytest.mark.parametrize("page_bytes", [4096, 20_000, 300_001])
+def test_large_calls_over_several_lanes(threads, page_bytes, padding_bytes):
+    """12 MiB, which several threads share, in random order with neighbours among the pairs."""
+    blocks = (12 << 20) // page_bytes
     rng = np.random.default_rng(page_bytes)
     arena = cases.Arena()
+    stride_bytes = page_bytes + padding_bytes
     views = [
-        cases.pool_view(arena.reserve(side, blocks * page_bytes, 5), blocks, page_bytes, page_bytes, torch.uint8)
+        cases.pool_view(arena.reserve(side, blocks * stride_bytes, 5), blocks, page_bytes, stride_bytes, torch.uint8)
         for side in ("src", "dst")
     ]
     pairs = cases.neighbouring_pairs(rng, blocks, blocks, blocks - 3)

@@ -9,9 +9,9 @@
 namespace kvkernels {
 namespace {
 
-// Batched copies reached 4 to 7 GB/s below 28 KiB a fragment on an H100 and over 40 from there on, for 10,000 and more of
-// them; below 16 fragments a kernel's launch costs more. One by one a copy costs 2 to 7 us, which a PCIe 5 link spends
-// on 100 to 350 KiB; copy engines pass the kernel between 1 and 2 MiB.
+// Batched copies reached 4 to 7 GB/s below 28 KiB a fragment on an H100 and over 40 from there on, for 10,000 and more
+// of them; below 16 fragments a kernel's launch costs more. One by one a copy costs 2 to 7 us, which a PCIe 5 link
+// spends on 100 to 350 KiB; copy engines pass the kernel between 1 and 2 MiB.
 constexpr int64_t kKiB = 1024;
 constexpr GpuPolicyRow kRows[] = {
     {Direction::kHostToDevice, true, 16, 28 * kKiB},
@@ -50,8 +50,9 @@ GpuChoice choose_on_gpu(Direction direction, int64_t bytes, int64_t descriptors,
   const int64_t mean_bytes = descriptors > 0 ? bytes / descriptors : 0;
   const bool small = mean_bytes < row.kernel_below_bytes && descriptors >= row.min_count;
   return {small ? Executor::kKernel : Executor::kDma,
-          text(descriptors, " fragments of ", mean_bytes, " bytes on average; the kernel takes at least ", row.min_count,
-               " below ", row.kernel_below_bytes, facts.batches ? " where copies are batched" : " where copies go one by one")};
+          text(descriptors, " fragments of ", mean_bytes, " bytes on average; the kernel takes at least ",
+               row.min_count, " below ", row.kernel_below_bytes,
+               facts.batches ? " where copies are batched" : " where copies go one by one")};
 }
 
 }  // namespace kvkernels

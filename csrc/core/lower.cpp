@@ -81,7 +81,8 @@ bool merge_two_loops(Move& move) {
     for (int inner = 0; inner < move.loop_count; ++inner) {
       const Loop& a = move.loops[outer];
       Loop& b = move.loops[inner];
-      if (outer == inner || a.src_stride != b.extent * b.src_stride || a.dst_stride != b.extent * b.dst_stride) continue;
+      if (outer == inner || a.src_stride != b.extent * b.src_stride || a.dst_stride != b.extent * b.dst_stride)
+        continue;
       b.extent *= a.extent;
       drop_loop(move, outer);
       return true;
@@ -92,7 +93,9 @@ bool merge_two_loops(Move& move) {
 
 // Largest stride of the slow side outermost. (Three loops: std::sort is no shorter and makes gcc 12 warn.)
 void order_loops(Move& move, bool slow_side_is_dst) {
-  const auto stride = [&](int i) { return std::abs(slow_side_is_dst ? move.loops[i].dst_stride : move.loops[i].src_stride); };
+  const auto stride = [&](int i) {
+    return std::abs(slow_side_is_dst ? move.loops[i].dst_stride : move.loops[i].src_stride);
+  };
   for (int i = 1; i < move.loop_count; ++i) {
     for (int j = i; j > 0 && stride(j - 1) < stride(j); --j) std::swap(move.loops[j - 1], move.loops[j]);
   }

@@ -64,13 +64,13 @@ struct Work {
   Direction direction = Direction::kHostToHost;
   Shape shape = Shape::kPage;
   std::vector<Move> moves;
-  std::vector<Segment> segments;  // empty where the ids live on the device
+  std::vector<Segment> segments;    // empty where the ids live on the device
   std::vector<Fragment> fragments;  // instead of moves x segments, where a caller gave raw addresses and sizes
-  int64_t pairs = 0;              // sum of the segments' counts; the rows of the mapping where ids live on the device
-  int64_t bytes = 0;              // pairs x bytes_per_pair, summed over moves
-  int64_t descriptors = 0;        // fragments that a FragmentCursor over everything yields
-  int lanes = 1;                  // cpu: threads
-  bool streaming = false;         // cpu: stores that bypass the caches
+  int64_t pairs = 0;                // sum of the segments' counts; the rows of the mapping where ids live on the device
+  int64_t bytes = 0;                // pairs x bytes_per_pair, summed over moves
+  int64_t descriptors = 0;          // fragments that a FragmentCursor over everything yields
+  int lanes = 1;                    // cpu: threads
+  bool streaming = false;           // cpu: stores that bypass the caches
 };
 
 // The runs bound to their pools. `slow_side_is_dst`: the side slower to reach gets the smallest stride innermost.
@@ -89,8 +89,8 @@ Work lower(std::vector<Move> moves, PairList pairs, int64_t src_ids, Direction d
 // Fragments as a caller listed them, already checked: those that continue each other become one.
 Work lower_fragments(std::vector<Fragment> fragments, Direction direction, const LowerOptions& options);
 
-// Listed fragments of one size as one move whose ids are addresses, which is how a kernel takes them; nothing where sizes
-// differ or a side's address does not fit in an id.
+// Listed fragments of one size as one move whose ids are addresses, which is how a kernel takes them; nothing where
+// sizes differ or a side's address does not fit in an id.
 std::optional<Work> addresses_as_ids(const Work& listed);
 
 // The same where the ids live on the device and only `rows` is known.

@@ -117,7 +117,9 @@ bool interleave_all(std::vector<Region>& cluster) {
   for (const Region& region : cluster) {
     if (region.stride != stride) return false;
   }
-  const auto phase = [&](const Region& region) { return floor_mod(static_cast<int64_t>(region.begin - origin), stride); };
+  const auto phase = [&](const Region& region) {
+    return floor_mod(static_cast<int64_t>(region.begin - origin), stride);
+  };
   std::sort(cluster.begin(), cluster.end(), [&](const Region& a, const Region& b) { return phase(a) < phase(b); });
   for (size_t i = 0; i + 1 < cluster.size(); ++i) {
     if (phase(cluster[i]) + cluster[i].width > phase(cluster[i + 1])) return false;
@@ -244,7 +246,8 @@ bool blocks_apart(const OverlapRequest& request, const std::vector<Meeting>& mee
   for (const Pool& pool : request.dst) blocks = std::max(blocks, pool.blocks);
   BlockSet written(blocks);
   for (const Segment& segment : request.segments) {
-    for (int64_t id = segment.dst; id < segment.dst + segment.count; ++id) written.insert(block_of(id, request.dst_subblocks));
+    for (int64_t id = segment.dst; id < segment.dst + segment.count; ++id)
+      written.insert(block_of(id, request.dst_subblocks));
   }
   for (const int64_t shift : shifts) {
     for (const Segment& segment : request.segments) {
@@ -266,19 +269,19 @@ struct Interval {
 
 void append_intervals(const Run& run, const SideView& view, const Pool& pool, bool written, int64_t id,
                       std::vector<Interval>& intervals) {
-  const uintptr_t page = reinterpret_cast<uintptr_t>(pool.base) +
-                         static_cast<uintptr_t>(id / view.subblocks * pool.block_stride +
-                                                id % view.subblocks * (view.subblocks == 1 ? 0 : view.subblock_stride) +
-                                                view.offset);
+  const uintptr_t page =
+      reinterpret_cast<uintptr_t>(pool.base) +
+      static_cast<uintptr_t>(id / view.subblocks * pool.block_stride +
+                             id % view.subblocks * (view.subblocks == 1 ? 0 : view.subblock_stride) + view.offset);
   const Loop* loops = run.loops;
   for (int64_t i = 0; i < loops[0].extent; ++i) {
     for (int64_t j = 0; j < loops[1].extent; ++j) {
       for (int64_t k = 0; k < loops[2].extent; ++k) {
-        const uintptr_t begin =
-            page + static_cast<uintptr_t>((loops[0].extent == 1 ? 0 : i * view.strides[0]) +
-                                          (loops[1].extent == 1 ? 0 : j * view.strides[1]) +
-                                          (loops[2].extent == 1 ? 0 : k * view.strides[2]));
-        intervals.push_back({begin, begin + static_cast<uintptr_t>(run.fragment_bytes), view.pool, written ? id : -1 - id});
+        const uintptr_t begin = page + static_cast<uintptr_t>((loops[0].extent == 1 ? 0 : i * view.strides[0]) +
+                                                              (loops[1].extent == 1 ? 0 : j * view.strides[1]) +
+                                                              (loops[2].extent == 1 ? 0 : k * view.strides[2]));
+        intervals.push_back(
+            {begin, begin + static_cast<uintptr_t>(run.fragment_bytes), view.pool, written ? id : -1 - id});
       }
     }
   }
@@ -287,8 +290,8 @@ void append_intervals(const Run& run, const SideView& view, const Pool& pool, bo
 [[noreturn]] void conflict(const OverlapRequest& request, const Interval& a, const Interval& b) {
   if (a.written() && b.written()) {
     value_error(request.op, ": ", request.dst_list, " must not overlap where they are written, got ",
-                Name{request.dst_list, std::min(a.pool, b.pool)}, " and ", Name{request.dst_list, std::max(a.pool, b.pool)},
-                " sharing bytes");
+                Name{request.dst_list, std::min(a.pool, b.pool)}, " and ",
+                Name{request.dst_list, std::max(a.pool, b.pool)}, " sharing bytes");
   }
   const Interval& written = a.written() ? a : b;
   const Interval& read = a.written() ? b : a;

@@ -77,7 +77,8 @@ class Coalescer {
   Segment current_{0, 0, 0};
 };
 
-// Clears the bits by the list of what was set, so that a call costs nothing for the ids it does not name.
+// Clears the bits by the list of what was set, so that a call costs nothing for the ids it does not name; all of them
+// where the list is the longer way.
 class SeenDestinations {
  public:
   SeenDestinations(int64_t ids, const std::vector<Segment>& segments)
@@ -89,7 +90,7 @@ class SeenDestinations {
   SeenDestinations& operator=(const SeenDestinations&) = delete;
   ~SeenDestinations() {
     // Of a call that is being refused the list may lack some; the next call must not take them for its own.
-    if (std::uncaught_exceptions() > exceptions_) {
+    if (std::uncaught_exceptions() > exceptions_ || words_ < 2 * segments_.size()) {
       std::fill_n(bits_, words_, 0);
       return;
     }
@@ -172,8 +173,8 @@ void scan_sorted(const PairRequest& request, Src src_of, Dst dst_of, PairList& l
   for (const Pair& pair : pairs) {
     if (kept > 0 && pairs[kept - 1].dst == pair.dst) {
       if (pairs[kept - 1].src == pair.src) continue;
-      value_error(request.op, ": ", request.argument, " must name each destination once, got two sources for destination ",
-                  pair.dst);
+      value_error(request.op, ": ", request.argument,
+                  " must name each destination once, got two sources for destination ", pair.dst);
     }
     pairs[kept++] = pair;
   }

@@ -64,8 +64,8 @@ Reach reach_of(const char* op, int64_t run, const Nest& nest, int64_t offset, in
 
 void check_inside(const char* op, int64_t run, const char* list, int64_t pool, int64_t page_bytes, const Reach& reach) {
   if (reach.begin < 0 || reach.end > page_bytes) {
-    value_error(op, ": runs[", run, "] must stay inside ", Name{list, pool}, "'s page of ", page_bytes, " bytes, got bytes ",
-                reach.begin, " to ", reach.end);
+    value_error(op, ": runs[", run, "] must stay inside ", Name{list, pool}, "'s page of ", page_bytes,
+                " bytes, got bytes ", reach.begin, " to ", reach.end);
   }
 }
 
@@ -98,7 +98,8 @@ void check_columns(const char* op, const Run* runs, int64_t count, const PageSiz
 
 // True where each loop steps over all that the loops inside it write: then no byte is written twice.
 bool steps_clear(Nest nest, int64_t fragment_bytes) {
-  std::sort(nest.begin(), nest.end(), [](const Stride& a, const Stride& b) { return std::abs(a.bytes) < std::abs(b.bytes); });
+  std::sort(nest.begin(), nest.end(),
+            [](const Stride& a, const Stride& b) { return std::abs(a.bytes) < std::abs(b.bytes); });
   int64_t covered = fragment_bytes;
   for (const Stride& loop : nest) {
     if (loop.extent == 1) continue;
@@ -133,7 +134,8 @@ void append_fragments(const Run& run, int64_t index, const Nest& nest, std::vect
     for (int64_t i = 0; i < nest[1].extent; ++i) {
       for (int64_t j = 0; j < nest[2].extent; ++j) {
         for (int64_t k = 0; k < nest[3].extent; ++k) {
-          const int64_t begin = run.dst_offset + sub * nest[0].bytes + i * nest[1].bytes + j * nest[2].bytes + k * nest[3].bytes;
+          const int64_t begin =
+              run.dst_offset + sub * nest[0].bytes + i * nest[1].bytes + j * nest[2].bytes + k * nest[3].bytes;
           written.push_back({begin, begin + run.fragment_bytes, index});
         }
       }
@@ -141,10 +143,64 @@ void append_fragments(const Run& run, int64_t index, const Nest& nest, std::vect
   }
 }
 
-// The runs that write one pool: first by their hulls, then, where hulls interleave, fragment by fragment.
-void check_pool_written_once(const char* op, const Run* runs, const std::vector<int64_t>& members, const PageSizes& pages) {
+// A run's nest with every stride positive, outermost loop last, so that it can be taken off.
+struct Combed {
+  int64_t begin;
+  int64_t fragment_bytes;
+  std::vector<Stride> loops;
+
+  Combed(const Run& run, const Nest& nest) : begin(run.dst_offset), fragment_bytes(run.fragment_bytes) {
+    for (const Stride& loop : nest) {
+      if (loop.extent == 1) continue;
+      if (loop.bytes < 0) begin += (loop.extent - 1) * loop.bytes;
+      loops.push_back({loop.extent, std::abs(loop.bytes)});
+    }
+    std::sort(loops.begin(), loops.end(), [](const Stride& a, const Stride& b) { return a.bytes < b.bytes; });
+  }
+  int64_t width() const {
+    int64_t bytes = fragment_bytes;
+    for (const Stride& loop : loops) bytes += (loop.extent - 1) * loop.bytes;
+    return bytes;
+  }
+};
+
+bool hulls_are_apart(std::vector<Combed>& runs) {
+  std::sort(runs.begin(), runs.end(), [](const Combed& a, const Combed& b) { return a.begin < b.begin; });
+  for (size_t i = 1; i < runs.size(); ++i) {
+    if (runs[i].begin < runs[i - 1].begin + runs[i - 1].width()) return false;
+  }
+  return true;
+}
+
+// Takes the outermost loop off every run, leaving where in a step it writes. False where the runs do not share that
+// loop's stride, or one reaches from its step into the next.
+bool take_off_outermost(std::vector<Combed>& runs) {
+  if (runs.front().loops.empty() || runs.front().loops.back().bytes == 0) return false;
+  const int64_t stride = runs.front().loops.back().bytes;
+  const int64_t origin = runs.front().begin;
+  for (Combed& run : runs) {
+    if (run.loops.empty() || run.loops.back().bytes != stride) return false;
+    run.loops.pop_back();
+    run.begin = (run.begin - origin) % stride;
+    if (run.begin + run.width() > stride) return false;
+  }
+  return true;
+}
+
+// True where no two runs meet, told without a look at each fragment: shards that lie beside each other in every row
+// share the loop over the rows. Runs are in ascending order whenever a loop is taken off.
+bool runs_are_apart(std::vector<Combed> runs) {
+  while (!hulls_are_apart(runs)) {
+    if (!take_off_outermost(runs)) return false;
+  }
+  return true;
+}
+
+// The runs that write one pool: first by their nests, then, where those tell nothing, fragment by fragment.
+void check_pool_written_once(const char* op, const Run* runs, const std::vector<int64_t>& members,
+                             const PageSizes& pages) {
   const int64_t pool = runs[members.front()].dst_pool;
-  std::vector<Written> hulls;
+  std::vector<Combed> combed;
   bool clear = true;
   int64_t fragments = 0;
   for (const int64_t index : members) {
@@ -161,26 +217,25 @@ void check_pool_written_once(const char* op, const Run* runs, const std::vector<
     }
     fragments += count;
     clear &= steps_clear(nest, run.fragment_bytes);
-    const Reach reach = reach_of(op, index, nest, run.dst_offset, run.fragment_bytes);
-    hulls.push_back({reach.begin, reach.end, index});
+    combed.emplace_back(run, nest);
   }
-  std::sort(hulls.begin(), hulls.end(), [](const Written& a, const Written& b) { return a.begin < b.begin; });
-  for (size_t i = 1; i < hulls.size(); ++i) clear &= hulls[i].begin >= hulls[i - 1].end;
-  if (clear) return;
+  if (clear && runs_are_apart(std::move(combed))) return;
   if (fragments > kComparableFragments) {
-    value_error(op, ": runs must have at most ", kComparableFragments, " fragments in a page where they interleave, got ",
-                fragments, " in ", Name{"dst", pool});
+    throw NotComparable(text(op, ": runs must have at most ", kComparableFragments,
+                             " fragments in a page where they interleave, got ", fragments, " in ", Name{"dst", pool}));
   }
   std::vector<Written> written;
   written.reserve(static_cast<size_t>(fragments));
-  for (const int64_t index : members) append_fragments(runs[index], index, dst_nest(runs[index], pages.dst_subblocks), written);
+  for (const int64_t index : members)
+    append_fragments(runs[index], index, dst_nest(runs[index], pages.dst_subblocks), written);
   check_disjoint(op, pool, written);
 }
 
 void check_written_once(const char* op, const Run* runs, int64_t count, const PageSizes& pages) {
   std::vector<int64_t> order(static_cast<size_t>(count));
   std::iota(order.begin(), order.end(), 0);
-  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return runs[a].dst_pool < runs[b].dst_pool; });
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int64_t a, int64_t b) { return runs[a].dst_pool < runs[b].dst_pool; });
   std::vector<int64_t> members;
   for (size_t i = 0; i < order.size(); ++i) {
     members.push_back(order[i]);

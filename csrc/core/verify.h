@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <stdexcept>
 #include <vector>
 
 #include "core/plan.h"
@@ -14,6 +15,11 @@ struct PageSizes {
   std::vector<int64_t> dst;
   int64_t src_subblocks = 1;
   int64_t dst_subblocks = 1;
+};
+
+// A plan too long to be compared fragment by fragment, and not regular enough to be told without.
+struct NotComparable : std::invalid_argument {
+  using std::invalid_argument::invalid_argument;
 };
 
 // ValueError naming the run. A plan that passed is remembered by its content; safe to call from many threads.

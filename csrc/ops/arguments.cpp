@@ -27,8 +27,9 @@ Pool checked_pool(const char* op, const Name& name, const Tensor& tensor, const 
                 facts.strides_text());
   }
   int64_t page_bytes = facts.element_bytes();
-  for (int64_t i = 1; i < facts.dim(); ++i) page_bytes *= facts.size(i);
-  if (page_bytes == 0) value_error(op, ": ", name, " must have pages of at least one byte, got shape ", facts.shape_text());
+  for (int64_t i = 1; i < facts.dim(); ++i) page_bytes = saturating_product(page_bytes, facts.size(i));
+  if (page_bytes == 0)
+    value_error(op, ": ", name, " must have pages of at least one byte, got shape ", facts.shape_text());
   const int64_t block_stride = facts.size(0) > 1 ? facts.stride(0) * facts.element_bytes() : page_bytes;
   if (block_stride < page_bytes) {
     value_error(op, ": ", name, " must have a row stride of at least its page of ", page_bytes, " bytes, got ",
@@ -99,12 +100,14 @@ Ids checked_ids(const char* op, const char* argument, const Tensor& tensor, int 
 }
 
 void check_ids_device(const char* op, const char* argument, const Ids& ids, const Place& src, const Place& dst) {
-  if (!ids.on_device || (src.on_device && src.device == ids.device) || (dst.on_device && dst.device == ids.device)) return;
+  if (!ids.on_device || (src.on_device && src.device == ids.device) || (dst.on_device && dst.device == ids.device))
+    return;
   value_error(op, ": ", argument, " must be on the cpu or on the pools' cuda device, got cuda:", ids.device);
 }
 
 Executor checked_executor(const char* op, std::string_view executor) {
-  for (const Executor known : {Executor::kAuto, Executor::kCpu, Executor::kKernel, Executor::kDma, Executor::kReference}) {
+  for (const Executor known :
+       {Executor::kAuto, Executor::kCpu, Executor::kKernel, Executor::kDma, Executor::kReference}) {
     if (executor == name_of(known)) return known;
   }
   value_error(op, ": executor must be one of 'auto', 'cpu', 'kernel', 'dma', 'reference', got '", executor, "'");

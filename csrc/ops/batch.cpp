@@ -38,11 +38,12 @@ Column checked_column(const char* name, const Tensor& tensor, bool is_address, i
   const bool is_wide = facts.dtype() == aoti_torch_dtype_int64();
   const bool other = facts.dtype() == (is_address ? aoti_torch_dtype_uint64() : aoti_torch_dtype_int32());
   if (!is_wide && !other) {
-    value_error(kOp, ": ", name, is_address ? " must be int64 or uint64, got " : " must be int64 or int32, got ", facts.dtype_text());
+    value_error(kOp, ": ", name, is_address ? " must be int64 or uint64, got " : " must be int64 or int32, got ",
+                facts.dtype_text());
   }
   if (facts.dim() != 1 || (expected_rows >= 0 && facts.size(0) != expected_rows)) {
-    value_error(kOp, ": ", name, " must have shape ", expected_rows < 0 ? "[n]" : text('[', expected_rows, ']'), ", got ",
-                facts.shape_text());
+    value_error(kOp, ": ", name, " must have shape ", expected_rows < 0 ? "[n]" : text('[', expected_rows, ']'),
+                ", got ", facts.shape_text());
   }
   if (!facts.is_cpu()) value_error(kOp, ": ", name, " must be on the cpu, got ", facts.device_text());
   return {static_cast<const std::byte*>(tensor.const_data_ptr()), facts.stride(0) * facts.element_bytes(),
@@ -138,7 +139,8 @@ std::vector<Fragment> checked_fragments(std::vector<Listed> copies) {
 
 }  // namespace
 
-void swap_blocks_batch(const Tensor& src_ptrs, const Tensor& dst_ptrs, const Tensor& sizes, bool is_src_access_order_any) {
+void swap_blocks_batch(const Tensor& src_ptrs, const Tensor& dst_ptrs, const Tensor& sizes,
+                       bool is_src_access_order_any) {
   const Column src = checked_column("src_ptrs", src_ptrs, true, -1);
   const Column dst = checked_column("dst_ptrs", dst_ptrs, true, src.rows);
   const Column bytes = checked_column("sizes", sizes, false, src.rows);
@@ -154,7 +156,8 @@ void swap_blocks_batch(const Tensor& src_ptrs, const Tensor& dst_ptrs, const Ten
   }
   std::vector<Fragment> fragments = checked_fragments(std::move(copies));
   if (addresses_may_be_cuda() && carry_out_fragments_on_cuda(kOp, fragments, is_src_access_order_any)) return;
-  const Work work = lower_fragments(std::move(fragments), Direction::kHostToHost, {Executor::kCpu, torch_threads(), false});
+  const Work work =
+      lower_fragments(std::move(fragments), Direction::kHostToHost, {Executor::kCpu, torch_threads(), false});
   run_on_cpu(kOp, work, "no address is a cuda device's");
 }
 

@@ -15,9 +15,10 @@ std::string build_info() {
   const char* cuda_version = "";
   const char* architectures = "";
 #endif
-  return text("{\"cuda\": ", cuda, ", \"cuda_version\": ", quoted(cuda_version), ", \"architectures\": ", quoted(architectures),
-              ", \"compiler\": ", quoted(text("gcc-compatible ", __VERSION__)), ", \"instruction_set\": ",
-              quoted(cpu::instruction_set()), '}');
+  return text("{\"cuda\": ", cuda, ", \"cuda_version\": ", quoted(cuda_version),
+              ", \"architectures\": ", quoted(architectures),
+              ", \"compiler\": ", quoted(text("gcc-compatible ", __VERSION__)),
+              ", \"instruction_set\": ", quoted(cpu::instruction_set()), '}');
 }
 
 std::string check_device(int64_t device) { return take_fault_json(static_cast<int>(device)); }

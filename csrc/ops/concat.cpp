@@ -120,7 +120,8 @@ Shards checked_shards(const char* op, const char* list, const std::vector<Tensor
     if (facts.device_text() != first.device_text()) {
       value_error(op, ": ", name, " must be on ", first.device_text(), ", got ", facts.device_text());
     }
-    shards.whole_shape[static_cast<size_t>(shards.dim)] += facts.size(shards.dim);
+    int64_t& whole_size = shards.whole_shape[static_cast<size_t>(shards.dim)];
+    whole_size = saturating_sum(whole_size, facts.size(shards.dim));
   }
   return shards;
 }
@@ -141,10 +142,12 @@ void check_no_self_overlap(const char* op, const Reshard& reshard, const CopyCal
   for (const Pool& pool : call.dst.pools) pages.dst.push_back(pool.page_bytes);
   try {
     verify_runs(op, call.runs.data(), static_cast<int64_t>(call.runs.size()), pages);
+  } catch (const NotComparable&) {
+    throw;
   } catch (const std::invalid_argument&) {
     if (reshard.concatenates) {
-      value_error(op, ": ", reshard.whole_name, " must not overlap itself, got shape ", reshard.whole_facts.shape_text(),
-                  " and strides ", reshard.whole_facts.strides_text());
+      value_error(op, ": ", reshard.whole_name, " must not overlap itself, got shape ",
+                  reshard.whole_facts.shape_text(), " and strides ", reshard.whole_facts.strides_text());
     }
     value_error(op, ": ", reshard.shards.list, " must not overlap themselves, got a tensor that writes a byte twice");
   }
@@ -163,14 +166,13 @@ void carry_out_reshard(Reshard reshard) {
   one.pools = {whole_tensor(reshard.whole, reshard.whole_facts, reshard.concatenates)};
   merge_place(reshard.op, reshard.whole_name, reshard.whole_facts, true, one.place);
   many.place = shards.place;
-  const int64_t step = reshard.whole_facts.stride(shards.dim) * reshard.whole_facts.element_bytes();
   int64_t offset = 0;
   for (size_t i = 0; i < shards.tensors.size(); ++i) {
     const TensorFacts& facts = shards.facts[i];
-    const int64_t begin = offset;
-    offset += facts.size(shards.dim) * step;
     many.pools.push_back(whole_tensor(shards.tensors[i], facts, !reshard.concatenates));
     if (facts.numel() == 0) continue;
+    const int64_t begin = offset;
+    offset += facts.size(shards.dim) * reshard.whole_facts.stride(shards.dim) * facts.element_bytes();
     Run run{0, 0, 0, 0, facts.element_bytes(), 0, 0, {{1, 0, 0}, {1, 0, 0}, {1, 0, 0}}};
     (reshard.concatenates ? run.src_pool : run.dst_pool) = static_cast<int64_t>(i);
     (reshard.concatenates ? run.dst_offset : run.src_offset) = begin;
@@ -178,7 +180,8 @@ void carry_out_reshard(Reshard reshard) {
     const TensorFacts& dst = reshard.concatenates ? reshard.whole_facts : facts;
     if (append_runs(run, merged_dims(facts.sizes(), src, dst), call.runs)) continue;
     value_error(reshard.op, ": ", Name{shards.list, static_cast<int64_t>(i)}, " must be copied in at most ", kMaxRuns,
-                " runs, got shape ", facts.shape_text(), " with strides ", src.strides_text(), " to strides ", dst.strides_text());
+                " runs, got shape ", facts.shape_text(), " with strides ", src.strides_text(), " to strides ",
+                dst.strides_text());
   }
   if (!reshard.concatenates) reread_addresses(one, {reshard.whole});
   check_no_self_overlap(reshard.op, reshard, call);
@@ -223,7 +226,8 @@ void split_tp_shards(const Tensor& input, int64_t dim, const std::vector<Tensor>
   check_like(op, Name{"input"}, facts, shards.facts.front(), shards.dim);
   const int64_t total = shards.whole_shape[static_cast<size_t>(shards.dim)];
   if (total != facts.size(shards.dim)) {
-    value_error(op, ": out must add up to size ", facts.size(shards.dim), " in dimension ", shards.dim, ", got ", total);
+    value_error(op, ": out must add up to size ", facts.size(shards.dim), " in dimension ", shards.dim, ", got ",
+                total);
   }
   carry_out_reshard({op, std::move(shards), input, facts, "input", false});
 }

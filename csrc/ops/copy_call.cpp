@@ -71,7 +71,8 @@ void carry_out(CopyCall call) {
     check_overlap({call.op, call.ids_name, call.dst_list, call.runs, call.src.pools, call.dst.pools, call.src_subblocks,
                    call.dst_subblocks, list.segments});
   }
-  std::vector<Move> moves = bind_runs(call.runs, call.src.pools, call.dst.pools, call.src_subblocks, call.dst_subblocks, direction);
+  std::vector<Move> moves =
+      bind_runs(call.runs, call.src.pools, call.dst.pools, call.src_subblocks, call.dst_subblocks, direction);
   if (call.executor == Executor::kReference) {
     return run_reference(call, direction, call.ids_on_device ? call.rows : list.pairs, moves);
   }

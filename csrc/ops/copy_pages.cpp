@@ -52,9 +52,9 @@ PageSizes page_sizes(const CopyCall& call) {
 
 }  // namespace
 
-void copy_pages(const std::vector<Tensor>& src, const std::vector<Tensor>& dst, const Tensor& mapping, const Tensor& runs,
-                int64_t src_subblocks_per_block, int64_t dst_subblocks_per_block, bool skip_negative,
-                const std::string& executor, int64_t sm_budget) {
+void copy_pages(const std::vector<Tensor>& src, const std::vector<Tensor>& dst, const Tensor& mapping,
+                const Tensor& runs, int64_t src_subblocks_per_block, int64_t dst_subblocks_per_block,
+                bool skip_negative, const std::string& executor, int64_t sm_budget) {
   const char* op = "copy_pages";
   CopyCall call;
   call.op = op;

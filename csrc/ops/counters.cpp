@@ -36,8 +36,9 @@ std::string counters_json() {
   for (const Executor executor : kCounted) {
     const Counter& counter = counter_of(executor);
     if (json.size() > 1) json += ", ";
-    json += text(quoted(name_of(executor)), ": {\"calls\": ", counter.calls.load(), ", \"launches\": ", counter.launches.load(),
-                 ", \"descriptors\": ", counter.descriptors.load(), ", \"bytes\": ", counter.bytes.load(), '}');
+    json += text(quoted(name_of(executor)), ": {\"calls\": ", counter.calls.load(),
+                 ", \"launches\": ", counter.launches.load(), ", \"descriptors\": ", counter.descriptors.load(),
+                 ", \"bytes\": ", counter.bytes.load(), '}');
   }
   return json + '}';
 }

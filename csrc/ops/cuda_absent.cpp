@@ -4,7 +4,8 @@
 namespace kvkernels {
 
 void carry_out_on_cuda(const CopyCall& call, std::vector<Move>, PairList) {
-  throw std::runtime_error(text(call.op, ": tensors on a cuda device need CUDA code, which this build has not (no nvcc was "
+  throw std::runtime_error(text(call.op,
+                                ": tensors on a cuda device need CUDA code, which this build has not (no nvcc was "
                                 "found, or KVKERNELS_CUDA=OFF); rebuild with KVKERNELS_CUDA=ON"));
 }
 

@@ -42,10 +42,12 @@ class Context {
   cudaStream_t stream() const { return stream_; }
   const DeviceLimits& limits() const { return limits_; }
   bool is_capturing() const { return is_capturing_; }
-  bool allows_batches() const { return !is_capturing_ && !is_legacy_ && driver_function("cuMemcpyBatchAsync", 12080) != nullptr; }
+  bool allows_batches() const {
+    return !is_capturing_ && !is_legacy_ && driver_function("cuMemcpyBatchAsync", 12080) != nullptr;
+  }
   std::string json() const {
-    return text("\"index\": ", device_, ", \"capturing\": ", is_capturing_ ? "true" : "false", ", \"legacy_stream\": ",
-                is_legacy_ ? "true" : "false");
+    return text("\"index\": ", device_, ", \"capturing\": ", is_capturing_ ? "true" : "false",
+                ", \"legacy_stream\": ", is_legacy_ ? "true" : "false");
   }
 
  private:
@@ -71,8 +73,8 @@ auto named_errors(const char* op, Body&& body) {
   value_error(op, ": executor '", name_of(executor), "' cannot serve this call: ", reason);
 }
 
-void run_kernel_executor(const char* op, const Work& work, const DeviceIds* ids, int64_t sm_budget, const Context& context,
-                         const std::string& reason) {
+void run_kernel_executor(const char* op, const Work& work, const DeviceIds* ids, int64_t sm_budget,
+                         const Context& context, const std::string& reason) {
   const int budget = static_cast<int>(std::min<int64_t>(sm_budget, 1 << 20));
   const KernelPlan plan = plan_kernel(work, ids, budget, context.limits(), context.is_capturing());
   if (explaining()) {
@@ -81,9 +83,9 @@ void run_kernel_executor(const char* op, const Work& work, const DeviceIds* ids,
     explanation.shape = std::string(name_of(plan.shape));
     explanation.launches = plan.launches;
     explanation.descriptors = plan.descriptors;
-    explanation.device = text('{', context.json(), ", \"ctas\": ", plan.ctas, ", \"threads\": ", plan.threads, ", \"tiles\": ",
-                              plan.tiles, ", \"table_bytes\": ", plan.table_bytes, ", \"uploads\": ",
-                              plan.uploads ? "true" : "false", '}');
+    explanation.device = text('{', context.json(), ", \"ctas\": ", plan.ctas, ", \"threads\": ", plan.threads,
+                              ", \"tiles\": ", plan.tiles, ", \"table_bytes\": ", plan.table_bytes,
+                              ", \"uploads\": ", plan.uploads ? "true" : "false", '}');
     return record(explanation);
   }
   // Freed after the launch: the allocator hands the memory out again on this stream only, behind the kernel.
@@ -96,7 +98,8 @@ void run_kernel_executor(const char* op, const Work& work, const DeviceIds* ids,
   count_issued(Executor::kKernel, issued.launches, issued.descriptors, issued.bytes);
 }
 
-void run_dma_executor(const char* op, const Work& work, bool any_source_order, const Context& context, const std::string& reason) {
+void run_dma_executor(const char* op, const Work& work, bool any_source_order, const Context& context,
+                      const std::string& reason) {
   if (explaining()) {
     const Issued planned = plan_dma(work, context.stream());
     Explanation explanation = explanation_of(op, work, reason);
@@ -125,8 +128,8 @@ void carry_out_device_ids(const CopyCall& call, std::vector<Move> moves, Directi
   const std::string reason = "the ids are on the device";
   if (call.executor != Executor::kAuto && call.executor != Executor::kKernel) refuse(call.op, call.executor, reason);
   Work work = lower_device_ids(std::move(moves), call.rows, direction);
-  const DeviceIds ids{call.src_ids,         call.dst_ids,       call.rows, call.src_limit.ids(), call.dst_limit.ids(),
-                      call.skip_negative, fault_code(call.op)};
+  const DeviceIds ids{call.src_ids,         call.dst_ids,       call.rows,          call.src_limit.ids(),
+                      call.dst_limit.ids(), call.skip_negative, fault_code(call.op)};
   const std::string refusal = map_or_refuse(work, &ids, context);
   if (!refusal.empty()) refuse(call.op, Executor::kKernel, refusal);
   run_kernel_executor(call.op, work, &ids, call.sm_budget, context, reason);
@@ -139,9 +142,11 @@ GpuChoice choose(const char* op, Executor asked, const Work& work, const Context
   return choose_on_gpu(work.direction, work.bytes, work.descriptors, {context.allows_batches(), refusal});
 }
 
-void carry_out_host_ids(const CopyCall& call, std::vector<Move> moves, PairList list, Direction direction, const Context& context) {
+void carry_out_host_ids(const CopyCall& call, std::vector<Move> moves, PairList list, Direction direction,
+                        const Context& context) {
   // Lowered as for the copy engine, whose descriptors are what the choice depends on; a kernel takes any order.
-  Work work = lower(std::move(moves), std::move(list), call.src_limit.ids(), direction, {Executor::kDma, 1, call.soon_read});
+  Work work =
+      lower(std::move(moves), std::move(list), call.src_limit.ids(), direction, {Executor::kDma, 1, call.soon_read});
   Work mapped = work;
   const std::string refusal = work.bytes > 0 ? map_or_refuse(mapped, nullptr, context) : "";
   const GpuChoice choice = choose(call.op, call.executor, work, context, refusal);
@@ -220,7 +225,8 @@ bool carry_out_fragments_on_cuda(const char* op, const std::vector<Fragment>& fr
     const std::optional<Work> as_ids = facts.kernel_reaches ? addresses_as_ids(work) : std::nullopt;
     const std::string refusal = as_ids ? "" : "its fragments differ in size, or it cannot reach them";
     // A copy engine serves every direction, so only small fragments are worth a kernel's launch here.
-    const GpuChoice choice = choose_on_gpu(work.direction, work.bytes, work.descriptors, {context.allows_batches(), refusal});
+    const GpuChoice choice =
+        choose_on_gpu(work.direction, work.bytes, work.descriptors, {context.allows_batches(), refusal});
     if (choice.executor == Executor::kKernel && as_ids) {
       run_kernel_executor(op, *as_ids, nullptr, 0, context, choice.reason);
     } else {

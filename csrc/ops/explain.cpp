@@ -27,11 +27,12 @@ Explanation explanation_of(const char* op, const Work& work, std::string reason)
 }
 
 void record(const Explanation& e) {
-  recorded = text("{\"op\": ", quoted(e.op), ", \"executor\": ", quoted(name_of(e.executor)), ", \"reason\": ",
-                  quoted(e.reason), ", \"direction\": ", quoted(name_of(e.direction)), ", \"shape\": ", quoted(e.shape),
-                  ", \"launches\": ", e.launches, ", \"descriptors\": ", e.descriptors, ", \"bytes\": ", e.bytes,
-                  ", \"pairs\": ", e.pairs, ", \"moves\": ", e.moves, ", \"lanes\": ", e.lanes, ", \"streaming\": ",
-                  e.streaming ? "true" : "false", ", \"device\": ", e.device, '}');
+  recorded =
+      text("{\"op\": ", quoted(e.op), ", \"executor\": ", quoted(name_of(e.executor)),
+           ", \"reason\": ", quoted(e.reason), ", \"direction\": ", quoted(name_of(e.direction)),
+           ", \"shape\": ", quoted(e.shape), ", \"launches\": ", e.launches, ", \"descriptors\": ", e.descriptors,
+           ", \"bytes\": ", e.bytes, ", \"pairs\": ", e.pairs, ", \"moves\": ", e.moves, ", \"lanes\": ", e.lanes,
+           ", \"streaming\": ", e.streaming ? "true" : "false", ", \"device\": ", e.device, '}');
 }
 
 void explain_begin() {

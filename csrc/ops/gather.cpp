@@ -16,14 +16,15 @@ struct Buffer {
 };
 
 // uint8 [n, row_bytes]; its rows may be padded.
-Buffer checked_buffer(const char* op, const char* name, const Tensor& tensor, const Pools& pools, int64_t rows, bool written) {
+Buffer checked_buffer(const char* op, const char* name, const Tensor& tensor, const Pools& pools, int64_t rows,
+                      bool written) {
   const TensorFacts facts = checked_tensor(op, Name{name}, tensor);
   int64_t row_bytes = 0;
-  for (const Pool& pool : pools.pools) row_bytes += pool.page_bytes;
+  for (const Pool& pool : pools.pools) row_bytes = saturating_sum(row_bytes, pool.page_bytes);
   const std::vector<int64_t> expected{rows, row_bytes};
   if (facts.dtype() != aoti_torch_dtype_uint8() || facts.sizes() != expected) {
-    value_error(op, ": ", name, " must be uint8 of shape ", list_text(expected), ", got ", facts.dtype_text(), " of shape ",
-                facts.shape_text());
+    value_error(op, ": ", name, " must be uint8 of shape ", list_text(expected), ", got ", facts.dtype_text(),
+                " of shape ", facts.shape_text());
   }
   Buffer buffer{{{checked_pool(op, Name{name}, tensor, facts, written)}, {}}, row_bytes};
   merge_place(op, name, facts, true, buffer.pools.place);
@@ -65,8 +66,8 @@ Tensor paired_with_rows(const Ids& ids, bool gathers) {
   return int64_tensor({ids.rows, 2}, pairs.data());
 }
 
-void move_blocks(const char* op, const std::vector<Tensor>& pool_tensors, const Tensor& block_ids, const Tensor& buffer_tensor,
-                 const std::string& executor, int64_t sm_budget, bool gathers) {
+void move_blocks(const char* op, const std::vector<Tensor>& pool_tensors, const Tensor& block_ids,
+                 const Tensor& buffer_tensor, const std::string& executor, int64_t sm_budget, bool gathers) {
   CopyCall call;
   call.op = op;
   call.ids_name = "block_ids";
@@ -110,8 +111,8 @@ void move_blocks(const char* op, const std::vector<Tensor>& pool_tensors, const 
     call.reference = [&, runs = call.runs] {
       const std::vector<Tensor> one{buffer_tensor};
       const Tensor columns = int64_tensor({static_cast<int64_t>(runs.size()), kRunColumns}, &runs.front().src_pool);
-      call_reference(gathers ? pool_tensors : one, gathers ? one : pool_tensors, paired_with_rows(ids, gathers), columns, 1, 1,
-                     false);
+      call_reference(gathers ? pool_tensors : one, gathers ? one : pool_tensors, paired_with_rows(ids, gathers),
+                     columns, 1, 1, false);
     };
   }
   carry_out(std::move(call));
@@ -119,8 +120,8 @@ void move_blocks(const char* op, const std::vector<Tensor>& pool_tensors, const 
 
 }  // namespace
 
-void gather_blocks(const std::vector<Tensor>& pools, const Tensor& block_ids, const Tensor& out, const std::string& executor,
-                   int64_t sm_budget) {
+void gather_blocks(const std::vector<Tensor>& pools, const Tensor& block_ids, const Tensor& out,
+                   const std::string& executor, int64_t sm_budget) {
   move_blocks("gather_blocks", pools, block_ids, out, executor, sm_budget, true);
 }
 

@@ -6,24 +6,30 @@
 // handing over re-strided copies of padded pools; cudagraph_unsafe marks what takes host mappings, whose values a
 // captured graph would freeze.
 STABLE_TORCH_LIBRARY(kvkernels, m) {
-  const std::vector<at::Tag> host_mapping{at::Tag::pt2_compliant_tag, at::Tag::needs_exact_strides, at::Tag::cudagraph_unsafe};
+  const std::vector<at::Tag> host_mapping{at::Tag::pt2_compliant_tag, at::Tag::needs_exact_strides,
+                                          at::Tag::cudagraph_unsafe};
   const std::vector<at::Tag> capturable{at::Tag::pt2_compliant_tag, at::Tag::needs_exact_strides};
   m.def("swap_blocks(Tensor src, Tensor(a!) dst, int block_size_in_bytes, Tensor block_mapping) -> ()", host_mapping);
-  m.def("swap_blocks_batch(Tensor src_ptrs, Tensor(a!) dst_ptrs, Tensor sizes, bool is_src_access_order_any=False) -> ()",
-        host_mapping);
+  m.def(
+      "swap_blocks_batch(Tensor src_ptrs, Tensor(a!) dst_ptrs, Tensor sizes, bool is_src_access_order_any=False) -> ()",
+      host_mapping);
   m.def("gather_blocks(Tensor[] pools, Tensor block_ids, Tensor(a!) out, str executor=\"auto\", int sm_budget=0) -> ()",
         host_mapping);
-  m.def("scatter_blocks(Tensor buffer, Tensor block_ids, Tensor(a!)[] pools, str executor=\"auto\", int sm_budget=0) -> ()",
-        host_mapping);
-  m.def("copy_pages(Tensor[] src, Tensor(a!)[] dst, Tensor mapping, Tensor runs, int src_subblocks_per_block=1, "
-        "int dst_subblocks_per_block=1, bool skip_negative=False, str executor=\"auto\", int sm_budget=0) -> ()",
-        host_mapping);
+  m.def(
+      "scatter_blocks(Tensor buffer, Tensor block_ids, Tensor(a!)[] pools, str executor=\"auto\", int sm_budget=0) -> "
+      "()",
+      host_mapping);
+  m.def(
+      "copy_pages(Tensor[] src, Tensor(a!)[] dst, Tensor mapping, Tensor runs, int src_subblocks_per_block=1, "
+      "int dst_subblocks_per_block=1, bool skip_negative=False, str executor=\"auto\", int sm_budget=0) -> ()",
+      host_mapping);
   m.def("concat_tp_shards(Tensor[] shards, int dim) -> Tensor", capturable);
   m.def("concat_tp_shards_out(Tensor[] shards, int dim, Tensor(a!) out) -> ()", capturable);
   m.def("split_tp_shards(Tensor input, int dim, Tensor(a!)[] out) -> ()", capturable);
 
-  m.def("_copy_pages_reference(Tensor[] src, Tensor(a!)[] dst, Tensor mapping, Tensor runs, int src_subblocks_per_block, "
-        "int dst_subblocks_per_block, bool skip_negative) -> ()");
+  m.def(
+      "_copy_pages_reference(Tensor[] src, Tensor(a!)[] dst, Tensor mapping, Tensor runs, int src_subblocks_per_block, "
+      "int dst_subblocks_per_block, bool skip_negative) -> ()");
   m.def("_explain_begin() -> ()");
   m.def("_explain_end() -> str");
   m.def("_counters() -> str");

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <limits>
 #include <utility>
 
 namespace kvkernels {
@@ -27,7 +28,18 @@ TensorFacts::TensorFacts(const Tensor& tensor) : sizes_(copy_of(tensor.sizes()))
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(handle, &storage_bytes_));
 }
 
+int64_t saturating_product(int64_t a, int64_t b) {
+  int64_t product = 0;
+  return __builtin_mul_overflow(a, b, &product) ? std::numeric_limits<int64_t>::max() : product;
+}
+
+int64_t saturating_sum(int64_t a, int64_t b) {
+  int64_t sum = 0;
+  return __builtin_add_overflow(a, b, &sum) ? std::numeric_limits<int64_t>::max() : sum;
+}
+
 int64_t TensorFacts::numel() const {
+  if (is_empty_from(0)) return 0;
   int64_t elements = 1;
   for (const int64_t size : sizes_) elements *= size;
   return elements;
@@ -74,14 +86,52 @@ std::string TensorFacts::device_text() const {
 
 std::string TensorFacts::dtype_text() const {
   // In the order of ScalarType, whose numbers the ABI fixes; the shim names but half of them.
-  constexpr std::array names{
-      "uint8",     "int8",      "int16",     "int32",          "int64",         "float16",         "float32",
-      "float64",   "complex32", "complex64", "complex128",     "bool",          "qint8",           "quint8",
-      "qint32",    "bfloat16",  "quint4x2",  "quint2x4",       "bits1x8",       "bits2x4",         "bits4x2",
-      "bits8",     "bits16",    "float8_e5m2", "float8_e4m3fn", "float8_e5m2fnuz", "float8_e4m3fnuz", "uint16",
-      "uint32",    "uint64",    "uint1",     "uint2",          "uint3",         "uint4",           "uint5",
-      "uint6",     "uint7",     "int1",      "int2",           "int3",          "int4",            "int5",
-      "int6",      "int7",      "float8_e8m0fnu", "float4_e2m1fn_x2"};
+  constexpr std::array names{"uint8",
+                             "int8",
+                             "int16",
+                             "int32",
+                             "int64",
+                             "float16",
+                             "float32",
+                             "float64",
+                             "complex32",
+                             "complex64",
+                             "complex128",
+                             "bool",
+                             "qint8",
+                             "quint8",
+                             "qint32",
+                             "bfloat16",
+                             "quint4x2",
+                             "quint2x4",
+                             "bits1x8",
+                             "bits2x4",
+                             "bits4x2",
+                             "bits8",
+                             "bits16",
+                             "float8_e5m2",
+                             "float8_e4m3fn",
+                             "float8_e5m2fnuz",
+                             "float8_e4m3fnuz",
+                             "uint16",
+                             "uint32",
+                             "uint64",
+                             "uint1",
+                             "uint2",
+                             "uint3",
+                             "uint4",
+                             "uint5",
+                             "uint6",
+                             "uint7",
+                             "int1",
+                             "int2",
+                             "int3",
+                             "int4",
+                             "int5",
+                             "int6",
+                             "int7",
+                             "float8_e8m0fnu",
+                             "float4_e2m1fn_x2"};
   static_assert(names.size() == static_cast<size_t>(torch::headeronly::ScalarType::Undefined));
   if (dtype_ >= 0 && dtype_ < static_cast<int32_t>(names.size())) return names[static_cast<size_t>(dtype_)];
   return text("dtype ", dtype_);
@@ -132,7 +182,8 @@ Tensor upload_bytes(const void* host, size_t bytes, int device) {
   using torch::headeronly::DeviceType;
   using torch::headeronly::ScalarType;
   const std::vector<int64_t> size{static_cast<int64_t>(bytes)};
-  const Tensor pinned = torch::stable::empty(size, ScalarType::Byte, std::nullopt, torch::stable::Device(DeviceType::CPU), true);
+  const Tensor pinned =
+      torch::stable::empty(size, ScalarType::Byte, std::nullopt, torch::stable::Device(DeviceType::CPU), true);
   std::memcpy(pinned.mutable_data_ptr(), host, bytes);
   Tensor uploaded =
       torch::stable::empty(size, ScalarType::Byte, std::nullopt, torch::stable::Device(DeviceType::CUDA, device));

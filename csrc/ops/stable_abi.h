@@ -59,6 +59,10 @@ class TensorFacts {
   std::vector<int64_t> strides_;
 };
 
+// A tensor without elements may claim any sizes: what they come to is INT64_MAX where it does not fit.
+int64_t saturating_product(int64_t a, int64_t b);
+int64_t saturating_sum(int64_t a, int64_t b);
+
 // at::parallel_for as the CPU executor wants it.
 void parallel_lanes(int lanes, void* context, void (*body)(void* context, int lane));
 

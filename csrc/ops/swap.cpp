@@ -14,7 +14,8 @@ Pool block_pool(const Name& name, const Tensor& tensor, const TensorFacts& facts
   if (facts.is_contiguous_from(0)) {
     const int64_t bytes = facts.numel() * facts.element_bytes();
     if (bytes % block_bytes != 0) {
-      value_error(op, ": ", name, " must hold a whole number of blocks of ", block_bytes, " bytes, got ", bytes, " bytes");
+      value_error(op, ": ", name, " must hold a whole number of blocks of ", block_bytes, " bytes, got ", bytes,
+                  " bytes");
     }
     blocks = bytes / block_bytes;
   } else {
@@ -22,8 +23,8 @@ Pool block_pool(const Name& name, const Tensor& tensor, const TensorFacts& facts
     for (int64_t i = 1; i < facts.dim(); ++i) row_bytes *= facts.size(i);
     block_stride = facts.stride(0) * facts.element_bytes();
     if (!facts.is_contiguous_from(1) || row_bytes != block_bytes || block_stride <= row_bytes) {
-      value_error(op, ": ", name, " must be contiguous or have rows of ", block_bytes, " bytes at a larger stride, got shape ",
-                  facts.shape_text(), " and strides ", facts.strides_text());
+      value_error(op, ": ", name, " must be contiguous or have rows of ", block_bytes,
+                  " bytes at a larger stride, got shape ", facts.shape_text(), " and strides ", facts.strides_text());
     }
     blocks = facts.size(0);
   }

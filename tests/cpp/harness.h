@@ -67,7 +67,9 @@ inline Pairs expanded(const std::vector<Segment>& segments) {
   return pairs;
 }
 
-inline bool continues(const Segment& a, const Segment& b) { return b.src == a.src + a.count && b.dst == a.dst + a.count; }
+inline bool continues(const Segment& a, const Segment& b) {
+  return b.src == a.src + a.count && b.dst == a.dst + a.count;
+}
 
 struct Mapping {
   Pairs rows;
@@ -129,7 +131,8 @@ inline std::string naive_reach(const Side4& side, Wide offset, Wide bytes, Wide 
 }
 
 // Marks what a run writes; false where a byte is written that `written` has already, whose run is then `other`.
-inline bool naive_write(const Run& run, int64_t index, int64_t subblocks, std::map<int64_t, int64_t>& written, int64_t& other) {
+inline bool naive_write(const Run& run, int64_t index, int64_t subblocks, std::map<int64_t, int64_t>& written,
+                        int64_t& other) {
   const Side4 side = side_of(run, true, subblocks);
   Wide fragments = 1;
   for (const Wide extent : side.extents) {
@@ -143,7 +146,8 @@ inline bool naive_write(const Run& run, int64_t index, int64_t subblocks, std::m
     int64_t rest = f;
     int64_t at = run.dst_offset;
     for (int i = 3; i >= 0; --i) {
-      at += rest % static_cast<int64_t>(side.extents[i]) * static_cast<int64_t>(side.extents[i] == 1 ? 0 : side.strides[i]);
+      at += rest % static_cast<int64_t>(side.extents[i]) *
+            static_cast<int64_t>(side.extents[i] == 1 ? 0 : side.strides[i]);
       rest /= static_cast<int64_t>(side.extents[i]);
     }
     for (int64_t byte = at; byte < at + run.fragment_bytes; ++byte) {
@@ -160,8 +164,10 @@ inline std::string naive_verify(const std::vector<Run>& runs, const PageSizes& p
   for (size_t i = 0; i < runs.size(); ++i) {
     const Run& run = runs[i];
     const std::string prefix = text("runs[", i, "] ");
-    if (run.src_pool < 0 || run.src_pool >= static_cast<int64_t>(pages.src.size())) return prefix + "src_pool must be below";
-    if (run.dst_pool < 0 || run.dst_pool >= static_cast<int64_t>(pages.dst.size())) return prefix + "dst_pool must be below";
+    if (run.src_pool < 0 || run.src_pool >= static_cast<int64_t>(pages.src.size()))
+      return prefix + "src_pool must be below";
+    if (run.dst_pool < 0 || run.dst_pool >= static_cast<int64_t>(pages.dst.size()))
+      return prefix + "dst_pool must be below";
     if (run.fragment_bytes <= 0) return prefix + "fragment_bytes must be positive";
     for (int loop = 0; loop < 3; ++loop) {
       if (run.loops[loop].extent <= 0) return prefix + text("extent ", loop, " must be positive");
@@ -191,13 +197,19 @@ inline Run random_run(Random& random, const PageSizes& pages, bool extremes) {
   run.src_subblock_stride = random.in(-4, 8);
   run.dst_subblock_stride = random.in(-6, 12);
   for (Loop& loop : run.loops) {
-    loop = {random.once_in(2) ? 1 : random.in(1, 4), random.in(-3, 6), random.of({1, 2, 3, 4, 5, 6, 8, 12, 16, -2, -5, 0})};
+    loop = {random.once_in(2) ? 1 : random.in(1, 4), random.in(-3, 6),
+            random.of({1, 2, 3, 4, 5, 6, 8, 12, 16, -2, -5, 0})};
     if (random.once_in(3)) loop.dst_stride = run.fragment_bytes * random.in(1, 4);
+    if (random.once_in(4)) loop.dst_stride = random.of({24, -24});
+    // A loop that walks downwards stays in the page where it starts at the top.
+    if (random.once_in(2)) run.src_offset += std::max<int64_t>(0, -(loop.extent - 1) * loop.src_stride);
+    if (random.once_in(2)) run.dst_offset += std::max<int64_t>(0, -(loop.extent - 1) * loop.dst_stride);
   }
   if (extremes && random.once_in(2)) {
     auto* columns = reinterpret_cast<int64_t*>(&run);
     for (int64_t n = random.in(1, 3); n > 0; --n) {
-      columns[random.in(0, kRunColumns - 1)] = random.of({kMin, kMin + 1, kMax, kMax - 1, kMax / 2, -1, 0, 1, 2, int64_t{1} << 32, int64_t{1} << 62});
+      columns[random.in(0, kRunColumns - 1)] =
+          random.of({kMin, kMin + 1, kMax, kMax - 1, kMax / 2, -1, 0, 1, 2, int64_t{1} << 32, int64_t{1} << 62});
     }
   }
   return run;

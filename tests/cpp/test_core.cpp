@@ -26,7 +26,8 @@ Expected naive_pairs(const Pairs& rows, int64_t src_ids, int64_t dst_ids, bool s
     const bool src_is_bad = src < 0 || src >= src_ids;
     if (src_is_bad || dst < 0 || dst >= dst_ids) {
       expected.error = text("IndexError: op: map[", row, src_is_bad ? ", 0] = " : ", 1] = ", src_is_bad ? src : dst,
-                            " is out of range for ", src_is_bad ? "src" : "dst", " with ", src_is_bad ? src_ids : dst_ids, " blocks");
+                            " is out of range for ", src_is_bad ? "src" : "dst", " with ",
+                            src_is_bad ? src_ids : dst_ids, " blocks");
       return expected;
     }
     const auto [at, is_new] = source_of.try_emplace(dst, src);
@@ -34,7 +35,8 @@ Expected naive_pairs(const Pairs& rows, int64_t src_ids, int64_t dst_ids, bool s
     expected.pairs.emplace(src, dst);
   }
   if (clash >= 0) {
-    expected.error = text("ValueError: op: map must name each destination once, got two sources for destination ", clash);
+    expected.error =
+        text("ValueError: op: map must name each destination once, got two sources for destination ", clash);
   }
   return expected;
 }
@@ -72,15 +74,22 @@ void reads_what_a_loop_reads() {
     const Expected expected = naive_pairs(mapping.rows, src_ids, dst_ids, skip_negative);
     PairList list;
     const std::string error = error_of([&] {
-      list = read_pairs({"op", "map", mapping.column(0), mapping.column(1), static_cast<int64_t>(mapping.rows.size()),
-                         {Name{"src"}, src_ids}, {Name{"dst"}, dst_ids}, skip_negative});
+      list = read_pairs({"op",
+                         "map",
+                         mapping.column(0),
+                         mapping.column(1),
+                         static_cast<int64_t>(mapping.rows.size()),
+                         {Name{"src"}, src_ids},
+                         {Name{"dst"}, dst_ids},
+                         skip_negative});
     });
     expect(error == expected.error, text("got '", error, "', expected '", expected.error, "'"));
     refused += !error.empty();
     if (!error.empty()) continue;
     const Pairs pairs = expanded(list.segments);
     expect(std::set(pairs.begin(), pairs.end()) == expected.pairs, "other pairs than a loop finds");
-    expect(pairs.size() == expected.pairs.size() && list.pairs == static_cast<int64_t>(pairs.size()), "a pair counted twice");
+    expect(pairs.size() == expected.pairs.size() && list.pairs == static_cast<int64_t>(pairs.size()),
+           "a pair counted twice");
     for (size_t s = 1; s < list.segments.size(); ++s) {
       expect(!continues(list.segments[s - 1], list.segments[s]), "neighbours were not coalesced");
     }
@@ -91,7 +100,8 @@ void reads_what_a_loop_reads() {
 
 void reads_row_numbers_and_names_the_pool() {
   const std::vector<int64_t> ids{4, 5, 6, 2, 2};
-  PairRequest request{"gather_blocks", "block_ids", {ids.data(), 8, 8}, {}, 5, {Name{"pools", 1}, 7}, {Name{"out"}, 5}, false};
+  PairRequest request{"gather_blocks",  "block_ids", {ids.data(), 8, 8}, {}, 5, {Name{"pools", 1}, 7},
+                      {Name{"out"}, 5}, false};
   const PairList list = read_pairs(request);
   expect(list.segments.size() == 3 && list.segments[0].count == 3, "rows of a buffer coalesce with their ids");
   request.src_limit = {Name{"pools", 1}, 3, 2};
@@ -102,21 +112,31 @@ void reads_row_numbers_and_names_the_pool() {
 
 // A refused call must not leave bits behind that the next call on this thread takes for its own.
 void forgets_what_a_refused_call_saw() {
-  std::vector<int64_t> map;
-  for (int64_t i = 0; i < 100; ++i) map.insert(map.end(), {i, 99 - i});
-  map.insert(map.end(), {0, 100});
-  PairRequest request{"op", "map", {map.data(), 16, 8}, {map.data() + 1, 16, 8}, 101, {Name{"src"}, 100}, {Name{"dst"}, 100}, false};
-  expect(!error_of([&] { read_pairs(request); }).empty(), "id 100 of 100 was accepted");
-  map[200] = 1;  // still out of range, and now a destination twice, too
-  map[199] = 98;
-  expect(!error_of([&] { read_pairs(request); }).empty(), "id 100 of 100 was accepted");
-  request.rows = 99;
-  expect(read_pairs(request).pairs == 99, "destinations of a refused call count as seen");
+  // Few rows of many ids, which are cleared one by one, and many of few, which are cleared as one.
+  for (const int64_t ids : {10000, 8}) {
+    std::vector<int64_t> map;
+    for (int64_t i = 0; i < 8; ++i) map.insert(map.end(), {i, (7 - i) * (ids - 1) / 7});
+    map.insert(map.end(), {0, ids});
+    PairRequest request{
+        "op", "map", {map.data(), 16, 8}, {map.data() + 1, 16, 8}, 9, {Name{"src"}, 8}, {Name{"dst"}, ids}, false};
+    for (int round = 0; round < 2; ++round) {
+      expect(!error_of([&] { read_pairs(request); }).empty(), "an id out of range was accepted");
+      request.rows = 8;
+      const PairList list = read_pairs(request);
+      expect(list.pairs == 8 && expanded(list.segments).front() == std::pair<int64_t, int64_t>(0, ids - 1),
+             "another order than asked for");
+      request.rows = 9;
+      map[15] = map[1];  // now a destination twice, too
+      expect(!error_of([&] { read_pairs(request); }).empty(), "an id out of range was accepted");
+      map[15] = 0;
+    }
+  }
 }
 
 void coalesces_downwards() {
   const std::vector<int64_t> map{9, 19, 8, 18, 7, 17, 10, 20, 3, 3};
-  PairList list = read_pairs({"op", "map", {map.data(), 16, 8}, {map.data() + 1, 16, 8}, 5, {Name{"src"}, 30}, {Name{"dst"}, 30}, false});
+  PairList list = read_pairs(
+      {"op", "map", {map.data(), 16, 8}, {map.data() + 1, 16, 8}, 5, {Name{"src"}, 30}, {Name{"dst"}, 30}, false});
   expect(list.segments.size() == 2 && list.segments[0].src == 7 && list.segments[0].count == 4, "descending ids");
 }
 
@@ -144,7 +164,8 @@ void sorts_by_source() {
 
 void radix_sort_is_a_stable_sort() {
   Random random(3);
-  for (const uint64_t limit : {uint64_t{1}, uint64_t{2}, uint64_t{2048}, uint64_t{2049}, uint64_t{1} << 57, ~uint64_t{0}}) {
+  for (const uint64_t limit :
+       {uint64_t{1}, uint64_t{2}, uint64_t{2048}, uint64_t{2049}, uint64_t{1} << 57, ~uint64_t{0}}) {
     std::vector<std::pair<uint64_t, int>> records(500);
     for (int i = 0; i < 500; ++i) records[i] = {random.engine()() % limit, i};
     for (int i = 0; i < 100; ++i) records[i].first = limit - 1;
@@ -163,7 +184,8 @@ void verifies_what_a_byte_map_verifies() {
     std::vector<Run> runs(static_cast<size_t>(random.in(0, random.of({1, 3, 6}))));
     for (Run& run : runs) run = random_run(random, pages, random.once_in(3));
     const std::string expected = naive_verify(runs, pages);
-    const std::string error = error_of([&] { verify_runs("op", runs.data(), static_cast<int64_t>(runs.size()), pages); });
+    const std::string error =
+        error_of([&] { verify_runs("op", runs.data(), static_cast<int64_t>(runs.size()), pages); });
     const bool agrees = expected.empty() ? error.empty() : error.find("ValueError: op: " + expected) == 0;
     expect(agrees, text("case ", i, ": got '", error, "', expected '", expected, "'"));
     ++outcomes[expected.substr(0, 4) == "runs" ? expected.substr(expected.find(' ') + 1, 12) : expected];
@@ -171,6 +193,36 @@ void verifies_what_a_byte_map_verifies() {
   for (const char* kind : {"", "must fit in ", "must stay in", "must write e"}) {
     expect(outcomes[kind] > 300, text("too few cases of '", kind, "': ", outcomes[kind]));
   }
+}
+
+// Runs that share their loops' strides, as shards in a row do, and stand anywhere in a step of them.
+void verifies_combs_as_a_byte_map_does() {
+  Random random(9);
+  int accepted = 0;
+  constexpr int kCases = 20000;
+  for (int i = 0; i < kCases; ++i) {
+    const int64_t inner = random.in(3, 9);
+    const int64_t outer = inner * random.in(1, 4) + random.in(0, 3);
+    const PageSizes pages{{16}, {outer * 4 + 20}, 1, random.once_in(4) ? 2 : 1};
+    std::vector<Run> runs;
+    for (int64_t n = random.in(2, 4); n > 0; --n) {
+      Run run{0, 0, 0, random.in(0, 2 * inner), random.in(1, 3), 0, outer, {}};
+      const int64_t sign = random.once_in(5) ? -1 : 1;
+      run.loops[0] = {random.in(1, 3), 0, sign * outer};
+      run.loops[1] = {random.in(1, 3), 0, inner};
+      run.loops[2] = {1, 0, kMax};
+      if (sign < 0) run.dst_offset += (run.loops[0].extent - 1) * outer;
+      if (random.once_in(2)) std::swap(run.loops[0], run.loops[1]);
+      runs.push_back(run);
+    }
+    const std::string expected = naive_verify(runs, pages);
+    const std::string error =
+        error_of([&] { verify_runs("op", runs.data(), static_cast<int64_t>(runs.size()), pages); });
+    const bool agrees = expected.empty() ? error.empty() : error.find("ValueError: op: " + expected) == 0;
+    expect(agrees, text("case ", i, ": got '", error, "', expected '", expected, "'"));
+    accepted += error.empty();
+  }
+  expect(accepted > kCases / 20, text("too few plans are right: ", accepted));
 }
 
 // A pair of runs that is named must really share a byte.
@@ -181,16 +233,20 @@ void names_runs_that_share_a_byte() {
     const PageSizes pages = random_pages(random);
     std::vector<Run> runs(static_cast<size_t>(random.in(2, 4)));
     for (Run& run : runs) run = random_run(random, pages, false);
-    const std::string error = error_of([&] { verify_runs("op", runs.data(), static_cast<int64_t>(runs.size()), pages); });
+    const std::string error =
+        error_of([&] { verify_runs("op", runs.data(), static_cast<int64_t>(runs.size()), pages); });
     long long first = 0;
     long long second = 0;
     long long pool = 0;
-    if (std::sscanf(error.c_str(), "ValueError: op: runs must write each byte once, got runs[%lld] and runs[%lld] sharing bytes of dst[%lld]",
-                    &first, &second, &pool) != 3) {
+    if (std::sscanf(
+            error.c_str(),
+            "ValueError: op: runs must write each byte once, got runs[%lld] and runs[%lld] sharing bytes of dst[%lld]",
+            &first, &second, &pool) != 3) {
       continue;
     }
     ++found;
-    expect(first <= second && runs[first].dst_pool == pool && runs[second].dst_pool == pool, "runs of another pool: " + error);
+    expect(first <= second && runs[first].dst_pool == pool && runs[second].dst_pool == pool,
+           "runs of another pool: " + error);
     std::map<int64_t, int64_t> written;
     int64_t other = 0;
     bool apart = naive_write(runs[first], first, pages.dst_subblocks, written, other);
@@ -207,12 +263,19 @@ void remembers_only_what_passed() {
     verify_runs("op", &good, 1, pages);
     for (int column = 0; column < kRunColumns; ++column) {
       Run bad = good;
-      reinterpret_cast<int64_t*>(&bad)[column] = column == 5 || column == 6 ? 16 : column == 8 || column == 9 ? 100 : column < 7 ? 1000 : 0;
+      reinterpret_cast<int64_t*>(&bad)[column] = column == 5 || column == 6   ? 16
+                                                 : column == 8 || column == 9 ? 100
+                                                 : column < 7                 ? 1000
+                                                                              : 0;
       const bool unused = column == 5 || column == 6 || column == 11 || column == 12 || column == 14 || column == 15;
       expect(error_of([&] { verify_runs("op", &bad, 1, pages); }).empty() == unused, text("column ", column));
     }
-    expect(!error_of([&] { verify_runs("op", &good, 1, {{63}, {55}, 1, 1}); }).empty(), "the page sizes are part of what passed");
-    expect(!error_of([&] { verify_runs("op", &good, 1, {{64}, {64}, 1, 2}); }).empty(), "the sub-blocks are part of what passed");
+    expect(!error_of([&] { verify_runs("op", &good, 1, {{55}, {64}, 1, 1}); }).empty(),
+           "the source's page is part of what passed");
+    expect(!error_of([&] { verify_runs("op", &good, 1, {{64}, {55}, 1, 1}); }).empty(),
+           "the destination's page is part of what passed");
+    expect(!error_of([&] { verify_runs("op", &good, 1, {{64}, {64}, 1, 2}); }).empty(),
+           "the sub-blocks are part of what passed");
     // More plans than are remembered.
     for (int64_t i = 0; i < 300; ++i) verify_runs("op", &good, 1, {{64 + i}, {64}, 1, 1});
   }
@@ -228,6 +291,28 @@ void verifies_a_long_plan_quickly() {
          "two of many runs");
 }
 
+// Eight shards beside each other in each of many rows and planes: more fragments than could be compared one by one.
+void verifies_shards_that_interleave() {
+  constexpr int64_t kRow = 8 * 16;
+  constexpr int64_t kPlane = 5000 * kRow + 64;
+  constexpr int64_t kPage = 1000 * kPlane;
+  std::vector<Run> runs;
+  for (int64_t shard = 0; shard < 8; ++shard) {
+    const Loop planes = shard % 2 == 0 ? Loop{1000, 0, kPlane} : Loop{1000, 0, -kPlane};
+    runs.push_back({0, 0, 0, shard * 16 + (shard % 2) * 999 * kPlane, 16, 0, 0, {{5000, 0, kRow}, planes, {1, 0, 0}}});
+  }
+  const PageSizes pages{{64}, {kPage}, 1, 1};
+  verify_runs("op", runs.data(), 8, pages);
+  // Over one byte of the next shard, and over the end of the row into the first shard of the next one.
+  runs[3].fragment_bytes = 17;
+  expect(error_of([&] { verify_runs("op", runs.data(), 8, pages); }).find("runs must") != std::string::npos,
+         "a byte of the next shard");
+  runs[3].fragment_bytes = 16;
+  runs[7].dst_offset += 1;
+  expect(error_of([&] { verify_runs("op", runs.data(), 8, pages); }).find("runs must") != std::string::npos,
+         "a byte of the next row");
+}
+
 void threads_share_the_cache_of_plans() {
   std::vector<std::thread> threads;
   std::vector<std::string> failures(4);
@@ -239,16 +324,25 @@ void threads_share_the_cache_of_plans() {
           PageSizes pages = random_pages(random);
           std::vector<Run> runs(static_cast<size_t>(random.in(1, 3)));
           for (Run& run : runs) run = random_run(random, pages, false);
-          const bool refused = !error_of([&] { verify_runs("op", runs.data(), static_cast<int64_t>(runs.size()), pages); }).empty();
+          const bool refused =
+              !error_of([&] { verify_runs("op", runs.data(), static_cast<int64_t>(runs.size()), pages); }).empty();
           expect(refused != naive_verify(runs, pages).empty(), "a plan was judged otherwise beside other threads");
           const Mapping mapping = laid_out(random_rows(random, 60, 60, true), random, true);
           const Expected expected = naive_pairs(mapping.rows, 60, 60, false);
           PairList list;
           const std::string error = error_of([&] {
-            list = read_pairs({"op", "map", mapping.column(0), mapping.column(1), static_cast<int64_t>(mapping.rows.size()),
-                               {Name{"src"}, 60}, {Name{"dst"}, 60}, false});
+            list = read_pairs({"op",
+                               "map",
+                               mapping.column(0),
+                               mapping.column(1),
+                               static_cast<int64_t>(mapping.rows.size()),
+                               {Name{"src"}, 60},
+                               {Name{"dst"}, 60},
+                               false});
           });
-          expect(error == expected.error && (!error.empty() || list.pairs == static_cast<int64_t>(expected.pairs.size())), "pairs beside other threads");
+          expect(
+              error == expected.error && (!error.empty() || list.pairs == static_cast<int64_t>(expected.pairs.size())),
+              "pairs beside other threads");
           recycle(std::move(list.segments));
         }
       } catch (const std::exception& error) {
@@ -268,8 +362,10 @@ const Tests kTests{
     {"sorts_by_source", sorts_by_source},
     {"radix_sort_is_a_stable_sort", radix_sort_is_a_stable_sort},
     {"verifies_what_a_byte_map_verifies", verifies_what_a_byte_map_verifies},
+    {"verifies_combs_as_a_byte_map_does", verifies_combs_as_a_byte_map_does},
     {"names_runs_that_share_a_byte", names_runs_that_share_a_byte},
     {"remembers_only_what_passed", remembers_only_what_passed},
+    {"verifies_shards_that_interleave", verifies_shards_that_interleave},
     {"verifies_a_long_plan_quickly", verifies_a_long_plan_quickly},
     {"threads_share_the_cache_of_plans", threads_share_the_cache_of_plans},
 };

@@ -24,13 +24,14 @@ struct Call {
 };
 
 // `unit` is 1, or 16 for calls whose every address is 16-byte aligned; `pages_meet` makes pools without padding.
-std::vector<Pool> random_pools(Random& random, std::byte* arena, int64_t arena_bytes, int64_t common_stride, int64_t unit,
-                               bool pages_meet) {
+std::vector<Pool> random_pools(Random& random, std::byte* arena, int64_t arena_bytes, int64_t common_stride,
+                               int64_t unit, bool pages_meet) {
   std::vector<Pool> pools(static_cast<size_t>(random.in(1, 3)));
   for (Pool& pool : pools) {
     pool.page_bytes = random.in(1, 40);
     if (pages_meet) pool.page_bytes = common_stride;
-    pool.block_stride = random.once_in(3) && !pages_meet ? pool.page_bytes + random.in(0, 9) : std::max(pool.page_bytes, common_stride);
+    pool.block_stride =
+        random.once_in(3) && !pages_meet ? pool.page_bytes + random.in(0, 9) : std::max(pool.page_bytes, common_stride);
     pool.blocks = random.in(1, std::min<int64_t>(7, (arena_bytes - pool.page_bytes) / pool.block_stride));
     if (pool.blocks == 1) pool.block_stride = pool.page_bytes;
     const int64_t span = (pool.blocks - 1) * pool.block_stride + pool.page_bytes;
@@ -43,13 +44,15 @@ std::vector<Pool> random_pools(Random& random, std::byte* arena, int64_t arena_b
 }
 
 void scale(Run& run, int64_t unit) {
-  for (int64_t* bytes : {&run.src_offset, &run.dst_offset, &run.fragment_bytes, &run.src_subblock_stride, &run.dst_subblock_stride}) {
+  for (int64_t* bytes :
+       {&run.src_offset, &run.dst_offset, &run.fragment_bytes, &run.src_subblock_stride, &run.dst_subblock_stride}) {
     *bytes *= unit;
   }
   for (Loop& loop : run.loops) loop = {loop.extent, loop.src_stride * unit, loop.dst_stride * unit};
 }
 
-void for_each_byte(const Run& run, bool dst, const Pool& pool, int64_t subblocks, int64_t id, const std::function<void(std::byte*)>& visit) {
+void for_each_byte(const Run& run, bool dst, const Pool& pool, int64_t subblocks, int64_t id,
+                   const std::function<void(std::byte*)>& visit) {
   const int64_t substride = dst ? run.dst_subblock_stride : run.src_subblock_stride;
   std::byte* page = pool.base + id / subblocks * pool.block_stride + (subblocks == 1 ? 0 : id % subblocks * substride) +
                     (dst ? run.dst_offset : run.src_offset);
@@ -73,7 +76,9 @@ Call random_call(Random& random, std::byte* src_arena, std::byte* dst_arena, int
     const int64_t unit = random.once_in(8) ? 16 : 1;
     const bool pages_meet = random.once_in(4);
     call.src = random_pools(random, src_arena, arena_units, common_stride, unit, pages_meet);
-    call.dst = random.once_in(4) && src_arena == dst_arena ? call.src : random_pools(random, dst_arena, arena_units, common_stride, unit, pages_meet);
+    call.dst = random.once_in(4) && src_arena == dst_arena
+                   ? call.src
+                   : random_pools(random, dst_arena, arena_units, common_stride, unit, pages_meet);
     call.pages.src_subblocks = random.once_in(2) ? 1 : random.in(1, 3);
     call.pages.dst_subblocks = random.once_in(2) ? 1 : random.in(1, 3);
     for (const Pool& pool : call.src) call.pages.src.push_back(pool.page_bytes);
@@ -82,13 +87,16 @@ Call random_call(Random& random, std::byte* src_arena, std::byte* dst_arena, int
       Run run = random_run(random, call.pages, false);
       scale(run, unit);
       if (random.once_in(3)) run = {run.src_pool, run.dst_pool, 0, 0, 0, 0, 0, {{1, 0, 0}, {1, 0, 0}, {1, 0, 0}}};
-      if (run.fragment_bytes == 0) run.fragment_bytes = std::min(call.pages.src[run.src_pool], call.pages.dst[run.dst_pool]);
+      if (run.fragment_bytes == 0)
+        run.fragment_bytes = std::min(call.pages.src[run.src_pool], call.pages.dst[run.dst_pool]);
       call.runs.push_back(run);
       if (!naive_verify(call.runs, call.pages).empty()) call.runs.pop_back();
     }
     if (call.runs.empty()) continue;
     const auto fewest = [](const std::vector<Pool>& pools) {
-      return std::min_element(pools.begin(), pools.end(), [](const Pool& a, const Pool& b) { return a.blocks < b.blocks; })->blocks;
+      return std::min_element(pools.begin(), pools.end(),
+                              [](const Pool& a, const Pool& b) { return a.blocks < b.blocks; })
+          ->blocks;
     };
     std::vector<int64_t> ids(static_cast<size_t>(fewest(call.dst) * call.pages.dst_subblocks));
     std::iota(ids.begin(), ids.end(), 0);
@@ -97,8 +105,15 @@ Call random_call(Random& random, std::byte* src_arena, std::byte* dst_arena, int
     Pairs rows;
     for (const int64_t dst : ids) rows.emplace_back(random.in(0, fewest(call.src) * call.pages.src_subblocks - 1), dst);
     const Mapping mapping = laid_out(rows, random, true);
-    call.segments = read_pairs({"op", "map", mapping.column(0), mapping.column(1), static_cast<int64_t>(rows.size()),
-                                {Name{"src"}, kMax}, {Name{"dst"}, 1 << 10}, false}).segments;
+    call.segments = read_pairs({"op",
+                                "map",
+                                mapping.column(0),
+                                mapping.column(1),
+                                static_cast<int64_t>(rows.size()),
+                                {Name{"src"}, kMax},
+                                {Name{"dst"}, 1 << 10},
+                                false})
+                        .segments;
     return call;
   }
 }
@@ -115,12 +130,12 @@ Touched touched_by(const Call& call) {
   for (const Run& run : call.runs) {
     for (const auto& [src, dst] : expanded(call.segments)) {
       std::vector<std::byte*> from;
-      for_each_byte(run, false, call.src[run.src_pool], call.pages.src_subblocks, src, [&](std::byte* at) { from.push_back(at); });
+      for_each_byte(run, false, call.src[run.src_pool], call.pages.src_subblocks, src,
+                    [&](std::byte* at) { from.push_back(at); });
       touched.read.insert(from.begin(), from.end());
       auto next = from.begin();
-      for_each_byte(run, true, call.dst[run.dst_pool], call.pages.dst_subblocks, dst, [&](std::byte* at) {
-        touched.conflict |= !touched.source_of.try_emplace(at, *next++).second;
-      });
+      for_each_byte(run, true, call.dst[run.dst_pool], call.pages.dst_subblocks, dst,
+                    [&](std::byte* at) { touched.conflict |= !touched.source_of.try_emplace(at, *next++).second; });
     }
   }
   for (const auto& [at, from] : touched.source_of) touched.conflict |= touched.read.count(at) != 0;
@@ -137,9 +152,11 @@ void judges_overlap_by_the_bytes_touched() {
     const Call call = random_call(random, arena, arena, room);
     const bool expected = touched_by(call).conflict;
     const std::string error = error_of([&] {
-      check_overlap({"op", "map", "dst", call.runs, call.src, call.dst, call.pages.src_subblocks, call.pages.dst_subblocks, call.segments});
+      check_overlap({"op", "map", "dst", call.runs, call.src, call.dst, call.pages.src_subblocks,
+                     call.pages.dst_subblocks, call.segments});
     });
-    expect(error.empty() != expected, text("case ", i, expected ? ": an overlap was not seen" : ": nothing overlaps, but " + error));
+    expect(error.empty() != expected,
+           text("case ", i, expected ? ": an overlap was not seen" : ": nothing overlaps, but " + error));
     conflicts += expected;
   }
   expect(conflicts > kCases / 10 && conflicts < kCases * 9 / 10, text("the cases are one-sided: ", conflicts));
@@ -182,19 +199,22 @@ std::map<std::byte*, std::byte*> walked(const Work& work, Random& random, int la
         fragments.clear();
         for (int64_t i = 0; i < count; ++i) {
           for (int64_t k = 0; k < strips[i].count; ++k) {
-            fragments.push_back({strips[i].src + k * strips[i].src_stride, strips[i].dst + k * strips[i].dst_stride, strips[i].bytes});
+            fragments.push_back(
+                {strips[i].src + k * strips[i].src_stride, strips[i].dst + k * strips[i].dst_stride, strips[i].bytes});
           }
         }
         count = static_cast<int64_t>(fragments.size());
       } else {
         fragments.resize(static_cast<size_t>(capacity));
-        count = random.once_in(2) ? cursor.next(fragments.data(), capacity) : cursor.next_of_move(fragments.data(), capacity);
+        count = random.once_in(2) ? cursor.next(fragments.data(), capacity)
+                                  : cursor.next_of_move(fragments.data(), capacity);
       }
       expect(count > 0, "a cursor with bytes left yields nothing");
       for (int64_t i = 0; i < count; ++i) {
         bytes += fragments[i].bytes;
         for (int64_t byte = 0; byte < fragments[i].bytes; ++byte) {
-          const bool is_new = source_of.try_emplace(fragments[i].dst + byte, const_cast<std::byte*>(fragments[i].src) + byte).second;
+          const bool is_new =
+              source_of.try_emplace(fragments[i].dst + byte, const_cast<std::byte*>(fragments[i].src) + byte).second;
           expect(is_new, "a byte came twice");
         }
       }
@@ -214,7 +234,8 @@ int64_t descriptors_of(const Work& work) {
 
 // Bytes that tell neighbours and calls apart.
 void number(std::vector<std::byte>& bytes, int call) {
-  for (size_t i = 0; i < bytes.size(); ++i) bytes[i] = static_cast<std::byte>(i * 7 + i / 256 + static_cast<size_t>(call));
+  for (size_t i = 0; i < bytes.size(); ++i)
+    bytes[i] = static_cast<std::byte>(i * 7 + i / 256 + static_cast<size_t>(call));
 }
 
 void lowers_to_each_byte_once() {
@@ -230,11 +251,13 @@ void lowers_to_each_byte_once() {
     const auto direction = static_cast<Direction>(random.in(0, 3));
     PairList pairs{call.segments, static_cast<int64_t>(expanded(call.segments).size())};
     const Executor executor = random.once_in(2) ? Executor::kCpu : Executor::kDma;
-    Work work = lower(bind_runs(call.runs, call.src, call.dst, call.pages.src_subblocks, call.pages.dst_subblocks, direction),
-                      std::move(pairs), 1000, direction, {executor, 2, false});
+    Work work =
+        lower(bind_runs(call.runs, call.src, call.dst, call.pages.src_subblocks, call.pages.dst_subblocks, direction),
+              std::move(pairs), 1000, direction, {executor, 2, false});
     expect(work.bytes == static_cast<int64_t>(touched.source_of.size()), "lower counts other bytes");
     expect(work.descriptors == descriptors_of(work), "lower counts other descriptors than a cursor yields");
-    expect(walked(work, random, static_cast<int>(random.in(1, 4))) == touched.source_of, text("case ", i, ": other bytes are copied"));
+    expect(walked(work, random, static_cast<int>(random.in(1, 4))) == touched.source_of,
+           text("case ", i, ": other bytes are copied"));
     ++shapes[work.shape];
     for (const Move& move : work.moves) merged += move.merges;
     number(src_arena, i);
@@ -247,7 +270,8 @@ void lowers_to_each_byte_once() {
     expect(issued.bytes == work.bytes && issued.descriptors == work.descriptors, "the cpu executor counts otherwise");
   }
   expect(shapes.size() == 3 && shapes[Shape::kPage] > 100 && shapes[Shape::kBytes] > 100 && merged > 100,
-         text("shapes are missing: ", shapes[Shape::kPage], " page, ", shapes[Shape::kRow], " row, ", shapes[Shape::kBytes], " bytes, ", merged, " merged"));
+         text("shapes are missing: ", shapes[Shape::kPage], " page, ", shapes[Shape::kRow], " row, ",
+              shapes[Shape::kBytes], " bytes, ", merged, " merged"));
 }
 
 void lowers_listed_fragments() {
@@ -273,10 +297,12 @@ void lowers_listed_fragments() {
       at += bytes + (random.once_in(3) ? random.in(1, 20) : 0);
     }
     Work work = lower_fragments(fragments, Direction::kHostToHost, {Executor::kCpu, 2, false});
-    expect(work.bytes == static_cast<int64_t>(source_of.size()) && work.descriptors == descriptors_of(work), "counts of listed fragments");
+    expect(work.bytes == static_cast<int64_t>(source_of.size()) && work.descriptors == descriptors_of(work),
+           "counts of listed fragments");
     for (size_t f = 1; f < work.fragments.size(); ++f) {
       const Fragment& last = work.fragments[f - 1];
-      expect(last.src + last.bytes != work.fragments[f].src || last.dst + last.bytes != work.fragments[f].dst, "neighbours not joined");
+      expect(last.src + last.bytes != work.fragments[f].src || last.dst + last.bytes != work.fragments[f].dst,
+             "neighbours not joined");
     }
     expect(walked(work, random, static_cast<int>(random.in(1, 4))) == source_of, "other bytes of listed fragments");
     work.lanes = static_cast<int>(random.in(1, 5));
