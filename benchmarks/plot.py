@@ -4,6 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+# A bar beyond this is cut, its label is not: where a rival collapses, its neighbours must stay readable.
+TALLEST_BAR = 6.0
+
 # One colour a meaning, in both charts; they differ in lightness too.
 OURS, TORCH, LOOP, LINE = "#1b6ca8", "#e08e45", "#b8b8b8", "#222222"
 
@@ -76,8 +79,9 @@ def draw_pages(path: Path, rows: Sequence[dict[str, Any]]) -> None:
             )
         ):
             axes = panels[line][column]
-            bars = axes.bar(range(len(chosen)), [row[key] for row in chosen], color=OURS, label="measured")
-            axes.bar_label(bars, fmt="%.2f", fontsize=7)
+            heights = [min(row[key], TALLEST_BAR) for row in chosen]
+            bars = axes.bar(range(len(chosen)), heights, color=OURS, label="measured")
+            axes.bar_label(bars, labels=[f"{row[key]:.2f}" for row in chosen], fontsize=7)
             goals = [(index, row[goal]) for index, row in enumerate(chosen) if row[goal] is not None]
             for index, value in goals:
                 label = "goal" if index == goals[0][0] else None

@@ -9,9 +9,9 @@
 namespace kvkernels {
 namespace {
 
-// Batched copies reached 4 to 7 GB/s below 28 KiB a fragment on an H100 and over 40 from there on, for 10,000 and more
-// of them; below 16 fragments a kernel's launch costs more. One by one a copy costs 2 to 7 us, which a PCIe 5 link
-// spends on 100 to 350 KiB; copy engines pass the kernel between 1 and 2 MiB.
+// Published figures, docs/design.md names their sources: batched copies move 4 to 7 GB/s up to 16 KiB a fragment and 28
+// to 44 at 28 KiB; below 16 fragments a kernel's launch costs more than they do. One by one a copy costs about 3.4 us
+// besides its bytes, and copy engines pass the kernel between 1 and 2 MiB.
 constexpr int64_t kKiB = 1024;
 constexpr GpuPolicyRow kRows[] = {
     {Direction::kHostToDevice, true, 16, 28 * kKiB},

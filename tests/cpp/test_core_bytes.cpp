@@ -146,7 +146,7 @@ void judges_overlap_by_the_bytes_touched() {
   Random random(6);
   alignas(64) static std::byte arena[16 * 640];
   int conflicts = 0;
-  constexpr int kCases = 12000;
+  constexpr int kCases = 8000;
   for (int i = 0; i < kCases; ++i) {
     const int64_t room = random.of({300, 640});
     const Call call = random_call(random, arena, arena, room);
@@ -244,7 +244,7 @@ void lowers_to_each_byte_once() {
   std::vector<std::byte> dst_arena(16 * 640);
   std::map<Shape, int> shapes;
   int merged = 0;
-  for (int i = 0; i < 6000; ++i) {
+  for (int i = 0; i < 3000; ++i) {
     Call call = random_call(random, src_arena.data(), dst_arena.data(), 640);
     Touched touched = touched_by(call);
     if (touched.conflict) continue;

@@ -1,14 +1,19 @@
-// The CPU policy's decisions around each of its numbers, and its one override. Each override is read in a process of
-// its own, because the policy is read once.
+// The policies' decisions around each of their numbers, and their overrides. The CPU's is read once, so each of its
+// overrides is tried in a process of its own.
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <optional>
 #include <stdexcept>
 #include <string>
+#include <utility>
+#include <vector>
 
+#include "core/gpu_policy.h"
+#include "core/lower.h"
 #include "core/policy.h"
 
 namespace {
@@ -61,6 +66,64 @@ bool follows(int64_t bytes) {
          policy.streams(bytes, false);
 }
 
+Executor chosen(Direction direction, int64_t bytes, int64_t count, bool batches, const char* refusal = "") {
+  return choose_on_gpu(direction, bytes * count, count, {batches, refusal}).executor;
+}
+
+void check_gpu_table() {
+  constexpr int64_t kKiB = 1024;
+  for (const Direction link : {Direction::kHostToDevice, Direction::kDeviceToHost}) {
+    expect(chosen(link, 28 * kKiB - 1, 16, true) == Executor::kKernel, "short fragments take the kernel");
+    expect(chosen(link, 28 * kKiB, 16, true) == Executor::kDma, "long ones the copy engine");
+    expect(chosen(link, 28 * kKiB - 1, 15, true) == Executor::kDma, "few are not worth a launch");
+    expect(chosen(link, 1024 * kKiB - 1, 4, false) == Executor::kKernel, "single copies cost more than batched ones");
+    expect(chosen(link, 1024 * kKiB, 4, false) == Executor::kDma, "but not above 1 MiB");
+    expect(chosen(link, 1024, 3, false) == Executor::kDma, "nor for three");
+    expect(chosen(link, 16, 1000, true, "pageable") == Executor::kDma, "a kernel that cannot reach is not taken");
+    expect(chosen(link, 0, 0, true) == Executor::kDma, "nothing to copy divides by nothing");
+  }
+  expect(chosen(Direction::kDeviceToDevice, int64_t{1} << 30, 1, true) == Executor::kKernel, "on a device, the kernel");
+  const GpuChoice refused = choose_on_gpu(Direction::kHostToDevice, 16, 1, {true, "its memory is pageable"});
+  expect(refused.reason == "the kernel cannot: its memory is pageable", "the reason is told");
+}
+
+void check_gpu_override() {
+  const char* variable = "KVKERNELS_KERNEL_BELOW_BYTES";
+  if (setenv(variable, "100", 1) != 0) throw std::runtime_error("setenv failed");
+  expect(chosen(Direction::kHostToDevice, 99, 16, true) == Executor::kKernel, "below the override");
+  expect(chosen(Direction::kHostToDevice, 100, 16, true) == Executor::kDma, "from the override on");
+  for (const char* value : {"", "-1", "1k", "99999999999999999999"}) {
+    if (setenv(variable, value, 1) != 0) throw std::runtime_error("setenv failed");
+    std::string message;
+    try {
+      chosen(Direction::kDeviceToHost, 1, 16, true);
+    } catch (const std::invalid_argument& error) {
+      message = error.what();
+    }
+    expect(message == std::string(variable) + " must be a number of bytes, got '" + value + "'", value);
+  }
+  if (unsetenv(variable) != 0) throw std::runtime_error("unsetenv failed");
+}
+
+// Listed fragments as one move: every byte where the list has it, or nothing where sizes differ.
+void check_addresses_as_ids() {
+  std::byte src[64] = {};
+  std::byte dst[64] = {};
+  const auto listed = [](std::vector<Fragment> fragments) {
+    return lower_fragments(std::move(fragments), Direction::kHostToDevice, {Executor::kDma, 1, false});
+  };
+  const std::optional<Work> work = addresses_as_ids(listed({{src + 1, dst + 40, 8}, {src + 30, dst + 3, 8}}));
+  expect(work && work->pairs == 2 && work->bytes == 16 && work->fragments.empty(), "two fragments, two pairs");
+  if (work) {
+    const Move& move = work->moves.front();
+    const Segment& second = work->segments.back();
+    expect(move.fragment_bytes == 8 && move.src.at(second.src) == src + 30 && move.dst.at(second.dst) == dst + 3,
+           "an id is its address");
+  }
+  expect(!addresses_as_ids(listed({{src, dst + 40, 8}, {src + 30, dst, 9}})), "sizes that differ");
+  expect(!addresses_as_ids(listed({})), "an empty list");
+}
+
 // Runs check() in a child where KVKERNELS_STREAM_BYTES is `value`.
 template <class Check>
 void expect_with(const char* value, Check check) {
@@ -83,6 +146,9 @@ int main() {
   expect_with("123456", [] { return follows(123456); });
   expect_with("9223372036854775807", [] { return follows(INT64_MAX); });
   check_decisions();
+  check_gpu_table();
+  check_gpu_override();
+  check_addresses_as_ids();
   std::printf("policy: %d failures\n", failures);
   return failures == 0 ? 0 : 1;
 }
