@@ -2,11 +2,13 @@
 PYTHON ?= python3
 KVKERNELS_CUDA ?= AUTO
 KVKERNELS_WERROR ?= OFF
-# Arguments for benchmarks/swap.py, benchmarks/pages.py and pytest.
+# Arguments for benchmarks/swap.py, benchmarks/pages.py, pytest and tests/e2e/run.py.
 ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
+# vLLM pins its own torch, numpy and some eighty others.
+ENGINE := .venv-vllm
 SOURCES := $(sort $(shell find csrc -type f)) CMakeLists.txt setup.py pyproject.toml
 CPP_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
@@ -18,17 +20,18 @@ export KVKERNELS_COMPILED = ON
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build swap pages test lint format audit clean distclean always
+.PHONY: help build swap pages test e2e lint format audit clean distclean always
 
 help:
 	@echo "make swap       build, check every byte and time the copies (ARGS=\"--model qwen3-32b\"; see --help)"
 	@echo "make pages      the page-size table of benchmarks/results"
 	@echo "make test       build and run all tests (ARGS=\"-k gather\" goes to pytest)"
+	@echo "make e2e        vLLM on the CPU offloads its KV cache through kvkernels (ARGS=\"--model my-model/\"; see --help)"
 	@echo "make build      only build"
 	@echo "make lint       ruff, clang-format and mypy"
 	@echo "make format     rewrite the files as lint wants them"
 	@echo "make audit      check that the op library keeps to torch's stable ABI"
-	@echo "make clean      remove what was built; make distclean also removes $(VENV)"
+	@echo "make clean      remove what was built; make distclean also removes $(VENV) and $(ENGINE)"
 	@echo "Variables: PYTHON=$(PYTHON)  KVKERNELS_CUDA=$(KVKERNELS_CUDA) (AUTO, ON, OFF)  KVKERNELS_WERROR=$(KVKERNELS_WERROR)"
 
 # Each of Debian's split packages that may be missing gets its own sentence; pip's and CMake's are a page long.
@@ -72,6 +75,16 @@ pages: build
 test: build $(VENV)/.requirements-dev
 	$(BIN)/pytest $(ARGS)
 
+$(ENGINE)/.requirements: examples/vllm_offload/requirements.txt
+	rm -rf $(ENGINE)
+	$(PYTHON) -m venv $(ENGINE)
+	$(ENGINE)/bin/python -m pip install --no-deps -r $<
+	@touch $@
+
+# The library loads there as it is: it knows torch only through its stable ABI.
+e2e: build $(ENGINE)/.requirements
+	$(ENGINE)/bin/python tests/e2e/run.py $(ARGS)
+
 lint: $(VENV)/.requirements-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -92,4 +105,4 @@ clean:
 	rm -rf build dist *.egg-info kvkernels/*.so kvkernels/_build.json $(VENV)/.built
 
 distclean: clean
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(ENGINE)

@@ -1,0 +1,24 @@
+"""The commands of README's section on vLLM, run as they stand."""
+
+from __future__ import annotations
+
+import subprocess
+from typing import Any
+
+from cases import ROOT
+
+HEADING = "## Use it with vLLM\n"
+
+
+def commands() -> str:
+    """The section's indented lines. The run that this is a part of is not run again."""
+    section = (ROOT / "README.md").read_text().split(HEADING)[1].split("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("    ") and not line.startswith("    make ")]
+    return "\n".join(lines)
+
+
+def run() -> dict[str, Any]:
+    script = commands()
+    print(script, flush=True)
+    done = subprocess.run(["bash", "-euc", script], cwd=ROOT)
+    return {"findings": [f"commands: exit code {done.returncode}"] if done.returncode or not script else []}

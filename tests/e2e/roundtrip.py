@@ -1,0 +1,167 @@
+"""Cold, from the device, from the host: one prompt three times, and every way in which the third could differ."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import kvkernels
+from audit import Audit
+from defects import plant
+from engine import Answer, Engine, Prompt, group_of
+
+TIMED_PROMPTS = 5
+
+
+def default_prompts(engine: Engine) -> list[Prompt]:
+    """Below a chunk, one token above, exactly two chunks, and ends in the middle of a block and of a chunk."""
+    chunk, block = engine.chunk_tokens, engine.block_tokens
+    lengths = [chunk - 1, chunk + 1, 2 * chunk, 3 * chunk + 12, 4 * chunk + block + 5]
+    draw = random.Random(1)
+    return [[draw.randrange(3, 500) for _ in range(length)] for length in lengths]
+
+
+def run(
+    model: Path, spec: str, blocks_per_chunk: int, prompts: list[Prompt] | None, defect: str | None
+) -> dict[str, Any]:
+    """The figures of one engine, and what is wrong with it: an empty list of findings is a pass."""
+    engine = Engine(model, spec, blocks_per_chunk=blocks_per_chunk, max_model_len=3072)
+    if defect:
+        plant(defect, engine.worker)
+    audit = Audit(engine.worker)
+    kvkernels.reset_counters()
+    prompts = default_prompts(engine) if prompts is None else prompts
+    reused = [_check_prompt(engine, audit, prompt) for prompt in prompts]
+    findings = audit.findings
+    if not sum(reused):
+        findings.append("cached tokens: no prompt was brought back from the host pool")
+    audit.enabled = False
+    timing = _time(engine, audit)
+    findings += _check_counters(audit)
+    return {"findings": findings, "reused_tokens": sum(reused), "jobs": audit.jobs, **timing}
+
+
+def _check_prompt(engine: Engine, audit: Audit, prompt: Prompt) -> int:
+    """Runs one prompt and returns the tokens that came from the host pool."""
+    name = f"prompt of {len(prompt)} tokens"
+    findings = audit.findings
+    engine.forget(host_too=True)
+    by_place = engine.watch_positions()
+    [cold] = engine.generate([prompt], max_tokens=8)
+    engine.stop_watching()
+    engine.finish_stores()
+    by_hash = engine.known_pages()
+    [hit] = engine.generate([prompt], max_tokens=8)
+    engine.finish_stores()
+    engine.forget()
+    audit.loaded.clear()
+    [warm] = engine.generate([prompt], max_tokens=8)
+
+    expected = engine.loadable_tokens(len(prompt))
+    if warm.cached_tokens != expected:
+        findings.append(f"cached tokens: {name}: {warm.cached_tokens} came back, {expected} were expected")
+    # Rounding depends on how many tokens are computed together, and not on where the others' KV comes from: the run
+    # that found as many of them on the device is the same computation to the last bit. Runs of more than a few tokens
+    # agree with the cold one too.
+    same_work = hit.cached_tokens == warm.cached_tokens
+    if same_work:
+        _compare(f"{name}, against a hit on the device", hit, warm, findings)
+    if not same_work or len(prompt) - warm.cached_tokens > 8:
+        _compare(f"{name}, against the cold run", cold, warm, findings)
+    _check_loaded_pages(engine, audit, by_hash, by_place, name)
+    return warm.cached_tokens
+
+
+def _compare(name: str, want: Answer, got: Answer, findings: list[str]) -> None:
+    if got.tokens != want.tokens:
+        findings.append(f"tokens: {name}: {got.tokens} instead of {want.tokens}")
+    if any(a.keys() != b.keys() for a, b in zip(want.logprobs, got.logprobs, strict=True)):
+        findings.append(f"log-probabilities: {name}: of other tokens")
+        return
+    pairs = [(a[token], b[token]) for a, b in zip(want.logprobs, got.logprobs, strict=True) for token in a]
+    # Not max(abs(a - b)): a NaN would hide in it.
+    unequal = [abs(a - b) for a, b in pairs if not a == b]
+    if unequal:
+        findings.append(f"log-probabilities: {name}: {len(unequal)} differ, by up to {max(unequal):.3g}")
+
+
+def _check_loaded_pages(
+    engine: Engine,
+    audit: Audit,
+    by_hash: dict[bytes, list[bytes]],
+    by_place: dict[tuple[int, int], list[bytes]],
+    name: str,
+) -> None:
+    """What was loaded is what the device held in the cold run, under the same hash and at the same place."""
+    wrong = unknown = 0
+    for block in audit.loaded:
+        block_hash = engine.block_pool.blocks[block.device_id].block_hash
+        known = [by_place.get((block.group, block.place))]
+        if block_hash is not None:
+            known.append(by_hash.get(bytes(block_hash)) if group_of(block_hash) == block.group else None)
+        known = [pages for pages in known if pages is not None]
+        unknown += not known
+        wrong += any(pages != block.pages for pages in known)
+    if wrong or unknown:
+        audit.findings.append(
+            f"pages: {name}: of {len(audit.loaded)} loaded blocks {wrong} differ from those stored, {unknown} are not known"
+        )
+
+
+def _check_counters(audit: Audit) -> list[str]:
+    """The compiled op carried all of it, and exactly it."""
+    findings = []
+    if not kvkernels.info()["compiled"]:
+        findings.append(f"compiled: no: {kvkernels.info()['why']}")
+    counters = kvkernels.counters()
+    used = sorted(executor for executor, counted in counters.items() if counted["calls"])
+    calls, issued = counters["cpu"]["calls"], counters["cpu"]["bytes"]
+    if used != ["cpu"]:
+        findings.append(f"op calls: by {used or 'no executor'}, expected the compiled cpu executor alone")
+    reported = sum(size for _, size, _ in audit.reported)
+    if not calls or not issued or {issued, reported} != {audit.expected_bytes}:
+        findings.append(
+            f"bytes: {issued} copied in {calls} op calls, {reported} reported by the worker, {audit.expected_bytes} asked for"
+        )
+    return findings
+
+
+def _time(engine: Engine, audit: Audit) -> dict[str, Any]:
+    """Medians of prompts as long as the engine takes, with the audit's own work out of the way."""
+    engine.forget(host_too=True)
+    first = len(audit.reported)
+    longest = min(engine.llm.model_config.max_model_len - 16, 3000)
+    length = longest // engine.chunk_tokens * engine.chunk_tokens + 12
+    draw = random.Random(2)
+    prompts = [[draw.randrange(3, 500) for _ in range(length)] for _ in range(TIMED_PROMPTS)]
+    cold = [_seconds(lambda prompt=prompt: engine.generate([prompt], max_tokens=1)) for prompt in prompts]
+    engine.finish_stores()
+    engine.forget()
+    warm = [_seconds(lambda prompt=prompt: engine.generate([prompt], max_tokens=1)) for prompt in prompts]
+    engine.finish_stores()
+    jobs = audit.reported[first:]
+    return {
+        "prompt_tokens": length,
+        "cold_ms": 1e3 * statistics.median(seconds for seconds, _ in cold),
+        "warm_ms": 1e3 * statistics.median(seconds for seconds, _ in warm),
+        "not_recomputed": statistics.median(answers[0].cached_tokens for _, answers in warm),
+        "moved_bytes": sum(size for _, size, _ in jobs),
+        "store_gb_per_s": _rate(jobs, "store"),
+        "load_gb_per_s": _rate(jobs, "load"),
+    }
+
+
+def _rate(jobs: list[tuple[str, int, float]], direction: str) -> float:
+    moved = [(size, seconds) for kind, size, seconds in jobs if kind == direction]
+    elapsed = sum(seconds for _, seconds in moved)
+    return sum(size for size, _ in moved) / elapsed / 1e9 if elapsed else 0.0
+
+
+def _seconds(call: Callable[[], list[Answer]]) -> tuple[float, list[Answer]]:
+    start = time.perf_counter()
+    answers = call()
+    return time.perf_counter() - start, answers
