@@ -93,9 +93,7 @@ class Audit:
         for index, (got, want) in enumerate(zip(pages, expected, strict=True)):
             if not torch.equal(got, want):
                 wrong = (got != want).any(dim=1).nonzero().flatten().tolist()
-                self.findings.append(
-                    f"job: {what}: tensor {index}, blocks {wrong[:8]} of {len(got)} are not as they must be"
-                )
+                self.findings.append(f"job: {what}: tensor {index}, blocks {wrong[:8]} of {len(got)} are wrong")
 
     def _follow(self, direction: str, job_id: int, moves: list[Move]) -> None:
         """Keeps the digest of what is parked, and compares what comes back with it."""

@@ -6,13 +6,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from defects import DEFECTS
+
 ROOT = Path(__file__).resolve().parents[2]
 OUT = ROOT / "build" / "e2e"
 EXAMPLE = ROOT / "examples" / "vllm_offload"
 SPECS = ("SwapBlocksSpec", "CopyPagesSpec")
 TINY_MODELS = ("llama-fp32", "llama-bf16", "gemma3", "qwen3-next")
 STRESS_MODEL = "llama-fp32"
-DEFECTS = ("copy_nothing", "drop_last_block", "half_a_page", "exchange_two_blocks_on_load")
 
 
 @dataclass

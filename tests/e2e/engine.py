@@ -105,8 +105,8 @@ class Engine:
         self.chunk_tokens = self.block_tokens * blocks_per_chunk
         self.worker = get_kv_transfer_group().connector_worker.worker if spec else None
         self.manager = self.scheduler.connector.connector_scheduler.manager if spec else None
-        # On a CPU with AMX, vLLM's attention is an illegal instruction until a matrix product of some size has asked the
-        # kernel for the use of the tiles: a first prompt of a few tokens would end the process.
+        # On a CPU with AMX, vLLM's attention is an illegal instruction until a matrix product of some size has asked
+        # the kernel for the use of the tiles: a first prompt of a few tokens would end the process.
         self.generate([[3] * 2 * self.block_tokens], max_tokens=1)
 
     def generate(self, prompts: list[Prompt], max_tokens: int) -> list[Answer]:

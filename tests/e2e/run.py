@@ -5,8 +5,8 @@
     make e2e ARGS="--model my-model/ --prompts my-prompts.txt --blocks-per-chunk 2"
     make e2e ARGS="--model llama-bf16 --defect half_a_page"      (must fail)
 
-Without --model or --stress: the README's commands; the tiny models, each with one and three blocks a chunk and with each
-of the example's specs; the stress run; and every seeded defect, which must be found. With one of them, what it names.
+Without --model or --stress: the README's commands; the tiny models, each with one and three blocks a chunk and with
+each of the example's specs; the stress run; and every seeded defect, which must be found. With either, what it names.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from cases import DEFECTS, EXAMPLE, OUT, ROOT, SPECS, STRESS_MODEL, TINY_MODELS, Case, default_cases
+from cases import EXAMPLE, OUT, ROOT, SPECS, STRESS_MODEL, TINY_MODELS, Case, default_cases
+from defects import DEFECTS
 from report import report
 
 # An engine takes some ten seconds.
@@ -36,6 +37,8 @@ def engine_processes() -> BaseContext:
     os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, EXAMPLE, Path(__file__).parent)))
     # As many engines run as there are cores; and sums in one order give one result.
     os.environ["OMP_NUM_THREADS"] = "1"
+    # torch would say for each process that there is no Triton, which the CPU does not need.
+    os.environ.setdefault("TORCH_LOGS", "-all")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["kvkernels_offload", "vllm.v1.worker.cpu_worker", "tiny_models", "engine"])
     return context
