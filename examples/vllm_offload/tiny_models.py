@@ -39,6 +39,8 @@ def gemma3() -> PretrainedConfig:
         num_hidden_layers=6,
         query_pre_attn_scalar=32,
         sliding_window=64,
+        # With the input embedding for output, the last token would always be the likeliest next one.
+        tie_word_embeddings=False,
     )
 
 

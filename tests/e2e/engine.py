@@ -68,10 +68,12 @@ class Engine:
         spec: str | None,
         *,
         blocks_per_chunk: int = 1,
-        host_bytes: int = 1 << 25,
+        host_bytes: int = 1 << 26,
         device_blocks: int = 700,
+        max_model_len: int = 3072,
         **engine_arguments: Any,
     ) -> None:
+        config = json.loads((model / "config.json").read_text())
         connector = None
         if spec is not None:
             connector = KVTransferConfig(
@@ -87,7 +89,8 @@ class Engine:
         self.llm = LLM(
             model=str(model.resolve()),
             # As it says itself: left to choose, vLLM serves a float32 model as bfloat16.
-            dtype=json.loads((model / "config.json").read_text())["dtype"],
+            dtype=config.get("dtype") or config.get("torch_dtype") or "auto",
+            max_model_len=min(max_model_len, config.get("max_position_embeddings", max_model_len)),
             enforce_eager=True,
             # Off by default where a model has states.
             enable_prefix_caching=True,
@@ -98,6 +101,8 @@ class Engine:
             **engine_arguments,
         )
         self.scheduler = self.llm.llm_engine.engine_core.engine_core.scheduler
+        self.max_tokens = self.llm.model_config.max_model_len
+        self.vocabulary = self.llm.model_config.get_vocab_size()
         self.block_pool = self.scheduler.kv_cache_manager.block_pool
         self.update_from_output = self.scheduler.update_from_output
         self.groups = [group.kv_cache_spec for group in self.scheduler.kv_cache_config.kv_cache_groups]
@@ -137,6 +142,11 @@ class Engine:
             raise RuntimeError("vLLM did not reset its prefix cache")
         for pages in self.worker.device:
             pages.fill_(POISON)
+
+    def keep_prefix(self, tokens: int) -> None:
+        """Forgets the device's cached blocks beyond a prefix; the host pool keeps its own."""
+        cached = [block for block in self.block_pool.blocks if block.block_hash is not None]
+        self.block_pool.evict_blocks({block.block_id for block in cached if block.block_hash_num_tokens > tokens})
 
     def known_pages(self) -> dict[bytes, list[bytes]]:
         """Digests of the device's cached blocks, a page of each layer, by vLLM's hash of their tokens and their group.

@@ -71,7 +71,8 @@ def work(case: Case, answer: Path) -> None:
         elif case.kind == "stress":
             result = stress.run(case.folder, case.spec, case.blocks_per_chunk, case.defect)
         else:
-            result = roundtrip.run(case.folder, case.spec, case.blocks_per_chunk, case.prompts, case.defect)
+            tiny = case.model in TINY_MODELS
+            result = roundtrip.run(case.folder, case.spec, case.blocks_per_chunk, case.prompts, case.defect, tiny)
     except BaseException as error:
         traceback.print_exc()
         result = {"findings": [f"engine: {type(error).__name__}: {error}"]}
@@ -133,6 +134,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--stress", action="store_true", help=f"the stress run of {STRESS_MODEL}")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="engines at a time")
     arguments = parser.parse_args()
+    model = arguments.model
+    if model and model not in TINY_MODELS and not (Path(model) / "config.json").exists():
+        parser.error(f"--model must be {', '.join(TINY_MODELS)}, or a folder with a config.json, got {model}")
     if arguments.stress and (arguments.model or arguments.prompts):
         parser.error("--stress has its own model and prompts")
     for option in ("prompts", "spec", "blocks_per_chunk", "defect"):
