@@ -77,7 +77,8 @@ class SwapBlocksWorker(OffloadingWorker):
             torch.zeros(num_chunks * blocks_per_chunk, pages.shape[1], dtype=torch.int8, pin_memory=on_gpu)
             for pages in self.device
         ]
-        # A stream of its own: the model goes on computing while pages move.
+        # A stream of its own: the model goes on computing while pages move. One for both directions keeps the jobs in
+        # order; two, with an event from each job to the next, could use both ways of the link at once.
         self.stream = torch.cuda.Stream(self.device[0].device) if on_gpu else None
         self.jobs: deque[Job] = deque()
 
@@ -138,6 +139,7 @@ class SwapBlocksWorker(OffloadingWorker):
         if self.stream is not None:
             self.stream.synchronize()
         self.jobs.clear()
+        self.device, self.host = [], []
 
 
 class CopyPagesWorker(SwapBlocksWorker):
@@ -166,7 +168,14 @@ class SwapBlocksSpec(CPUOffloadingSpec):
 
     worker_class = SwapBlocksWorker
 
+    def _uses_shared_region(self) -> bool:
+        """No: each rank has a host pool of its own, so each must store what it will load."""
+        return False
+
     def get_worker(self, kv_caches: CanonicalKVCaches) -> OffloadingWorker:
+        if self.num_chunks == 0:
+            bytes_to_use, chunk_bytes = self.extra_config["cpu_bytes_to_use"], self.kv_bytes_per_chunk
+            raise ValueError(f"cpu_bytes_to_use must hold a chunk of {chunk_bytes} bytes, got {bytes_to_use}")
         if self._worker is None:
             self._worker = self.worker_class(kv_caches, self.num_chunks, self.blocks_per_chunk)
         return self._worker

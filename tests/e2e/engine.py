@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import json
 import os
 import threading
 from dataclasses import dataclass
@@ -25,11 +24,14 @@ os.environ.update(
 )
 
 from tqdm import tqdm
+from transformers import AutoConfig
 from vllm import LLM, SamplingParams
 from vllm.config import KVTransferConfig
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.worker import OffloadingConnectorWorker
 from vllm.distributed.kv_transfer.kv_transfer_state import get_kv_transfer_group
 from vllm.inputs import TokensPrompt
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec
+from vllm.v1.kv_offload.base import CanonicalKVCaches
 
 # Engines are forked from a process that has imported this file: what is there by now is never garbage, and tqdm's own
 # lock would be a semaphore that nobody gives back.
@@ -40,6 +42,7 @@ Prompt = list[int]
 # What an unrestored page is full of: finite in every dtype, since attention multiplies the unused tail of a block by 0,
 # and far from any value that a model writes (1.3e7 as bfloat16 or float32).
 POISON = 0x4B
+NEW_TOKENS = 8
 
 
 @dataclass
@@ -49,10 +52,6 @@ class Answer:
     logprobs: list[dict[int, float]]
     # Prompt tokens that the engine did not compute.
     cached_tokens: int
-
-
-def group_of(block_hash: bytes) -> int:
-    return int.from_bytes(block_hash[-4:], "big")
 
 
 def digest(page: torch.Tensor) -> bytes:
@@ -68,12 +67,12 @@ class Engine:
         spec: str | None,
         *,
         blocks_per_chunk: int = 1,
-        host_bytes: int = 1 << 26,
+        host_bytes: int = 1 << 25,
         device_blocks: int = 700,
         max_model_len: int = 3072,
         **engine_arguments: Any,
     ) -> None:
-        config = json.loads((model / "config.json").read_text())
+        config = AutoConfig.from_pretrained(model)
         connector = None
         if spec is not None:
             connector = KVTransferConfig(
@@ -86,11 +85,13 @@ class Engine:
                     "blocks_per_chunk": blocks_per_chunk,
                 },
             )
+        self.blocks_per_chunk = blocks_per_chunk
+        self._keep_kv_caches()
         self.llm = LLM(
             model=str(model.resolve()),
             # As it says itself: left to choose, vLLM serves a float32 model as bfloat16.
-            dtype=config.get("dtype") or config.get("torch_dtype") or "auto",
-            max_model_len=min(max_model_len, config.get("max_position_embeddings", max_model_len)),
+            dtype=config.dtype or "auto",
+            max_model_len=min(max_model_len, config.get_text_config().max_position_embeddings),
             enforce_eager=True,
             # Off by default where a model has states.
             enable_prefix_caching=True,
@@ -101,24 +102,41 @@ class Engine:
             **engine_arguments,
         )
         self.scheduler = self.llm.llm_engine.engine_core.engine_core.scheduler
-        self.max_tokens = self.llm.model_config.max_model_len
         self.vocabulary = self.llm.model_config.get_vocab_size()
         self.block_pool = self.scheduler.kv_cache_manager.block_pool
         self.update_from_output = self.scheduler.update_from_output
-        self.groups = [group.kv_cache_spec for group in self.scheduler.kv_cache_config.kv_cache_groups]
+        cache = self.scheduler.kv_cache_config
+        # vLLM's numbers of the groups that are offloaded, in the connector's order, and what each consists of.
+        self.group_ids = list(cache.prefix_cacheable_group_ids)
+        self.groups = [cache.kv_cache_groups[group_id].kv_cache_spec for group_id in self.group_ids]
         self.block_tokens = self.groups[0].block_size
         self.chunk_tokens = self.block_tokens * blocks_per_chunk
-        self.worker = get_kv_transfer_group().connector_worker.worker if spec else None
-        self.manager = self.scheduler.connector.connector_scheduler.manager if spec else None
+        if spec:
+            connector = get_kv_transfer_group().connector_worker
+            self.worker = connector.worker
+            self.manager = self.scheduler.connector.connector_scheduler.manager
+            host_tokens = connector.spec.num_chunks // len(self.groups) * self.chunk_tokens
+            self.longest_prompt = min(self.llm.model_config.max_model_len - NEW_TOKENS, host_tokens)
         # On a CPU with AMX, vLLM's attention is an illegal instruction until a matrix product of some size has asked
         # the kernel for the use of the tiles: a first prompt of a few tokens would end the process.
-        self.generate([[3] * 2 * self.block_tokens], max_tokens=1)
+        self.generate([[3] * 2 * self.block_tokens], [1])
 
-    def generate(self, prompts: list[Prompt], max_tokens: int) -> list[Answer]:
-        """Greedy decoding of all prompts together."""
+    def _keep_kv_caches(self) -> None:
+        """Notes the tensors and layers that vLLM gives to a worker."""
+        init_worker = OffloadingConnectorWorker._init_worker
+
+        def keep_and_init(connector: Any, kv_caches: CanonicalKVCaches) -> None:
+            self.device = [cache.tensor for cache in kv_caches.tensors]
+            self.layers = kv_caches.group_data_refs
+            init_worker(connector, kv_caches)
+
+        OffloadingConnectorWorker._init_worker = keep_and_init
+
+    def generate(self, prompts: list[Prompt], new_tokens: list[int]) -> list[Answer]:
+        """Greedy decoding of all prompts together, each for as many tokens as it is given."""
         outputs = self.llm.generate(
             [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts],
-            SamplingParams(max_tokens=max_tokens, temperature=0, logprobs=5, ignore_eos=True),
+            [SamplingParams(max_tokens=count, temperature=0, logprobs=5, ignore_eos=True) for count in new_tokens],
             use_tqdm=False,
         )
         return [
@@ -134,13 +152,13 @@ class Engine:
 
     def finish_stores(self) -> None:
         """A store is submitted in the step after the one that computed its blocks: another request brings that step."""
-        self.generate([[5, 4, 3]], max_tokens=1)
+        self.generate([[5, 4, 3]], [1])
 
     def forget(self, host_too: bool = False) -> None:
         """Empties the prefix cache, the host pool with it on demand, and overwrites every block on the device."""
         if not self.llm.reset_prefix_cache(reset_connector=host_too):
             raise RuntimeError("vLLM did not reset its prefix cache")
-        for pages in self.worker.device:
+        for pages in self.device:
             pages.fill_(POISON)
 
     def keep_prefix(self, tokens: int) -> None:
@@ -154,7 +172,7 @@ class Engine:
         No block id and no job of the connector has a part in this: it is what the prefix cache believes to hold.
         """
         return {
-            bytes(block.block_hash): self.block_pages(block.block_id, group_of(block.block_hash))
+            bytes(block.block_hash): self.block_pages(block.block_id, self.group_of(block.block_hash))
             for block in self.block_pool.blocks
             if block.block_hash is not None
         }
@@ -171,11 +189,11 @@ class Engine:
             for request in self.scheduler.running:
                 complete = request.num_computed_tokens // self.block_tokens
                 tables = self.scheduler.kv_cache_manager.get_block_ids(request.request_id)
-                for group, table in enumerate(tables):
+                for group, group_id in enumerate(self.group_ids):
                     # A state's block is written again as the request goes on: only its hash says when it stands still.
                     if isinstance(self.groups[group], MambaSpec):
                         continue
-                    for place, block_id in enumerate(table[:complete]):
+                    for place, block_id in enumerate(tables[group_id][:complete]):
                         if block_id and (group, place) not in known:
                             known[group, place] = self.block_pages(block_id, group)
             return update(*arguments)
@@ -186,11 +204,12 @@ class Engine:
     def stop_watching(self) -> None:
         self.scheduler.update_from_output = self.update_from_output
 
+    def group_of(self, block_hash: bytes) -> int:
+        """A hash ends with vLLM's number of the group."""
+        return self.group_ids.index(int.from_bytes(block_hash[-4:], "big"))
+
     def block_pages(self, block_id: int, group: int) -> list[bytes]:
-        return [
-            digest(self.worker.device[ref.tensor_idx][block_id, : ref.page_size_bytes])
-            for ref in self.worker.groups[group]
-        ]
+        return [digest(self.device[ref.tensor_idx][block_id, : ref.page_size_bytes]) for ref in self.layers[group]]
 
     def loadable_tokens(self, prompt_tokens: int) -> int:
         """How many tokens of a parked prompt vLLM's connector brings back.

@@ -24,7 +24,7 @@ from pathlib import Path
 from rich.console import Console
 
 from cases import EXAMPLE, OUT, ROOT, SPECS, STRESS_MODEL, TINY_MODELS, Case, default_cases
-from defects import DEFECTS
+from defects import BY_NAME
 from report import report
 
 # An engine takes some ten seconds.
@@ -130,7 +130,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--prompts", type=Path, help="a file with a prompt a line, as token ids")
     parser.add_argument("--spec", choices=SPECS, action="append", help="may come twice; both by default")
     parser.add_argument("--blocks-per-chunk", type=int, action="append", help="may come often; 1 and 3 by default")
-    parser.add_argument("--defect", choices=DEFECTS, help="break the copies: the run must fail")
+    parser.add_argument("--defect", choices=BY_NAME, help="break the copies: the run must fail")
     parser.add_argument("--stress", action="store_true", help=f"the stress run of {STRESS_MODEL}")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="engines at a time")
     arguments = parser.parse_args()
