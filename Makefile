@@ -20,11 +20,12 @@ export KVKERNELS_COMPILED = ON
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build swap pages test e2e lint format audit clean distclean always
+.PHONY: help build swap pages sass test e2e lint format audit clean distclean always
 
 help:
 	@echo "make swap       build, check every byte and time the copies (ARGS=\"--model qwen3-32b\"; see --help)"
 	@echo "make pages      the page-size table of benchmarks/results"
+	@echo "make sass       what the CUDA kernels' machine code looks like (needs cuobjdump)"
 	@echo "make test       build and run all tests (ARGS=\"-k gather\" goes to pytest)"
 	@echo "make e2e        vLLM on the CPU offloads its KV cache through kvkernels (ARGS=\"--model my-model/\"; see --help)"
 	@echo "make build      only build"
@@ -65,6 +66,9 @@ $(VENV)/.built: $(SOURCES) $(VENV)/.requirements $(VENV)/.settings
 	@touch $@
 
 build: $(VENV)/.built
+
+sass: build
+	$(BIN)/python benchmarks/sass.py
 
 swap: build
 	$(BIN)/python benchmarks/swap.py $(ARGS)

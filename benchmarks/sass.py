@@ -1,0 +1,148 @@
+#!/usr/bin/env python3
+"""Reads the machine code of the CUDA kernels: access widths, spills, registers, loads in flight before the first store.
+
+    make sass
+
+Needs no GPU. Needs cuobjdump, from a CUDA toolkit or from the ``triton`` package.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import re
+import shutil
+import subprocess
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+# csrc/cuda/copy_kernel.h and kernel.h: threads of a CTA, and CTAs where the host is on one side.
+CTA_THREADS = 1024
+HOST_LINK_CTAS = 12
+
+ARCHITECTURE = re.compile(r"arch = (sm_\w+)")
+FUNCTION = re.compile(r"Function ?: (\w+)")
+RESOURCES = re.compile(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
+# Predicate, opcode and first operand of a line of code, and a label.
+CODE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;,]*)")
+WIDTHS = ("128", "64", "U16", "U8")
+
+
+@dataclass
+class Kernel:
+    architecture: str
+    name: str
+    registers: int = 0
+    spilled_bytes: int = 0
+    spill_instructions: int = 0
+    loads: Counter[str] = field(default_factory=Counter)
+    stores: Counter[str] = field(default_factory=Counter)
+    # Most 16-byte loads into registers of their own with no store and no branch between them.
+    loads_in_flight: int = 0
+
+    @property
+    def bytes_in_flight(self) -> int:
+        """Of a host copy: what all threads of its CTAs have asked for before the first of them stores."""
+        return self.loads_in_flight * 16 * CTA_THREADS * HOST_LINK_CTAS
+
+
+def cuobjdump() -> str:
+    found = shutil.which("cuobjdump") or shutil.which("cuobjdump", path="/usr/local/cuda/bin")
+    spec = None if found else importlib.util.find_spec("triton")
+    if spec and spec.submodule_search_locations:
+        found = shutil.which("cuobjdump", path=str(Path(spec.submodule_search_locations[0], "backends/nvidia/bin")))
+    if not found:
+        raise SystemExit("cuobjdump was not found: install a CUDA toolkit, or pip install triton")
+    return found
+
+
+def width(opcode: str) -> str:
+    """Bits that one thread moves: a modifier says so, and 32 are meant where none does."""
+    parts = opcode.split(".")
+    return next((bits.removeprefix("U") for bits in WIDTHS if bits in parts), "32")
+
+
+def read_kernels(library: Path) -> list[Kernel]:
+    tool = cuobjdump()
+    kernels = {}
+    architecture = ""
+    usage = subprocess.run([tool, "-res-usage", str(library)], check=True, capture_output=True, text=True).stdout
+    for match in re.finditer(f"{ARCHITECTURE.pattern}|{RESOURCES.pattern}", usage):
+        if match[1]:
+            architecture = match[1]
+            continue
+        _, name, registers, stack, _, local = match.groups()
+        kernels[architecture, name] = Kernel(architecture, name, int(registers), int(stack) + int(local))
+    if not kernels:
+        raise SystemExit(f"{library} holds no CUDA code: build it with KVKERNELS_CUDA=ON")
+    code = subprocess.run([tool, "-sass", str(library)], check=True, capture_output=True, text=True).stdout
+    for key, lines in functions(code):
+        read_code(kernels[key], lines)
+    return list(kernels.values())
+
+
+def functions(code: str) -> Iterator[tuple[tuple[str, str], list[str]]]:
+    """Each function's architecture and name, and its lines."""
+    architecture, key, lines = "", None, []
+    for line in code.splitlines():
+        if found := ARCHITECTURE.search(line):
+            architecture = found[1]
+        elif found := FUNCTION.search(line):
+            if key:
+                yield key, lines
+            key, lines = (architecture, found[1]), []
+        else:
+            lines.append(line)
+    if key:
+        yield key, lines
+
+
+def read_code(kernel: Kernel, lines: list[str]) -> None:
+    in_flight: set[str] = set()
+    for line in lines:
+        found = CODE.search(line)
+        if not found:
+            continue
+        opcode, operand = found.groups()
+        operation = opcode.split(".")[0]
+        kernel.spill_instructions += operation in ("LDL", "STL")
+        if operation == "LDG":
+            kernel.loads[width(opcode)] += 1
+            # A register that is loaded again has been used.
+            in_flight = set() if operand in in_flight else in_flight
+            in_flight |= {operand} if width(opcode) == "128" else set()
+            kernel.loads_in_flight = max(kernel.loads_in_flight, len(in_flight))
+        elif operation == "STG":
+            kernel.stores[width(opcode)] += 1
+            in_flight = set()
+        elif operation in ("BRA", "BRX", "EXIT", "CALL", "RET", "BSYNC"):
+            in_flight = set()
+
+
+def table(kernels: list[Kernel]) -> str:
+    columns = ("kernel", "target", "registers", "spills", "128-bit loads", "stores", "narrower loads", "stores")
+    columns += ("loads in flight", "bytes in flight")
+    rows = [f"| {' | '.join(columns)} |", f"| --- | --- |{' ---: |' * (len(columns) - 2)}"]
+    for kernel in sorted(kernels, key=lambda kernel: (kernel.name, int(kernel.architecture.strip("sm_af")))):
+        wide = kernel.loads["128"], kernel.stores["128"]
+        narrow = kernel.loads.total() - wide[0], kernel.stores.total() - wide[1]
+        spills = kernel.spilled_bytes + kernel.spill_instructions
+        rows.append(
+            f"| {kernel.name.removeprefix('kvkernels_')} | {kernel.architecture} | {kernel.registers} | {spills} "
+            f"| {wide[0]} | {wide[1]} | {narrow[0]} | {narrow[1]} | {kernel.loads_in_flight} "
+            f"| {kernel.bytes_in_flight // 1000} kB |"
+        )
+    return "\n".join(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    built = Path(__file__).resolve().parents[1] / "kvkernels" / "libkvkernels_ops.so"
+    parser.add_argument("library", type=Path, nargs="?", default=built)
+    print(table(read_kernels(parser.parse_args().library)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""The reader of machine code, on a listing in cuobjdump's form."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+
+LISTING = """
+arch = sm_90
+		Function : other
+        /*0000*/                   EXIT ;                                 /* 0x1 */
+		Function : copy
+        /*0010*/              @!P2 LDG.E.NA.128 R8, [R46.64] ;            /* 0x1 */
+        /*0020*/                   LDG.E.NA.128 R12, [R46.64+0x200] ;
+        /*0030*/                   LDG.E.128 R16, desc[UR4][R46.64] ;
+        /*0040*/                   STG.E.EF.128 [R48.64], R8 ;
+        /*0050*/                   LDG.E.128 R8, [R46.64] ;
+        /*0060*/                   LDG.E.128 R8, [R46.64] ;
+        /*0070*/               @P0 BRA 0x50 ;
+        /*0080*/                   LDG.E.U8 R3, [R46.64] ;
+        /*0090*/                   LDG.E.64 R4, [R46.64] ;
+        /*00a0*/                   LDG.E R5, [R46.64] ;
+        /*00b0*/                   STG.E.U16 [R48.64], R3 ;
+        /*00c0*/                   STL [R1], R3 ;
+        /*00d0*/                   LDL R3, [R1] ;
+        /*00e0*/                   IADD3 R3, R3, 0x1, RZ ;
+"""
+
+
+@pytest.fixture
+def sass(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("sass")
+
+
+def test_it_counts_widths_spills_and_loads_in_flight(sass):
+    lines = dict(sass.functions(LISTING))["sm_90", "copy"]
+    kernel = sass.Kernel("sm_90", "copy")
+    sass.read_code(kernel, lines)
+    assert dict(kernel.loads) == {"128": 5, "8": 1, "64": 1, "32": 1}
+    assert dict(kernel.stores) == {"128": 1, "16": 1}
+    assert kernel.spill_instructions == 2
+    # Three before the first store; then one register twice, of which the second load waits for the first one's use.
+    assert kernel.loads_in_flight == 3
+    assert kernel.bytes_in_flight == 3 * 16 * 1024 * 12
+
+
+def test_the_constants_are_those_of_the_kernels(sass):
+    cuda = BENCHMARKS.parent / "csrc" / "cuda"
+    assert f"kMaxThreads = {sass.CTA_THREADS};" in (cuda / "copy_kernel.h").read_text()
+    assert f"kHostLinkCtas = {sass.HOST_LINK_CTAS};" in (cuda / "kernel.h").read_text()
+
+
+def test_the_table_has_a_row_for_each_kernel(sass):
+    kernels = [sass.Kernel("sm_100", "kvkernels_copy"), sass.Kernel("sm_80", "kvkernels_copy", registers=56)]
+    assert [row.split(" | ")[:3] for row in sass.table(kernels).splitlines()[2:]] == [
+        ["| copy", "sm_80", "56"],
+        ["| copy", "sm_100", "0"],
+    ]
