@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from hypothesis import strategies as st
-
 from cases import Arena, Case, View, as_ids, counts, dtypes_for, neighbouring_pairs, offsets, pool_view, seeds
+from hypothesis import strategies as st
 
 _RUBBISH = 1 << 40  # the stride of a loop of one step says nothing
 _NEST_BYTES = 1 << 16

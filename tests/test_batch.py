@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from cases import examples
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 import kvkernels
-from cases import examples
 from kvkernels import reference
 
 DOORS = {"torch.ops": torch.ops.kvkernels.swap_blocks_batch, "reference": reference.swap_blocks_batch}

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import itertools
 
+import cases
 import pytest
 import torch
 from hypothesis import given
 
-import cases
 import kvkernels
 
 OPS = ("concat_tp_shards", "concat_tp_shards_out", "split_tp_shards")

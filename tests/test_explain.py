@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import threading
 
+import cases
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from plans import copy_pages_cases, run_row, runs_tensor
 
-import cases
 import kvkernels
 
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from cases import examples
 from hypothesis import given
 from hypothesis import strategies as st
 from refusals import I64_MAX, I64_MIN, TAKES_EXECUTOR, VALID, Arguments, bytes_of, outcome, tensors_of
 from torch import Tensor
-
-from cases import examples
 
 ODD_NUMBERS = st.sampled_from([-1, 0, 1, 2, 5, 6, 7, 8, 1 << 31, 1 << 32, 1 << 62, I64_MAX, I64_MIN, I64_MIN + 1, -8])
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import cases
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 
-import cases
 import kvkernels
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 from typing import Any
 
-from cases import ROOT
+from suite import ROOT
 
 HEADING = "## Use it with vLLM\n"
 

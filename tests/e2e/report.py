@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from cases import ROOT, Case
+from suite import ROOT, Case
 
 
 def report(cases: list[Case], expect_defects: bool, console: Console) -> bool:

@@ -23,9 +23,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from cases import EXAMPLE, OUT, ROOT, SPECS, STRESS_MODEL, TINY_MODELS, Case, default_cases
 from defects import BY_NAME
 from report import report
+from suite import EXAMPLE, OUT, ROOT, SPECS, STRESS_MODEL, TINY_MODELS, Case, default_cases
 
 # An engine takes some ten seconds.
 TIMEOUT_SECONDS = 300

@@ -61,7 +61,7 @@ class Case:
 def default_cases() -> list[Case]:
     stress = [Case("stress", STRESS_MODEL, None), *(Case("stress", STRESS_MODEL, spec, 2) for spec in SPECS)]
     trips = [Case("roundtrip", model, spec, n) for model in TINY_MODELS for n in (1, 3) for spec in SPECS]
-    # The four with each op; the others need no second one.
+    # Wrong copies with each op; wrong workers need no second one.
     seeded = [Case("roundtrip", "llama-bf16", SPECS[0], 3, defect) for defect in BY_NAME]
     seeded += [Case("roundtrip", "llama-bf16", SPECS[1], 3, defect) for defect in list(BY_NAME)[:4]]
     seeded += [Case("stress", STRESS_MODEL, SPECS[0], 2, defect) for defect in STRESS_DEFECTS]
