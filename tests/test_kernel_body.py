@@ -5,10 +5,9 @@ Accesses are checked one by one: aligned to their width, and inside memory that 
 
 from __future__ import annotations
 
-import mmap
-
 import numpy as np
 import pytest
+from simgpu.moves import check, random_case, sparse
 from simgpu.sim import (
     D2D,
     D2H,
@@ -19,7 +18,6 @@ from simgpu.sim import (
     IdColumn,
     Move,
     Side,
-    Sim,
     address,
     copy_naively,
     ids_in_column,
@@ -28,28 +26,6 @@ from simgpu.worker import on_stand_in
 
 MAX_OFFSET_BYTES = 16
 SIZES = (1, 2, 15, 16, 17, 31, 48, 100, 127, 128, 255, 1000, 1024, 1040, 3000, 4095, 4096, 4097, 4300, 8192, 9001)
-
-
-def check(sim: Sim, moves, pairs, src, dst, **options):
-    """Runs the kernels and compares every byte of the destination, and how often each was written, with the oracle."""
-    dst ^= 0xFF  # what an earlier call copied must not pass for this one's work
-    expected = dst.copy()
-    expected_writes = copy_naively(moves, pairs, src, expected)
-    assert expected_writes.max(initial=0) <= 1, "the case itself writes a byte twice"
-    source = src.copy()
-    rows = options.pop("rows", pairs)
-    writes = sim.watch(dst)
-    before = [sim.calls("cudaLaunchKernelExC"), sim.calls("cudaMemcpyAsync")]
-    run = sim.kernel(moves, pairs, src, dst, **options)
-    after = [sim.calls("cudaLaunchKernelExC"), sim.calls("cudaMemcpyAsync")]
-    assert np.array_equal(dst, expected), f"{np.flatnonzero(dst != expected)[:8]} of {len(dst)}: {moves} {run}"
-    assert np.array_equal(writes, expected_writes), f"{np.flatnonzero(writes != expected_writes)[:8]}: {moves} {run}"
-    assert np.array_equal(src, source)
-    assert after[0] - before[0] == run.launches == run.issued.launches
-    assert after[1] - before[1] == int(run.uploads)
-    assert (run.issued.descriptors, run.issued.bytes) == (run.descriptors, run.bytes)
-    assert run.bytes == len(rows) * sum(m.fragment_bytes * len(m.offsets()) for m in moves)
-    return run
 
 
 @pytest.mark.parametrize("direction", [H2D, D2H], ids=["cut-on-src", "cut-on-dst"])
@@ -65,66 +41,6 @@ def test_every_alignment_and_size(sim, src_offset, direction):
             check(sim, moves, [(0, 1), (3, 0), (2, 3)], src, dst, direction=direction, sm_budget=1)
 
 
-def _nest(rng, extents, fragment_bytes, pad_unit):
-    """Strides of a page whose loops lie in random order, innermost first, with random padding; and its bytes."""
-    strides = [0] * len(extents)
-    size = fragment_bytes + pad_unit * int(rng.integers(0, 3))
-    for level in rng.permutation(len(extents)):
-        strides[level] = size
-        size = size * extents[level] + pad_unit * int(rng.integers(0, 3))
-    return strides, size
-
-
-def _random_case(rng, shape):
-    """Moves over disjoint parts of both buffers, pairs, both sizes, and the ids there are on each side."""
-    fragment_bytes = {
-        "page": lambda: int(rng.choice([rng.integers(1, 200), rng.integers(200, 5000), rng.integers(5000, 14000)])),
-        "row": lambda: 16 * int(rng.integers(1, 65)),
-        "bytes": lambda: int(rng.choice([rng.integers(1, 70), rng.integers(70, 1200), rng.integers(4000, 9000)])),
-    }[shape]()
-    unit = 16 if shape == "row" else int(rng.choice([1, 2, 4, 8, 16]))
-    if shape == "bytes" and rng.integers(2):
-        fragment_bytes = max(unit, fragment_bytes // unit * unit)
-    loop_count = 0 if shape == "page" else int(rng.integers(0, 4))
-    budget = max(1, 60000 // fragment_bytes)
-    subblocks = [1, 1]
-    if rng.integers(3) == 0:
-        subblocks = [int(rng.choice([1, 2, 3, 7, 16])) for _ in range(2)]
-    blocks = [max(2, int(rng.integers(2, 12)) // s) for s in subblocks]
-    id_counts = [b * s for b, s in zip(blocks, subblocks, strict=True)]
-    moves, ends = [], [0, 0]
-    same_form = bool(rng.integers(2))
-    extents = None
-    for _ in range(int(rng.integers(1, 5))):
-        if extents is None or not same_form:
-            extents = [int(rng.integers(2, 6)) for _ in range(loop_count)]
-            while np.prod(extents, dtype=int) * max(id_counts) > budget and max(extents, default=1) > 1:
-                extents[int(np.argmax(extents))] -= 1
-        sides, all_strides = [], []
-        for s in range(2):
-            strides, size = _nest(rng, [*extents, subblocks[s]], fragment_bytes, unit)
-            offset = (ends[s] + 15) // 16 * 16 + (0 if shape == "row" else unit * int(rng.integers(0, 17)))
-            block_stride = size + unit * int(rng.integers(0, 4))
-            sides.append(Side(offset, block_stride, strides[-1], subblocks[s]))
-            all_strides.append(strides[:-1])
-            ends[s] = offset + blocks[s] * block_stride
-        loops = tuple(zip(extents, *all_strides, strict=True))
-        moves.append(Move(sides[0], sides[1], fragment_bytes, loops))
-        if not same_form:
-            grain = 16 if shape == "row" else 1
-            fragment_bytes = grain * int(
-                rng.choice([rng.integers(1, fragment_bytes // grain + 1), 1 + rng.integers(0, 9)])
-            )
-    count = int(rng.integers(1, id_counts[1] + 1))
-    dst_ids = rng.permutation(id_counts[1])[:count]
-    src_ids = rng.integers(0, id_counts[0], count)
-    if rng.integers(3) == 0:
-        dst_ids = np.sort(dst_ids)
-        src_ids = np.minimum(dst_ids, id_counts[0] - 1)
-    pairs = list(zip(src_ids.tolist(), dst_ids.tolist(), strict=True))
-    return moves, pairs, ends[0] + 64, ends[1] + 64, id_counts
-
-
 @pytest.mark.parametrize("seed", range(12))
 @pytest.mark.parametrize("shape", ["page", "row", "bytes"])
 @on_stand_in
@@ -133,7 +49,7 @@ def test_random_cases(sim, shape, seed):
     rng = np.random.default_rng([seed, len(shape)])
     variants = set()
     for _ in range(25):
-        moves, pairs, src_bytes, dst_bytes, _ = _random_case(rng, shape)
+        moves, pairs, src_bytes, dst_bytes, _ = random_case(rng, shape)
         src, dst = sim.memory(DEVICE, src_bytes), sim.memory(DEVICE, dst_bytes)
         max_items = int(rng.choice([0, 0, rng.integers(1, 40), rng.integers(40, 3000)]))
         capturing = bool(rng.integers(4) == 0)
@@ -155,7 +71,7 @@ def test_ids_on_the_device(sim, shape, width):
     """Bad pairs are skipped and counted once each, whatever the moves, loops and launches; good ones are copied."""
     rng = np.random.default_rng([width, len(shape)])
     for _ in range(40):
-        moves, pairs, src_bytes, dst_bytes, limits = _random_case(rng, shape)
+        moves, pairs, src_bytes, dst_bytes, limits = random_case(rng, shape)
         src, dst = sim.memory(DEVICE, src_bytes), sim.memory(DEVICE, dst_bytes)
         rows = [list(pair) for pair in pairs]
         skip_negative = bool(rng.integers(2))
@@ -194,17 +110,10 @@ def test_the_first_op_to_fail_owns_the_row(sim):
     assert sim.take_fault() == (4, 1, 3)
 
 
-def _sparse(sim, byte_count):
-    """Memory of which only what is touched exists."""
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
-    buffer = np.frombuffer(mmap.mmap(-1, byte_count, flags=flags), np.uint8)
-    return sim.adopt(buffer, DEVICE)
-
-
 @on_stand_in
 def test_offsets_beyond_32_bits(sim):
     """Block, sub-block and loop strides and ids whose products pass 2^31 and 2^32."""
-    big = _sparse(sim, 13 << 30)
+    big = sparse(sim, 13 << 30)
     small = sim.memory(DEVICE, 1 << 16)
     page = 4096 + 40
     near = Side(24, page)
@@ -238,7 +147,7 @@ def test_offsets_beyond_32_bits(sim):
 @on_stand_in
 def test_ids_beyond_32_bits(sim):
     """Ids that do not fit in 32 bits ride in the tables as 64-bit ones."""
-    big = _sparse(sim, 5 << 30)
+    big = sparse(sim, 5 << 30)
     dst = sim.memory(DEVICE, 4096)
     ids = [2**32 + 5, 2**31 + 3, 7]
     for value, id_ in enumerate(ids):

@@ -233,6 +233,21 @@ EXPORT int64_t fake_allocations() {
   return static_cast<int64_t>(state().allocations.size());
 }
 
+// Rows of begin, end, kind, device and the distance of the device's mapping; returns how many there are.
+EXPORT int64_t fake_list_allocations(int64_t* rows, int64_t capacity) {
+  Lock lock(mutex());
+  int64_t count = 0;
+  for (const auto& [at, allocation] : state().allocations) {
+    if (count < capacity) {
+      const int64_t row[] = {static_cast<int64_t>(at), static_cast<int64_t>(allocation.end), allocation.memory,
+                             allocation.device, static_cast<int64_t>(allocation.device_offset)};
+      std::memcpy(rows + 5 * count, row, sizeof row);
+    }
+    ++count;
+  }
+  return count;
+}
+
 EXPORT int64_t fake_streams() {
   Lock lock(mutex());
   return static_cast<int64_t>(state().streams.size());

@@ -11,6 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from .device import Device, ptx_of
+from .ptx import LoadedModule
+
 PAGEABLE, PINNED, DEVICE, MANAGED = range(4)
 H2H, H2D, D2H, D2D = range(4)
 LEGACY, LEGACY_BY_NAME, PER_THREAD = 0, 1, 2
@@ -156,8 +159,11 @@ class Sim:
     drive: Any
     buffers: list[tuple[str, int]] = field(default_factory=list)
     streams: list[int] = field(default_factory=list)
+    device: Device | None = None
+    watched: tuple[int, np.ndarray] | None = None
 
     _loaded = None
+    _modules: dict[str, LoadedModule] | None = None
 
     @classmethod
     def of(cls, build: str) -> Sim:
@@ -166,12 +172,23 @@ class Sim:
             cls._loaded = cls(*(ctypes.CDLL(str(Path(build) / name)) for name in names))
             cls._loaded.cuda.fake_log.restype = ctypes.c_char_p
             cls._loaded.drive.drive_message.restype = ctypes.c_char_p
-            for function in ("fake_calls", "fake_parameters", "fake_allocations", "fake_streams"):
+            names = ("fake_calls", "fake_parameters", "fake_allocations", "fake_list_allocations", "fake_streams")
+            for function in names:
                 getattr(cls._loaded.cuda, function).restype = ctypes.c_int64
             cls._loaded.drive.drive_divide.restype = ctypes.c_int64
         return cls._loaded
 
+    def use_ptx(self, architecture: str) -> Device:
+        """From now on, until the next reset, launches run on the simulator."""
+        if Sim._modules is None:
+            Sim._modules = ptx_of(Path(self.drive._name))
+        self.device = Device(self.cuda, Sim._modules[architecture])
+        return self.device
+
     def reset(self) -> None:
+        self.device = None
+        self.watched = None
+        self.drive.drive_use_host_code()
         self.cuda.fake_reset()
         self.drive.drive_watch(ctypes.c_uint64(0), ctypes.c_int64(0), None)
         for release, address in self.buffers:
@@ -265,8 +282,16 @@ class Sim:
         self.drive.drive_watch(
             ctypes.c_uint64(address(buffer)), ctypes.c_int64(len(buffer)), writes.ctypes.data_as(ctypes.c_void_p)
         )
-        self._watching = writes
+        self.watched = address(buffer), writes
         return writes
+
+    def _count_simulated(self) -> None:
+        """The writes of the launches on the simulator, which finds by itself who writes a byte twice."""
+        assert self.device is not None
+        for report in self.device.take_reports():
+            for area in report.areas.values():
+                if self.watched is not None and area.base + area.begin == self.watched[0]:
+                    self.watched[1][:] += area.written_map()
 
     def loads(self) -> tuple[dict[int, int], int]:
         """Loads by width since the last call, and the most that one thread had in flight before a store."""
@@ -276,6 +301,8 @@ class Sim:
         return {width: count for width, count in enumerate(widths) if count}, deepest.value
 
     def _checked(self, status: int) -> None:
+        if self.device is not None:
+            self._count_simulated()
         if status == 0:
             return
         text = self.drive.drive_message().decode()

@@ -1,0 +1,102 @@
+"""The device of the stand-in for CUDA: runs its kernel launches on the simulator, from the PTX inside a library."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import re
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .ptx import LoadedModule, Report, load
+from .ptx.memory import Area
+
+ILLEGAL_ADDRESS = 700
+UNKNOWN = 999
+PINNED_MEMORY = 1
+_Runner = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p, ctypes.POINTER(ctypes.c_void_p), ctypes.c_uint, ctypes.c_uint)
+_ParameterBytes = ctypes.CFUNCTYPE(ctypes.c_size_t, ctypes.c_char_p)
+
+
+def find_cuobjdump() -> str | None:
+    """Of a CUDA toolkit, or of the triton package."""
+    found = shutil.which("cuobjdump") or shutil.which("cuobjdump", path="/usr/local/cuda/bin")
+    spec = None if found else importlib.util.find_spec("triton")
+    if spec and spec.submodule_search_locations:
+        found = shutil.which("cuobjdump", path=str(Path(spec.submodule_search_locations[0], "backends/nvidia/bin")))
+    return found
+
+
+def ptx_of(library: Path) -> dict[str, LoadedModule]:
+    """The PTX that a library holds, by architecture."""
+    tool = find_cuobjdump()
+    if tool is None:
+        raise RuntimeError("cuobjdump was not found: install a CUDA toolkit, or pip install triton")
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([tool, "-xptx", "all", str(library.resolve())], cwd=folder, check=True, capture_output=True)
+        texts = {re.search(r"sm_\w+?(?=\.ptx)", p.name)[0]: p.read_text() for p in Path(folder).glob("*.ptx")}  # type: ignore[index]
+    if not texts:
+        raise RuntimeError(f"{library} holds no PTX")
+    return {architecture: load(text) for architecture, text in sorted(texts.items())}
+
+
+class Device:
+    """Takes over the launches of a stand-in: ``cuda`` is its loaded libcuda."""
+
+    def __init__(self, cuda: Any, module: LoadedModule) -> None:
+        self.cuda = cuda
+        self.module = module
+        self.reports: list[Report] = []
+        self.failure: Exception | None = None
+        self.unexecuted: dict[str, dict[int, str]] = {}
+        # Memory that no allocation covers, for a device that reads pageable memory.
+        self.pageable: list[np.ndarray] = []
+        # Kept, since C holds nothing but their addresses.
+        self.callbacks = _Runner(self._run), _ParameterBytes(self._parameter_bytes)
+        cuda.fake_set_runner(*self.callbacks)
+
+    def _parameter_bytes(self, kernel: bytes) -> int:
+        name = kernel.decode()
+        return self.module[name].parameter_bytes if name in self.module.kernels else 0
+
+    def _run(self, kernel: bytes, arguments: Any, ctas: int, threads: int) -> int:
+        try:
+            found = self.module[kernel.decode()]
+            parameters = ctypes.string_at(arguments[0], found.parameter_bytes)
+            report = found.launch_raw(ctas, threads, parameters, self._areas())
+        except Exception as error:  # it must not cross C
+            self.failure = error
+            return UNKNOWN
+        self._note(report)
+        return ILLEGAL_ADDRESS if report.findings else 0
+
+    def _note(self, report: Report) -> None:
+        self.reports.append(report)
+        known = self.unexecuted.setdefault(report.kernel, dict(report.unexecuted))
+        self.unexecuted[report.kernel] = {line: text for line, text in known.items() if line in report.unexecuted}
+
+    def _areas(self) -> list[Area]:
+        count = self.cuda.fake_list_allocations(None, ctypes.c_int64(0))
+        rows = np.zeros((count, 5), np.int64)
+        self.cuda.fake_list_allocations(rows.ctypes.data_as(ctypes.c_void_p), ctypes.c_int64(count))
+        areas = []
+        for begin, end, memory, _, offset in rows.tolist():
+            at = begin + (offset if memory == PINNED_MEMORY else 0)
+            areas.append(Area.of_host(f"{begin:#x}", at, end - begin, True, True))
+        areas += [Area.of_host("pageable", a.ctypes.data, a.nbytes, True, True) for a in self.pageable]
+        return areas
+
+    def take_reports(self) -> list[Report]:
+        """Of the launches since the last call; raises what a launch failed with, or what was found in it."""
+        reports, self.reports = self.reports, []
+        failure, self.failure = self.failure, None
+        if failure:
+            raise failure
+        for report in reports:
+            report.check()
+        return reports
