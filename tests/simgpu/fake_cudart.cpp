@@ -1,5 +1,7 @@
 // libcudart.so.13 of the stand-in: the runtime functions that csrc/cuda calls, and what nvcc's host stubs register
 // with.
+#include "fake_cudart.h"
+
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 #include <sys/mman.h>
@@ -10,15 +12,15 @@
 
 #include "fake.h"
 
-#define EXPORT extern "C" __attribute__((visibility("default")))
-
 extern "C" CUresult fake_cuPointerGetAttributes(unsigned, CUpointer_attribute*, void**, CUdeviceptr);
 extern "C" CUresult fake_cuMemcpyBatchAsync(CUdeviceptr*, CUdeviceptr*, size_t*, size_t, CUmemcpyAttributes*, size_t*,
                                             size_t, size_t*, CUstream);
 
 namespace {
 
+using fake::address;
 using fake::Allocation;
+using fake::done;
 
 // Many, so that what happens once a device can be tested often.
 constexpr int kDevices = 4096;
@@ -32,15 +34,8 @@ std::map<const void*, std::string>& kernels() {
   return *instance;
 }
 
-cudaError_t done(int code) {
-  if (code != 0) last_error = static_cast<cudaError_t>(code);
-  return static_cast<cudaError_t>(code);
-}
-
 // Calls that no thread may make while a stream captures, unless the thread said that it knows.
 bool breaks_capture() { return fake::any_capture() && capture_mode != cudaStreamCaptureModeRelaxed; }
-
-uintptr_t address(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer); }
 
 cudaError_t allocate(const char* call, void** out, size_t bytes, int memory) {
   if (const int code = fake::enter(call)) return done(code);
@@ -80,6 +75,11 @@ cudaError_t copy(const char* call, void* dst, const void* src, size_t bytes, cud
 }
 
 }  // namespace
+
+cudaError_t fake::done(int code) {
+  if (code != 0) last_error = static_cast<cudaError_t>(code);
+  return static_cast<cudaError_t>(code);
+}
 
 EXPORT cudaError_t cudaMalloc(void** out, size_t bytes) { return allocate("cudaMalloc", out, bytes, fake::kDevice); }
 EXPORT cudaError_t cudaFree(void* pointer) { return release("cudaFree", pointer); }
