@@ -16,6 +16,8 @@ namespace {
 // Part of a copy: a copy engine is not atomic, and reads before it writes.
 struct Piece {
   Copy copy;
+  size_t copy_index = 0;
+  size_t offset = 0;
   bool is_read = false;
   std::vector<char> data;
 };
@@ -35,6 +37,8 @@ struct Step {
   int64_t operation;
   const char* kind;
   const char* did;
+  size_t copy_index;  // of the operation's copies; where in it, and how much
+  size_t offset;
   size_t bytes;
 };
 
@@ -66,24 +70,26 @@ bool is_ready(const Operation& operation) {
                       [](int64_t id) { return time().pending.count(id) != 0; });
 }
 
-void note(int64_t id, const Operation& operation, const char* did, size_t bytes) {
-  time().schedule.push_back({id - time().seeded_at_id, operation.kind, did, bytes});
+void note(int64_t id, const Operation& operation, const char* did, const Piece& piece = {}) {
+  time().schedule.push_back(
+      {id - time().seeded_at_id, operation.kind, did, piece.copy_index, piece.offset, piece.copy.bytes});
 }
 
 void read(int64_t id, const Operation& operation, Piece& piece) {
   const char* const from = reinterpret_cast<const char*>(piece.copy.src);
   piece.data.assign(from, from + piece.copy.bytes);
   piece.is_read = true;
-  note(id, operation, "read", piece.copy.bytes);
+  note(id, operation, "read", piece);
 }
 
 std::vector<Piece> cut(const std::vector<Copy>& copies) {
   std::vector<Piece> pieces;
-  for (Copy rest : copies) {
-    while (rest.bytes > 0) {
-      const size_t bytes = draw(2) == 0 ? rest.bytes : 1 + draw(rest.bytes);
-      pieces.push_back({{rest.dst, rest.src, bytes}, false, {}});
-      rest = {rest.dst + bytes, rest.src + bytes, rest.bytes - bytes};
+  for (size_t i = 0; i < copies.size(); ++i) {
+    for (size_t at = 0; at < copies[i].bytes;) {
+      const size_t rest = copies[i].bytes - at;
+      const size_t bytes = draw(2) == 0 ? rest : 1 + draw(rest);
+      pieces.push_back({{copies[i].dst + at, copies[i].src + at, bytes}, i, at, false, {}});
+      at += bytes;
     }
   }
   return pieces;
@@ -100,18 +106,18 @@ void step(int64_t id) {
       if (draw(2) == 0) return;
     }
     std::memcpy(reinterpret_cast<void*>(piece.copy.dst), piece.data.data(), piece.data.size());
-    note(id, operation, "wrote", piece.data.size());
+    note(id, operation, "wrote", piece);
     operation.pieces.pop_back();
     if (!operation.pieces.empty()) return;
   }
   int code = 0;
   if (operation.action) {
-    note(id, operation, "ran", 0);
+    note(id, operation, "ran");
     time().is_running = true;
     code = operation.action();
     time().is_running = false;
   } else if (operation.is_point) {
-    note(id, operation, "passed", 0);
+    note(id, operation, "passed");
   }
   time().pending.erase(id);
   if (code != 0) break_context(code);
@@ -350,7 +356,8 @@ EXPORT const char* fake_schedule() {
   for (const Step& s : time().schedule) {
     text += text.size() == 1 ? "" : ",\n";
     text += "{\"operation\": " + std::to_string(s.operation) + ", \"kind\": \"" + s.kind + "\", \"did\": \"" + s.did +
-            "\", \"bytes\": " + std::to_string(s.bytes) + "}";
+            "\", \"copy\": " + std::to_string(s.copy_index) + ", \"offset\": " + std::to_string(s.offset) +
+            ", \"bytes\": " + std::to_string(s.bytes) + "}";
   }
   time().schedule_text = text + "]";
   return time().schedule_text.c_str();
