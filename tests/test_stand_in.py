@@ -97,7 +97,7 @@ def test_work_may_be_as_late_or_as_early_as_can_be(sim):
 def test_copies_of_a_batch_mix_with_each_other_and_with_other_streams(sim):
     host, device = sim.memory(PINNED, 1024), sim.memory(DEVICE, 1024)
     streams = sim.stream(), sim.stream()
-    swapped = mixed = False
+    orders, mixed = set(), False
     for _ in seeds(sim):
         for i, stream in enumerate(streams):
             half = 512 * i
@@ -106,11 +106,31 @@ def test_copies_of_a_batch_mix_with_each_other_and_with_other_streams(sim):
         sim.finish_device()
         assert np.array_equal(host, device)
         schedule = sim.schedule()
-        copies = [step["copy"] for step in schedule if step["operation"] == 1]
+        orders.add(tuple(step["copy"] for step in schedule if (step["operation"], step["did"]) == (1, "wrote")))
         operations = [step["operation"] for step in schedule]
-        swapped = swapped or copies != sorted(copies)
-        mixed = mixed or operations not in ([*sorted(operations)], [*sorted(operations, reverse=True)])
-    assert swapped and mixed
+        mixed = mixed or operations not in (sorted(operations), sorted(operations, reverse=True))
+    assert len({tuple(dict.fromkeys(order)) for order in orders}) > SEEDS / 2, "any order of copies"
+    assert any(len(order) != len(dict.fromkeys(order)) for order in orders), "in pieces"
+    assert mixed
+
+
+@on_stand_in
+def test_a_source_in_any_order_is_read_at_any_time(sim):
+    """At the call, between the call and its turn, or in its turn, which no other order allows."""
+    source, device, stream = sim.memory(PINNED, 64), sim.memory(DEVICE, 64), sim.stream()
+    seen = set()
+    for _ in seeds(sim):
+        source[:] = 1
+        sim.fill(source, 2, stream)
+        sim.batch([(address(source), address(device), 64)], stream, ANY_ORDER)
+        sim.set_device(0)
+        is_waiting = (source == 1).all()
+        if is_waiting:
+            source[:] = 3
+            sim.set_device(0)
+        sim.finish_stream(stream)
+        seen |= set(np.unique(device).tolist()) if is_waiting else set()
+    assert seen == {1, 2, 3}
 
 
 @pytest.mark.parametrize("order", [STREAM_ORDER, DURING_CALL, ANY_ORDER])
@@ -215,6 +235,23 @@ def test_the_legacy_stream_and_the_others(sim, first, blocking):
         sim.finish_device()
         seen.add(int(device[0]))
     assert seen == ({1} if blocking else {0, 1})
+
+
+@on_stand_in
+def test_finishing_a_blocking_stream_leaves_the_legacy_one(sim):
+    """Only what the stream was asked for is finished, and what that comes after."""
+    first, second, stream = sim.memory(DEVICE, 64), sim.memory(DEVICE, 64), sim.stream(blocking=True)
+    left = 0
+    for _ in seeds(sim):
+        first[:], second[:] = 0, 0
+        sim.fill(first, 1, stream)
+        sim.fill(second, 1, LEGACY)
+        sim.finish_stream(stream)
+        assert first.all()
+        left += not second.any()
+        sim.finish_stream(LEGACY)
+        assert second.all()
+    assert left > 0
 
 
 @on_stand_in
