@@ -20,7 +20,7 @@ ILLEGAL_ADDRESS = 700
 UNKNOWN = 999
 PINNED_MEMORY = 1
 _Runner = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p, ctypes.POINTER(ctypes.c_void_p), ctypes.c_uint, ctypes.c_uint)
-_ParameterBytes = ctypes.CFUNCTYPE(ctypes.c_size_t, ctypes.c_char_p)
+_ParameterBytes = ctypes.CFUNCTYPE(ctypes.c_size_t, ctypes.c_char_p, ctypes.c_size_t)
 
 
 def find_cuobjdump() -> str | None:
@@ -60,15 +60,17 @@ class Device:
         self.callbacks = _Runner(self._run), _ParameterBytes(self._parameter_bytes)
         cuda.fake_set_runner(*self.callbacks)
 
-    def _parameter_bytes(self, kernel: bytes) -> int:
+    def _parameter_bytes(self, kernel: bytes, index: int) -> int:
+        """Of one parameter; 0 past the last."""
         name = kernel.decode()
-        return self.module[name].parameter_bytes if name in self.module.kernels else 0
+        parameters = self.module[name].kernel.parameters if name in self.module.kernels else []
+        return parameters[index].bytes if index < len(parameters) else 0
 
     def _run(self, kernel: bytes, arguments: Any, ctas: int, threads: int) -> int:
         try:
             found = self.module[kernel.decode()]
-            parameters = ctypes.string_at(arguments[0], found.parameter_bytes)
-            report = found.launch_raw(ctas, threads, parameters, self._areas())
+            given = [ctypes.string_at(arguments[i], p.bytes) for i, p in enumerate(found.kernel.parameters)]
+            report = found.launch_raw(ctas, threads, found.pack(given), self._areas())
         except Exception as error:  # it must not cross C
             self.failure = error
             return UNKNOWN
