@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from simgpu.moves import check, random_case, sparse
+from simgpu.moves import check, check_device_ids, random_case, sparse
 from simgpu.sim import (
     D2D,
     D2H,
@@ -73,30 +73,9 @@ def test_ids_on_the_device(sim, shape, width):
     for _ in range(40):
         moves, pairs, src_bytes, dst_bytes, limits = random_case(rng, shape)
         src, dst = sim.memory(DEVICE, src_bytes), sim.memory(DEVICE, dst_bytes)
-        rows = [list(pair) for pair in pairs]
-        skip_negative = bool(rng.integers(2))
-        for row in range(len(rows)):
-            if rng.integers(4) == 0:
-                side = int(rng.integers(2))
-                far = 2**31 - 1 if width == 4 else 2**62
-                rows[row][side] = int(rng.choice([-1, -far, limits[side], limits[side] + 1, far]))
-        in_order = bool(rng.integers(5) == 0) and len(rows) <= limits[1]
-        if in_order:
-            rows = [[src_id, row] for row, (src_id, _) in enumerate(rows)]
-        kept = [(s, d) for s, d in rows if 0 <= s < limits[0] and 0 <= d < limits[1]]
-        bad = [
-            row for row, (s, d) in enumerate(rows)
-            if not (0 <= s < limits[0] and 0 <= d < limits[1]) and not (skip_negative and min(s, d) < 0)
-        ]  # fmt: skip
-        ids = DeviceIds(
-            ids_in_column(sim, [s for s, _ in rows], width, width * int(rng.integers(1, 4))),
-            IdColumn() if in_order else ids_in_column(sim, [d for _, d in rows], width, width * 2),
-            len(rows), *limits, skip_negative,
-        )  # fmt: skip
+        ids = f"device {8 * width}-bit" + str(rng.choice(["", "", "", ", dst in order", ", src in order"]))
         max_items = int(rng.choice([0, rng.integers(1, 60)]))
-        check(sim, moves, kept, src, dst, ids=ids, rows=rows, sm_budget=2, max_items=max_items)
-        assert sim.take_fault() == ((len(bad), bad[0], ids.op) if bad else None)
-        assert sim.take_fault() is None
+        check_device_ids(sim, rng, moves, pairs, src, dst, limits, ids, sm_budget=2, max_items=max_items)
         sim.reset()
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from simgpu.compile import ARCHITECTURES
-from simgpu.moves import check, random_case
-from simgpu.sim import D2D, D2H, DEVICE, H2D, Move, Side
+from simgpu.moves import IDS, TABLES, check, faulty_call, random_call
+from simgpu.sim import D2H, DEVICE, H2D, Move, Side
 from simgpu.worker import on_stand_in
 
 SIZES = (1, 2, 15, 16, 17, 31, 48, 100, 128, 255, 1000, 1024, 1040, 4095, 4097, 8192, 9001)
+
+KINDS = ("page", "row", "chunks 8", "chunks 4", "chunks 2", "chunks 1", "tiles")
 
 each_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
 
@@ -29,22 +33,31 @@ def test_every_alignment_and_size(sim, architecture, difference, direction):
             moves.append(Move(*sides, fragment_bytes))
             at = [at[0] + (4 * stride + 48) // 16 * 16, at[1] + (4 * stride + 64) // 16 * 16]
     src, dst = sim.memory(DEVICE, at[0] + 64), sim.memory(DEVICE, at[1] + 64)
-    check(sim, moves, [(0, 1), (3, 0), (2, 3)], src, dst, direction=direction, sm_budget=2)
+    check(sim, moves, [(0, 1), (3, 0), (2, 3)], src, dst, direction=direction, sm_budget=16)
 
 
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("shape", ["page", "row", "bytes"])
 @each_architecture
 @on_stand_in
-def test_random_cases(sim, architecture, shape, seed):
-    """Random moves, pools, loops, sub-blocks and ids; a third of them cut into several launches."""
-    rng = np.random.default_rng([seed, len(shape), ARCHITECTURES.index(architecture)])
-    for _ in range(20):
-        sim.use_ptx(architecture)
-        moves, pairs, src_bytes, dst_bytes, _ = random_case(rng, shape)
-        src, dst = sim.memory(DEVICE, src_bytes), sim.memory(DEVICE, dst_bytes)
-        check(
-            sim, moves, pairs, src, dst, sm_budget=int(rng.integers(1, 4)), max_items=int(rng.choice([0, 0, 400])),
-            capturing=bool(rng.integers(4) == 0), direction=int(rng.choice([H2D, D2H, D2D])),
-        )  # fmt: skip
+def test_random_cases(sim, architecture):
+    """Random moves, pools, loops and sub-blocks; tables and ids in every place. Together they execute every line."""
+    rng = np.random.default_rng(ARCHITECTURES.index(architecture))
+    unexecuted = {}
+
+    def run(call, *arguments):
+        device = sim.use_ptx(architecture)
+        call(sim, rng, *arguments)
+        for kernel, lines in device.unexecuted.items():
+            known = unexecuted.get(kernel, lines)
+            unexecuted[kernel] = {line: text for line, text in lines.items() if line in known}
         sim.reset()
+
+    for tables, ids, shape in itertools.product(TABLES, IDS, KINDS):
+        run(random_call, shape, tables, ids)
+        if ids.startswith("device"):
+            for has_earlier in (False, True):
+                run(faulty_call, shape, tables, ids, has_earlier)
+    assert set(unexecuted) == {
+        f"kvkernels_copy_{shape}_{tables}" for shape in ("page", "row", "bytes") for tables in TABLES
+    }
+    for k, v in unexecuted.items():
+        print(k, len(v), *list(v.items())[:60], sep="\n  ")

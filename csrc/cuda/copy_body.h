@@ -251,8 +251,9 @@ KVKERNELS_HOST_DEVICE void copy_as(const std::byte* src, std::byte* dst, uint32_
     from += kDepth * kStep;
     to += kDepth * kStep;
   }
+  // More than one round is left only where the loop above goes deeper.
   KVKERNELS_UNROLL(1)
-  for (; left > 0; left = left > kRestDepth * kWarpLanes ? left - kRestDepth * kWarpLanes : 0) {
+  for (; left > 0; left = kDepth > kRestDepth && left > kRestDepth * kWarpLanes ? left - kRestDepth * kWarpLanes : 0) {
     V v[kRestDepth]{};
     KVKERNELS_UNROLL(kRestDepth)
     for (uint32_t k = 0; k < kRestDepth; ++k) {

@@ -51,6 +51,7 @@ class Device:
     def __init__(self, cuda: Any, module: LoadedModule) -> None:
         self.cuda = cuda
         self.module = module
+        self.counts_sectors = False
         self.reports: list[Report] = []
         self.failure: Exception | None = None
         self.unexecuted: dict[str, dict[int, str]] = {}
@@ -70,7 +71,9 @@ class Device:
         try:
             found = self.module[kernel.decode()]
             given = [ctypes.string_at(arguments[i], p.bytes) for i, p in enumerate(found.kernel.parameters)]
-            report = found.launch_raw(ctas, threads, found.pack(given), self._areas())
+            report = found.launch_raw(
+                ctas, threads, found.pack(given), self._areas(), counts_sectors=self.counts_sectors
+            )
         except Exception as error:  # it must not cross C
             self.failure = error
             return UNKNOWN

@@ -6,7 +6,7 @@ import mmap
 
 import numpy as np
 
-from .sim import DEVICE, Move, Side, Sim, copy_naively
+from .sim import D2H, DEVICE, H2D, DeviceIds, IdColumn, Move, Side, Sim, copy_naively, ids_in_column
 
 
 def check(sim: Sim, moves, pairs, src, dst, **options):
@@ -42,16 +42,23 @@ def _nest(rng, extents, fragment_bytes, pad_unit):
 
 
 def random_case(rng, shape):
-    """Moves over disjoint parts of both buffers, pairs, both sizes, and the ids there are on each side."""
+    """Moves over disjoint parts of both buffers, pairs, both sizes, and the ids there are on each side.
+
+    ``shape`` is page, row, bytes, or those of the last that a kernel treats alike: "chunks 8" (also 4, 2 and 1), which
+    are as wide as all addresses and sizes allow, and "tiles".
+    """
+    kind, _, width = shape.partition(" ")
     fragment_bytes = {
         "page": lambda: int(rng.choice([rng.integers(1, 200), rng.integers(200, 5000), rng.integers(5000, 14000)])),
         "row": lambda: 16 * int(rng.integers(1, 65)),
         "bytes": lambda: int(rng.choice([rng.integers(1, 70), rng.integers(70, 1200), rng.integers(4000, 9000)])),
-    }[shape]()
-    unit = 16 if shape == "row" else int(rng.choice([1, 2, 4, 8, 16]))
+        "chunks": lambda: int(width) * (2 * int(rng.integers(0, 120 // int(width))) + 1),
+        "tiles": lambda: int(rng.choice([rng.integers(257, 1300), rng.integers(4000, 9000)])) | 1,
+    }[kind]()
+    unit = {"row": 16, "chunks": int(width or 1)}.get(kind, int(rng.choice([1, 2, 4, 8, 16])))
     if shape == "bytes" and rng.integers(2):
         fragment_bytes = max(unit, fragment_bytes // unit * unit)
-    loop_count = 0 if shape == "page" else int(rng.integers(0, 4))
+    loop_count = 0 if shape == "page" else int(rng.integers(kind == "tiles", 4))
     budget = max(1, 60000 // fragment_bytes)
     subblocks = [1, 1]
     if rng.integers(3) == 0:
@@ -77,7 +84,7 @@ def random_case(rng, shape):
         loops = tuple(zip(extents, *all_strides, strict=True))
         moves.append(Move(sides[0], sides[1], fragment_bytes, loops))
         if not same_form:
-            grain = 16 if shape == "row" else 1
+            grain = {"row": 16, "chunks": unit}.get(kind, 1)
             fragment_bytes = grain * int(
                 rng.choice([rng.integers(1, fragment_bytes // grain + 1), 1 + rng.integers(0, 9)])
             )
@@ -96,3 +103,102 @@ def sparse(sim, byte_count):
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
     buffer = np.frombuffer(mmap.mmap(-1, byte_count, flags=flags), np.uint8)
     return sim.adopt(buffer, DEVICE)
+
+
+# What a launch's tables may be in, and where its ids may be.
+TABLES = ("small", "large", "table")
+IDS = ("host 32-bit", "host 64-bit", "device 32-bit", "device 64-bit", "device, dst in order", "device, src in order")
+_EXTRA_MOVES = {"small": 0, "large": 40, "table": 260}
+FAR = 1 << 33
+
+
+def _add_small_moves(moves, count, ends, most_ids):
+    """Moves of 16 bytes, each with a form of its own, so that the tables grow; and both sizes. The shape stays."""
+    src, dst = (-(-end // 16) * 16 for end in ends)
+    room = 16 * most_ids
+    grown = [Move(Side(src, 16 * (i + 1)), Side(dst + i * room, 16), 16) for i in range(count)]
+    return [*moves, *grown], src + room * (count + 1), dst + room * count
+
+
+def random_call(sim: Sim, rng, shape, tables, ids):
+    """Runs a random call whose tables and ids are where it is asked for."""
+    while True:
+        moves, pairs, src_bytes, dst_bytes, limits = random_case(rng, shape)
+        if ids != "host 64-bit" or all(move.src.subblocks == 1 for move in moves):
+            break
+    moves, src_bytes, dst_bytes = _add_small_moves(moves, _EXTRA_MOVES[tables], (src_bytes, dst_bytes), max(limits))
+    src, dst = sim.memory(DEVICE, src_bytes + 64), sim.memory(DEVICE, dst_bytes + 64)
+    options = {"sm_budget": int(rng.choice([1, 3, 12])), "direction": int(rng.choice([H2D, D2H]))}
+    options["max_items"] = int(rng.choice([0, 0, 0, 4000]))
+    if ids == "host 64-bit":
+        moves = [Move(Side(m.src.base, m.src.block_stride, 0, FAR), m.dst, m.fragment_bytes, m.loops) for m in moves]
+        pairs = [(s * FAR + int(rng.integers(FAR)), d) for s, d in pairs]
+    if ids.startswith("host"):
+        return check(sim, moves, pairs, src, dst, **options)
+    return check_device_ids(sim, rng, moves, pairs, src, dst, limits, ids, **options)
+
+
+def faulty_call(sim: Sim, rng, shape, tables, ids, has_earlier):
+    """Ids on the device, half of them bad, for moves of one unit a pair in two launches, of which the first records."""
+    kind, _, width = shape.partition(" ")
+    bytes_ = {"row": 16, "chunks": int(width or 1), "page": 40, "tiles": 261}[kind]
+    loops = ((2, bytes_, bytes_),) if kind == "tiles" else ()
+    # More than a tile of chunks, so that each of a lane's chunks meets a bad pair.
+    count, stride = 140, 3 * bytes_
+    extra = 2 * _EXTRA_MOVES[tables]
+    moves = [Move(Side(at, stride), Side(at, stride), bytes_, loops) for at in (0, 16 * count * stride)]
+    size = 17 * count * stride
+    moves, src_bytes, dst_bytes = _add_small_moves(moves, extra, (size, size), count)
+    src, dst = sim.memory(DEVICE, src_bytes + 64), sim.memory(DEVICE, dst_bytes + 64)
+    pairs = list(zip(rng.permutation(count).tolist(), rng.permutation(count).tolist(), strict=True))
+    return check_device_ids(
+        sim, rng, moves, pairs, src, dst, [count, count], ids, one_in=2, has_earlier=has_earlier,
+        max_items=max(extra // 2, 1) * count + 1,
+    )  # fmt: skip
+
+
+def check_device_ids(
+    sim: Sim, rng, moves, pairs, src, dst, limits, ids, *, one_in=4, has_earlier=False, **options
+):  # fmt: skip
+    """One in ``one_in`` pairs is bad: it is not copied, and recorded unless negative ones are to be skipped."""
+    width = 4 if "32" in ids else 8
+    rows = [list(pair) for pair in pairs]
+    skip_negative = bool(rng.integers(2))
+    for row in range(len(rows)):
+        if rng.integers(one_in) == 0:
+            side = int(rng.integers(2))
+            far = 2**31 - 1 if width == 4 else 2**62
+            rows[row][side] = int(rng.choice([-1, -far, limits[side], limits[side] + 1, far]))
+    side = {"src in order": 0, "dst in order": 1}.get(ids.partition(", ")[2])
+    in_order = [side == s and len(rows) <= limits[s] for s in (0, 1)]
+    for row, pair in enumerate(rows):
+        if any(in_order):
+            pair[side] = row
+
+    def is_good(s, d):
+        return 0 <= s < limits[0] and 0 <= d < limits[1]
+
+    kept = [(s, d) for s, d in rows if is_good(s, d)]
+    bad = [row for row, (s, d) in enumerate(rows) if not is_good(s, d) and not (skip_negative and min(s, d) < 0)]
+    strides = width * int(rng.integers(1, 4)), width * 2
+    columns = [
+        IdColumn() if in_order[s] else ids_in_column(sim, [pair[s] for pair in rows], width, strides[s]) for s in (0, 1)
+    ]
+    earlier = _earlier_fault(sim, src, dst) if has_earlier else None
+    device_ids = DeviceIds(*columns, len(rows), *limits, skip_negative)
+    run = check(sim, moves, kept, src, dst, ids=device_ids, rows=rows, **options)
+    count = len(bad)
+    if earlier:
+        # The op that failed first keeps the row.
+        assert sim.take_fault() == (count + 1, 1, earlier)
+    else:
+        assert sim.take_fault() == ((count, bad[0], device_ids.op) if bad else None)
+    assert sim.take_fault() is None
+    return run
+
+
+def _earlier_fault(sim: Sim, src, dst):
+    """What another op has left in the device's word: one bad row, its second."""
+    ids = DeviceIds(ids_in_column(sim, [-1, 9]), IdColumn(), 2, 1, 2, skip_negative=True, op=3)
+    sim.kernel([Move(Side(0, 16), Side(0, 16), 16)], [], src, dst, ids=ids)
+    return ids.op

@@ -14,6 +14,8 @@ import numpy as np
 from .memory import GRAIN, Area, sparse_zeros
 
 NARROW = -1  # in a granule: see its bytes
+# What stands for shadows that are not kept: agents are, ticks are all 1, and nothing was atomic.
+NONE = (None, np.ones((1, 1), np.int32), np.zeros((1, 1), bool))
 MANY = -2  # several agents; only where nothing orders threads anyway
 
 Knows = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
@@ -42,12 +44,21 @@ class Conflict:
 
 
 class Stamps:
-    """Agent (plus 1; 0: nobody) and tick of every byte's last access, and whether it was an atomic one."""
+    """Agent (plus 1; 0: nobody) and tick of every byte's last access, and whether it was an atomic one.
 
-    def __init__(self, size: int) -> None:
+    Without ``ticks``, which a kernel that never synchronises has no use for, all are 1.
+    """
+
+    def __init__(self, size: int, ticks: bool) -> None:
         self.size = size
-        self.wide = [sparse_zeros(size // GRAIN, dtype) for dtype in (np.int32, np.int32, np.bool_)]
-        self.narrow = [sparse_zeros(size, dtype) for dtype in (np.int32, np.int32, np.bool_)]
+        kinds = [np.int32, np.int32 if ticks else None, None]
+        self.wide = [kind and sparse_zeros(size // GRAIN, kind) for kind in kinds]
+        self.narrow = [kind and sparse_zeros(size, kind) for kind in kinds]
+
+    def mark_atomics(self) -> None:
+        if self.wide[2] is None:
+            self.wide[2] = sparse_zeros(self.size // GRAIN, np.bool_)
+            self.narrow[2] = sparse_zeros(self.size, np.bool_)
 
     def find(self, offsets: np.ndarray, width: int) -> Iterator[tuple[np.ndarray | None, list[np.ndarray]]]:
         """Rows (None: all) and their stamps, in columns: one of a whole granule, or one a byte."""
@@ -55,19 +66,24 @@ class Stamps:
             granule = self.wide[0][offsets // GRAIN]
             narrow = granule == NARROW
             if not narrow.any():
-                yield None, [shadow[offsets // GRAIN][:, None] for shadow in self.wide]
+                yield None, self._granules(offsets)
                 return
             whole = np.flatnonzero(~narrow)
             if len(whole):
-                yield whole, [shadow[offsets[whole] // GRAIN][:, None] for shadow in self.wide]
+                yield whole, self._granules(offsets[whole])
             rows = np.flatnonzero(narrow)
             yield rows, self._bytes(offsets[rows], width)
             return
         self._split(offsets)
         yield None, self._bytes(offsets, width)
 
+    def _granules(self, offsets: np.ndarray) -> list[np.ndarray]:
+        at = offsets // GRAIN
+        return [NONE[i] if s is None else s[at][:, None] for i, s in enumerate(self.wide)]
+
     def _bytes(self, offsets: np.ndarray, width: int) -> list[np.ndarray]:
-        return [shadow.reshape(-1, width)[offsets // width] for shadow in self.narrow]
+        at = offsets // width
+        return [NONE[i] if s is None else s.reshape(-1, width)[at] for i, s in enumerate(self.narrow)]
 
     def _split(self, offsets: np.ndarray) -> None:
         """Gives each byte of these granules a stamp of its own."""
@@ -76,19 +92,19 @@ class Stamps:
         whole = (agents != NARROW) & (agents != 0)
         if whole.any():
             for wide, narrow in zip(self.wide, self.narrow, strict=True):
-                narrow.reshape(-1, GRAIN)[granules[whole]] = wide[granules[whole]][:, None]
+                if wide is not None:
+                    narrow.reshape(-1, GRAIN)[granules[whole]] = wide[granules[whole]][:, None]
         self.wide[0][granules] = NARROW
 
     def put(self, offsets: np.ndarray, width: int, agents: np.ndarray, ticks: np.ndarray, atomic: bool) -> None:
         """After ``find`` of the same place, which has split what had to be."""
-        values = [agents, ticks, np.full(1, atomic)]
-        if width == GRAIN:
-            at = offsets // GRAIN
-            for wide, value in zip(self.wide, values, strict=True):
-                wide[at] = value
-            return
-        for narrow, value in zip(self.narrow, values, strict=True):
-            narrow.reshape(-1, width)[offsets // width] = value[:, None]
+        if atomic:
+            self.mark_atomics()
+        shadows, columns = (self.wide, 1) if width == GRAIN else (self.narrow, width)
+        at = offsets // width
+        for shadow, value in zip(shadows, (agents, ticks, np.full(1, atomic)), strict=True):
+            if shadow is not None:
+                shadow.reshape(-1, columns)[at] = value[:, None]
 
     def agents(self, offsets: np.ndarray, width: int) -> np.ndarray:
         """Of each row's first byte."""
@@ -104,8 +120,8 @@ class Stamps:
 class Readers(Stamps):
     """Also keeps aside the readers that do not know of each other."""
 
-    def __init__(self, size: int) -> None:
-        super().__init__(size)
+    def __init__(self, size: int, ticks: bool) -> None:
+        super().__init__(size, ticks)
         self.aside: list[tuple[np.ndarray, ...]] = []  # byte, agent and tick
 
     def keep(self, offsets: np.ndarray, width: int, agents: np.ndarray, ticks: np.ndarray) -> None:
@@ -132,6 +148,10 @@ class RaceDetector:
         found = []
         if area.writers is not None:
             found = _against(area.writers, offsets, width, who, "read after write", atomic)
+        elif not self.synchronises:
+            # Most memory that is read is never written: what is not needed is not stamped.
+            area.unstamped_reads.append((offsets, width, who))
+            return found
         self._stamp_reads(area, offsets, width, who)
         return found
 
@@ -139,11 +159,14 @@ class RaceDetector:
         if width > GRAIN:
             return self._in_halves(self.store, area, offsets, width, who, atomic)
         found = []
+        for read in area.unstamped_reads:
+            self._stamp_reads(area, *read)
+        area.unstamped_reads.clear()
         if area.readers is not None:
             found += _against(area.readers, offsets, width, who, "write after read", False)
             found += _against_aside(area.readers, offsets, width, who)
         if area.writers is None:
-            area.writers = Stamps(len(area.data))
+            area.writers = Stamps(len(area.data), self.synchronises)
         found += _against(area.writers, offsets, width, who, "write after write", atomic)
         area.writers.put(offsets, width, who.agents + 1, who.ticks, atomic)
         if not atomic and len(offsets) > 1:
@@ -164,7 +187,7 @@ class RaceDetector:
     def _stamp_reads(self, area: Area, offsets: np.ndarray, width: int, who: Who) -> None:
         """Keeps the last reader where it knows of the one before it, and both where it does not."""
         if area.readers is None:
-            area.readers = Readers(len(area.data))
+            area.readers = Readers(len(area.data), self.synchronises)
         readers = area.readers
         agents, ticks = who.agents + 1, who.ticks
         several = np.zeros(len(offsets), bool)
@@ -210,7 +233,8 @@ def _against(stamps: Stamps, offsets: np.ndarray, width: int, who: Who, kind: st
         at, columns = np.nonzero(other)
         whole = at if rows is None else rows[at]
         others = agents[at, columns] - 1
-        unknown = (others < 0) | ~who.knows(whole, np.maximum(others, 0), ticks[at, columns])
+        when = np.broadcast_to(ticks, agents.shape)[at, columns]
+        unknown = (others < 0) | ~who.knows(whole, np.maximum(others, 0), when)
         if unknown.any():
             first, where = np.unique(whole[unknown], return_index=True)
             found.append(Conflict(first, others[unknown][where], kind))
