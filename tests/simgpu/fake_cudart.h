@@ -12,6 +12,12 @@ namespace fake {
 // Makes `code` the thread's last error, unless it is 0, and returns it.
 cudaError_t done(int code);
 
+// KVKERNELS_FAKE_DEVICES, or 4096.
+int device_count();
+
+// A function or kernel that the stand-in lacks: says so once, and gives cudaErrorNotSupported.
+int refuse_runtime_call(const char* call);
+
 inline uintptr_t address(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer); }
 
 }  // namespace fake
