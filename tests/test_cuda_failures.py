@@ -8,7 +8,7 @@ from simgpu.sim import (
     BATCH,
     DEVICE,
     H2D,
-    ILLEGAL_ADDRESS,
+    OUT_OF_MEMORY,
     PAGE,
     PAGEABLE,
     PINNED,
@@ -85,14 +85,14 @@ def test_every_return_code_is_checked(sim, scenario):
         count = sim.calls(call) - before
         assert count > 0, call
         for k in range(1, count + 1):
-            sim.fail(call, k, ILLEGAL_ADDRESS)
+            sim.fail(call, k, OUT_OF_MEMORY)
             sim.set("failed_index", 5)
             with pytest.raises(CudaError) as caught:
                 run()
             batch = " (copy 5 of its batch)" if call == "cuMemcpyBatchAsync" else ""
             tail = "; the destination is undefined" if call in MOVES_BYTES else ""
             assert (
-                str(caught.value) == f"{call}{batch} failed: cudaErrorIllegalAddress (an error of the stand-in){tail}"
+                str(caught.value) == f"{call}{batch} failed: cudaErrorMemoryAllocation (an error of the stand-in){tail}"
             )
             assert sim.cudart.cudaPeekAtLastError() == 0
             run()
@@ -113,11 +113,11 @@ def test_every_return_code_at_first_use(sim):
         allocations, streams = sim.cuda.fake_allocations(), sim.cuda.fake_streams()
         use = FirstUse(sim)
         try:
-            assert use.run(lambda name=name, k=k: sim.fail(name, k, ILLEGAL_ADDRESS)) == (1, 0, 7)
+            assert use.run(lambda name=name, k=k: sim.fail(name, k, OUT_OF_MEMORY)) == (1, 0, 7)
             assert (name, k) in UNREPORTED, f"call {k} of {name} failed unnoticed"
             lost = 0
         except CudaError as error:
-            assert str(error).startswith(f"{name} failed: cudaErrorIllegalAddress"), error
+            assert str(error).startswith(f"{name} failed: cudaErrorMemoryAllocation"), error
             # Once cleared, a record is gone with the exception; before that, it is still there for the next call.
             lost = len(sim.log("launch")) - ((name, k) == ("cudaStreamSynchronize", 2))
         assert sim.cudart.cudaPeekAtLastError() == 0, name
@@ -138,8 +138,8 @@ def test_the_entry_points_return_codes(sim):
     src, dst = sim.memory(PINNED, 4096), sim.memory(DEVICE, 4096)
     stream = sim.stream()
     for k, done in ((1, 0), (2, 1)):
-        sim.fail("cudaGetDriverEntryPointByVersion", k, ILLEGAL_ADDRESS)
-        with pytest.raises(CudaError, match=r"^cudaGetDriverEntryPointByVersion failed: cudaErrorIllegalAddress"):
+        sim.fail("cudaGetDriverEntryPointByVersion", k, OUT_OF_MEMORY)
+        with pytest.raises(CudaError, match=r"^cudaGetDriverEntryPointByVersion failed: cudaErrorMemoryAllocation"):
             sim.dma([PAGE], [(0, 1), (3, 2)], src, dst, stream)
         assert sim.calls("cudaGetDriverEntryPointByVersion") == k + done
     sim.dma([PAGE], [(0, 1), (3, 2)], src, dst, stream)
@@ -163,7 +163,7 @@ def test_a_failed_upload_launches_nothing(sim):
     run = kernel_scenario(sim)
     run()
     sim.clear_log()
-    sim.fail("cudaMemcpyAsync", 1, ILLEGAL_ADDRESS)
+    sim.fail("cudaMemcpyAsync", 1, OUT_OF_MEMORY)
     with pytest.raises(CudaError, match="cudaMemcpyAsync failed"):
         run()
     assert not sim.log("launch")

@@ -17,8 +17,6 @@
 #include "cuda/stream.h"
 #include "fake.h"
 
-#define EXPORT extern "C" __attribute__((visibility("default")))
-
 extern "C" uintptr_t fake_kernel_reach(uintptr_t address, uintptr_t* begin);
 extern "C" void fake_set_runner(fake::Runner runner, fake::ParameterBytes parameter_bytes);
 
@@ -97,9 +95,10 @@ Body body_of(const std::string& kernel) {
   return nullptr;
 }
 
-size_t parameter_bytes(const char* kernel) {
+// The copy kernels have one parameter.
+size_t parameter_bytes(const char* kernel, size_t index) {
   const std::string name = kernel;
-  if (body_of(name) == nullptr) return 0;
+  if (index > 0 || body_of(name) == nullptr) return 0;
   return name.ends_with("_small") ? kSmallParams : name.ends_with("_large") ? kLargeParams : sizeof(Head);
 }
 
@@ -107,7 +106,7 @@ size_t parameter_bytes(const char* kernel) {
 int run(const char* kernel, void** arguments, unsigned ctas, unsigned threads) {
   const Body body = body_of(kernel);
   if (body == nullptr) return cudaErrorInvalidDeviceFunction;
-  const size_t bytes = parameter_bytes(kernel);
+  const size_t bytes = parameter_bytes(kernel, 0);
   std::vector<Bytes16> parameters((bytes + 15) / 16);
   std::memcpy(parameters.data(), arguments[0], bytes);
   const Head& head = *reinterpret_cast<const Head*>(parameters.data());
@@ -186,7 +185,7 @@ void write_issued(const Issued& issued, int64_t* out) {
   out[2] = issued.bytes;
 }
 
-// Uploads live until the next call.
+// Uploads live until drive_free_uploads: giving them back would synchronise.
 std::vector<void*> uploads;
 
 const void* upload(const void* host, size_t bytes, cudaStream_t stream) {
@@ -246,8 +245,6 @@ EXPORT int drive_kernel(const int64_t* moves, int64_t move_count, const int64_t*
                         const int64_t* ids, const int64_t* options, void* stream, int64_t* out) {
   return guarded([&] {
     message.clear();
-    for (void* device : uploads) check(cudaFree(device), "cudaFree");
-    uploads.clear();
     DeviceIds device_ids;
     if (ids) {
       device_ids.src = {pointer(ids[0]), ids[1], static_cast<int>(ids[2])};
@@ -275,6 +272,14 @@ EXPORT int drive_kernel(const int64_t* moves, int64_t move_count, const int64_t*
     const auto on = static_cast<cudaStream_t>(stream);
     const auto send = [&](const void* host, size_t bytes) { return upload(host, bytes, on); };
     write_issued(run_kernel(plan, send, on), out + 9);
+  });
+}
+
+EXPORT int drive_free_uploads() {
+  return guarded([&] {
+    message.clear();
+    for (void* device : uploads) check(cudaFree(device), "cudaFree");
+    uploads.clear();
   });
 }
 

@@ -1,5 +1,6 @@
 // What the two halves of the stand-in for CUDA share: libcuda.so.1 holds all state, libcudart.so.13 forwards to it.
-// "Device" memory is host memory; copies and kernels happen at once, and every call is recorded.
+// "Device" memory is host memory, and every call is recorded. fake_time.h says when the work that was asked for
+// happens.
 #pragma once
 
 #include <cstddef>
@@ -8,6 +9,8 @@
 #include <mutex>
 #include <string>
 #include <utility>
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
 
 // Hidden by default, but these cross from one library to the other.
 #pragma GCC visibility push(default)
@@ -23,14 +26,35 @@ struct Allocation {
   ptrdiff_t device_offset = 0;  // where a second mapping of pinned memory is, for the device
 };
 
-struct Stream {
-  bool is_capturing = false;
+// What was asked for since the last reset. Bytes are indexed by whether the source and the destination are on a device.
+struct Counters {
+  int64_t launches = 0;
+  int64_t copy_calls = 0;
+  int64_t descriptors = 0;  // copies that those calls were told of
+  int64_t bytes[2][2] = {};
+  int64_t staged_copies = 0;  // from pageable memory: read before the call returns, which need not wait for the stream
+  int64_t stream_synchronisations = 0;
+  int64_t device_synchronisations = 0;
+  int64_t event_synchronisations = 0;
+  int64_t hidden_synchronisations = 0;  // cudaMemcpy, copies to pageable memory, and giving memory back
 };
 
 std::recursive_mutex& mutex();
+using Lock = std::lock_guard<std::recursive_mutex>;
 
-// Counts the call; the code it was told to fail with, or 0. Calls that start with "cuda" initialise the driver.
+Counters& counters();
+
+// The calling thread's device.
+int& current_device();
+
+// Counts the call and lets time pass. The code it was told to fail with, or that the context is broken with; else 0.
+// Calls that start with "cuda" initialise the driver.
 int enter(const char* call);
+
+// After these codes nothing works any more.
+bool breaks_context(int code);
+void break_context(int code);
+int context_error();
 
 // Appends {"call": call, fields...} to the log; `name` and `list` (JSON) where they are not empty.
 void log(const char* call, std::initializer_list<std::pair<const char*, int64_t>> fields, const std::string& name = "",
@@ -46,20 +70,18 @@ bool find(uintptr_t address, Allocation& found);
 void insert(const Allocation& allocation);
 bool erase(uintptr_t begin, Allocation& erased);
 
-// cudaErrorInvalidValue where a side of the copy crosses the end of an allocation or registration, else copies.
-int copy(uintptr_t dst, uintptr_t src, size_t bytes);
+// Whether either side of the copy is empty or crosses the end of an allocation or registration.
+bool is_bad_copy(uintptr_t dst, uintptr_t src, size_t bytes);
 
-bool is_legacy(const void* stream);
-bool is_capturing(const void* stream);
-bool any_capture();
-void* make_stream();
-bool destroy_stream(void* stream);
+// Adds the copy to the counters.
+void count_copy(uintptr_t dst, uintptr_t src, size_t bytes);
 
 // A second mapping of shared memory, so that the device's address of it differs from the host's.
 uintptr_t map_again(uintptr_t begin, size_t bytes);
 
+// Runs a kernel; and says how many bytes its parameter number `index` has, 0 past the last.
 using Runner = int (*)(const char* kernel, void** arguments, unsigned ctas, unsigned threads);
-using ParameterBytes = size_t (*)(const char* kernel);
+using ParameterBytes = size_t (*)(const char* kernel, size_t index);
 int launch(const char* kernel, void** arguments, unsigned ctas, unsigned threads, void* stream);
 
 }  // namespace fake

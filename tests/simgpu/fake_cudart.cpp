@@ -11,6 +11,8 @@
 #include <vector>
 
 #include "fake.h"
+#include "fake_graph.h"
+#include "fake_time.h"
 
 extern "C" CUresult fake_cuPointerGetAttributes(unsigned, CUpointer_attribute*, void**, CUdeviceptr);
 extern "C" CUresult fake_cuMemcpyBatchAsync(CUdeviceptr*, CUdeviceptr*, size_t*, size_t, CUmemcpyAttributes*, size_t*,
@@ -20,10 +22,13 @@ namespace {
 
 using fake::address;
 using fake::Allocation;
+using fake::Counters;
+using fake::current_device;
 using fake::done;
+using fake::Lock;
+using fake::Stream;
 
 thread_local cudaError_t last_error = cudaSuccess;
-thread_local int current = 0;
 thread_local cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeGlobal;
 
 std::map<const void*, std::string>& kernels() {
@@ -32,7 +37,7 @@ std::map<const void*, std::string>& kernels() {
 }
 
 // Calls that no thread may make while a stream captures, unless the thread said that it knows.
-bool breaks_capture() { return fake::any_capture() && capture_mode != cudaStreamCaptureModeRelaxed; }
+bool breaks_capture() { return fake::forbids_unsafe_call(capture_mode); }
 
 cudaError_t allocate(const char* call, void** out, size_t bytes, int memory) {
   if (const int code = fake::enter(call)) return done(code);
@@ -40,7 +45,7 @@ cudaError_t allocate(const char* call, void** out, size_t bytes, int memory) {
   const size_t rounded = (bytes + 4095) / 4096 * 4096;
   void* at = mmap(nullptr, rounded, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (at == MAP_FAILED) return done(cudaErrorMemoryAllocation);
-  Allocation allocation{address(at), address(at) + bytes, memory, current, 0};
+  Allocation allocation{address(at), address(at) + bytes, memory, current_device(), 0};
   if (memory == fake::kPinned && fake::setting("device_addresses_differ") != 0) {
     allocation.device_offset = static_cast<ptrdiff_t>(fake::map_again(allocation.begin, rounded) - allocation.begin);
   }
@@ -51,32 +56,67 @@ cudaError_t allocate(const char* call, void** out, size_t bytes, int memory) {
   return done(0);
 }
 
+// Frees in spite of an error: what could not be given back is not the caller's any more.
 cudaError_t release(const char* call, void* pointer) {
-  if (const int code = fake::enter(call)) return done(code);
+  Lock lock(fake::mutex());
+  const int code = fake::enter(call);
   Allocation erased;
-  if (pointer == nullptr) return done(0);
+  if (pointer == nullptr) return done(code);
+  ++fake::counters().hidden_synchronisations;
+  fake::find(address(pointer), erased);
+  const int after = erased.memory == fake::kPinned ? fake::finish_everything() : fake::finish_device(erased.device);
   if (!fake::erase(address(pointer), erased)) return done(cudaErrorInvalidValue);
   munmap(pointer, (erased.end - erased.begin + 4095) / 4096 * 4096);
-  return done(0);
+  return done(code != 0 ? code : after);
 }
 
-cudaError_t copy(const char* call, void* dst, const void* src, size_t bytes, cudaMemcpyKind kind, void* stream) {
+bool is_pageable(const void* pointer) {
+  Allocation found;
+  return !fake::find(address(pointer), found);
+}
+
+// A copy from pageable memory has read it when the call returns, and one to pageable memory is complete then.
+cudaError_t copy(const char* call, void* dst, const void* src, size_t bytes, cudaMemcpyKind kind, void* handle,
+                 bool is_synchronous) {
+  Lock lock(fake::mutex());
   if (const int code = fake::enter(call)) return done(code);
+  Stream* const stream = fake::find_stream(handle);
+  if (stream == nullptr) return done(cudaErrorInvalidResourceHandle);
   fake::log(call, {{"dst", static_cast<int64_t>(address(dst))},
                    {"src", static_cast<int64_t>(address(src))},
                    {"bytes", static_cast<int64_t>(bytes)},
                    {"kind", kind},
-                   {"stream", reinterpret_cast<intptr_t>(stream)},
-                   {"capturing", fake::is_capturing(stream)}});
-  return done(fake::copy(address(dst), address(src), bytes));
+                   {"stream", reinterpret_cast<intptr_t>(handle)},
+                   {"capturing", fake::is_capturing(*stream)},
+                   {"operation", fake::upcoming_operation()}});
+  if (const int code = fake::refusal(*stream)) return done(code);
+  if (fake::is_bad_copy(address(dst), address(src), bytes)) return done(cudaErrorInvalidValue);
+  Counters& counters = fake::counters();
+  ++counters.copy_calls;
+  fake::count_copy(address(dst), address(src), bytes);
+  fake::Work work{.kind = call, .copies = {{address(dst), address(src), bytes}}};
+  if (is_pageable(src)) work.reads = fake::Reads::kDuringCall;
+  int64_t id = 0;
+  const bool is_recorded = stream->capture != nullptr;
+  const int code = fake::submit(*stream, std::move(work), &id);
+  if (is_recorded || code != 0) return done(code);
+  if (is_synchronous || is_pageable(dst)) {
+    ++counters.hidden_synchronisations;
+    return done(fake::finish(id));
+  }
+  if (is_pageable(src)) ++counters.staged_copies;
+  return done(0);
 }
 
 }  // namespace
 
 cudaError_t fake::done(int code) {
-  if (code != 0) last_error = static_cast<cudaError_t>(code);
+  // "Not actually an error".
+  if (code != 0 && code != cudaErrorNotReady) last_error = static_cast<cudaError_t>(code);
   return static_cast<cudaError_t>(code);
 }
+
+int fake::thread_capture_mode() { return capture_mode; }
 
 EXPORT cudaError_t cudaMalloc(void** out, size_t bytes) { return allocate("cudaMalloc", out, bytes, fake::kDevice); }
 EXPORT cudaError_t cudaFree(void* pointer) { return release("cudaFree", pointer); }
@@ -94,7 +134,7 @@ EXPORT cudaError_t cudaHostRegister(void* pointer, size_t bytes, unsigned) {
   if (const int code = fake::enter("cudaHostRegister")) return done(code);
   Allocation found;
   if (fake::find(address(pointer), found)) return done(cudaErrorHostMemoryAlreadyRegistered);
-  found = {address(pointer), address(pointer) + bytes, fake::kPinned, current, 0};
+  found = {address(pointer), address(pointer) + bytes, fake::kPinned, current_device(), 0};
   if (fake::setting("device_addresses_differ") != 0) {
     const uintptr_t second = fake::map_again(found.begin, bytes);
     if (second == 0) return done(cudaErrorInvalidValue);
@@ -105,9 +145,12 @@ EXPORT cudaError_t cudaHostRegister(void* pointer, size_t bytes, unsigned) {
 }
 
 EXPORT cudaError_t cudaHostUnregister(void* pointer) {
+  Lock lock(fake::mutex());
   if (const int code = fake::enter("cudaHostUnregister")) return done(code);
+  ++fake::counters().hidden_synchronisations;
+  const int code = fake::finish_everything();
   Allocation erased;
-  return done(fake::erase(address(pointer), erased) ? 0 : cudaErrorHostMemoryNotRegistered);
+  return done(fake::erase(address(pointer), erased) ? code : cudaErrorHostMemoryNotRegistered);
 }
 
 EXPORT cudaError_t cudaHostGetDevicePointer(void** out, void* pointer, unsigned) {
@@ -136,50 +179,27 @@ EXPORT cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* out, const vo
 
 EXPORT cudaError_t cudaMemcpy(void* dst, const void* src, size_t bytes, cudaMemcpyKind kind) {
   if (breaks_capture()) return done(cudaErrorStreamCaptureImplicit);
-  return copy("cudaMemcpy", dst, src, bytes, kind, nullptr);
+  return copy("cudaMemcpy", dst, src, bytes, kind, nullptr, true);
 }
 
 EXPORT cudaError_t cudaMemcpyAsync(void* dst, const void* src, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream) {
-  return copy("cudaMemcpyAsync", dst, src, bytes, kind, stream);
+  return copy("cudaMemcpyAsync", dst, src, bytes, kind, stream, false);
 }
 
-EXPORT cudaError_t cudaMemsetAsync(void* dst, int value, size_t bytes, cudaStream_t stream) {
+EXPORT cudaError_t cudaMemsetAsync(void* dst, int value, size_t bytes, cudaStream_t handle) {
+  Lock lock(fake::mutex());
   if (const int code = fake::enter("cudaMemsetAsync")) return done(code);
-  if (fake::is_legacy(stream) && fake::any_capture()) return done(cudaErrorStreamCaptureImplicit);
-  fake::log("cudaMemsetAsync", {{"bytes", static_cast<int64_t>(bytes)}, {"capturing", fake::is_capturing(stream)}});
-  std::memset(dst, value, bytes);
-  return done(0);
-}
-
-EXPORT cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
-  if (const int code = fake::enter("cudaStreamCreateWithFlags")) return done(code);
-  *stream = static_cast<cudaStream_t>(fake::make_stream());
-  return done(0);
-}
-
-EXPORT cudaError_t cudaStreamDestroy(cudaStream_t stream) {
-  const int code = fake::enter("cudaStreamDestroy");
-  if (!fake::destroy_stream(stream)) return done(cudaErrorInvalidResourceHandle);
-  return done(code);
-}
-
-EXPORT cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
-  if (const int code = fake::enter("cudaStreamSynchronize")) return done(code);
-  if (fake::is_capturing(stream) || breaks_capture()) return done(cudaErrorStreamCaptureUnsupported);
-  return done(0);
-}
-
-EXPORT cudaError_t cudaDeviceSynchronize() {
-  if (const int code = fake::enter("cudaDeviceSynchronize")) return done(code);
-  fake::log("cudaDeviceSynchronize", {{"device", current}});
-  return done(fake::any_capture() ? cudaErrorStreamCaptureUnsupported : cudaSuccess);
-}
-
-EXPORT cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status) {
-  if (const int code = fake::enter("cudaStreamIsCapturing")) return done(code);
-  if (fake::is_legacy(stream) && fake::any_capture()) return done(cudaErrorStreamCaptureImplicit);
-  *status = fake::is_capturing(stream) ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
-  return done(0);
+  Stream* const stream = fake::find_stream(handle);
+  if (stream == nullptr) return done(cudaErrorInvalidResourceHandle);
+  if (const int code = fake::refusal(*stream)) return done(code);
+  fake::log("cudaMemsetAsync", {{"bytes", static_cast<int64_t>(bytes)},
+                                {"capturing", fake::is_capturing(*stream)},
+                                {"operation", fake::upcoming_operation()}});
+  const auto set = [=] {
+    std::memset(dst, value, bytes);
+    return 0;
+  };
+  return done(fake::submit(*stream, {.kind = "cudaMemsetAsync", .action = set}));
 }
 
 EXPORT cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
@@ -199,14 +219,14 @@ EXPORT cudaError_t cudaGetDeviceCount(int* count) {
 
 EXPORT cudaError_t cudaGetDevice(int* device) {
   if (const int code = fake::enter("cudaGetDevice")) return done(code);
-  *device = current;
+  *device = current_device();
   return done(0);
 }
 
 EXPORT cudaError_t cudaSetDevice(int device) {
   if (const int code = fake::enter("cudaSetDevice")) return done(code);
   if (device < 0 || device >= fake::device_count()) return done(cudaErrorInvalidDevice);
-  current = device;
+  current_device() = device;
   return done(0);
 }
 
@@ -227,33 +247,26 @@ EXPORT cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** f
   return done(0);
 }
 
+EXPORT cudaError_t cudaPeekAtLastError() {
+  const int broken = fake::context_error();
+  return broken != 0 ? static_cast<cudaError_t>(broken) : last_error;
+}
+
 EXPORT cudaError_t cudaGetLastError() {
-  const cudaError_t code = last_error;
+  const cudaError_t code = cudaPeekAtLastError();
   last_error = cudaSuccess;
   return code;
 }
 
-EXPORT cudaError_t cudaPeekAtLastError() { return last_error; }
-
 EXPORT const char* cudaGetErrorName(cudaError_t code) {
   switch (code) {
-    case cudaSuccess:
-      return "cudaSuccess";
-    case cudaErrorInvalidValue:
-      return "cudaErrorInvalidValue";
-    case cudaErrorMemoryAllocation:
-      return "cudaErrorMemoryAllocation";
-    case cudaErrorIllegalAddress:
-      return "cudaErrorIllegalAddress";
-    case cudaErrorNotSupported:
-      return "cudaErrorNotSupported";
-    case cudaErrorStreamCaptureUnsupported:
-      return "cudaErrorStreamCaptureUnsupported";
-    case cudaErrorStreamCaptureImplicit:
-      return "cudaErrorStreamCaptureImplicit";
-    default:
-      return "cudaErrorUnknown";
+#define ERROR_NAME(error) \
+  case error:             \
+    return #error;
+#include "error_names.inc"
+#undef ERROR_NAME
   }
+  return "unrecognized error code";
 }
 
 EXPORT const char* cudaGetErrorString(cudaError_t code) {

@@ -5,12 +5,14 @@
 
 #include <cstdint>
 
-#define EXPORT extern "C" __attribute__((visibility("default")))
+#include "fake.h"
 
 namespace fake {
 
-// Makes `code` the thread's last error, unless it is 0, and returns it.
+// Makes `code` the thread's last error, unless it is none, and returns it.
 cudaError_t done(int code);
+
+int thread_capture_mode();
 
 // KVKERNELS_FAKE_DEVICES, or 4096.
 int device_count();

@@ -1,41 +1,139 @@
-// libcudart.so.13 of the stand-in: events, and what streams do beside copies and launches. Everything is done at once,
-// so that every event is complete.
-#include <chrono>
-#include <mutex>
+// libcudart.so.13 of the stand-in: streams and events.
+#include <algorithm>
 #include <set>
 
 #include "fake.h"
 #include "fake_cudart.h"
+#include "fake_graph.h"
+#include "fake_time.h"
 
 using fake::done;
+using fake::Event;
+using fake::Lock;
+using fake::Stream;
 
 namespace {
-
-using Clock = std::chrono::steady_clock;
-
-struct Event {
-  bool has_timing = true;
-  bool is_recorded = false;
-  Clock::time_point recorded_at;
-};
 
 std::set<Event*>& events() {
   static auto* const instance = new std::set<Event*>;
   return *instance;
 }
 
-Event* find(cudaEvent_t event) {
-  const auto found = events().find(reinterpret_cast<Event*>(event));
+Event* find_event(cudaEvent_t handle) {
+  const auto found = events().find(reinterpret_cast<Event*>(handle));
   return found == events().end() ? nullptr : *found;
 }
 
-using Lock = std::lock_guard<std::recursive_mutex>;
+bool forbids_unsafe_call() { return fake::forbids_unsafe_call(fake::thread_capture_mode()); }
 
 // The greatest priority is the lowest number.
 constexpr int kLeastPriority = 0;
 constexpr int kGreatestPriority = -5;
 
+cudaError_t create_stream(const char* call, cudaStream_t* out, unsigned flags, int priority) {
+  Lock lock(fake::mutex());
+  if (const int code = fake::enter(call)) return done(code);
+  priority = std::max(kGreatestPriority, std::min(kLeastPriority, priority));
+  *out = static_cast<cudaStream_t>(fake::make_stream((flags & cudaStreamNonBlocking) == 0, priority));
+  return done(0);
+}
+
 }  // namespace
+
+EXPORT cudaError_t cudaStreamCreate(cudaStream_t* out) {
+  return create_stream("cudaStreamCreate", out, cudaStreamDefault, kLeastPriority);
+}
+
+EXPORT cudaError_t cudaStreamCreateWithFlags(cudaStream_t* out, unsigned flags) {
+  return create_stream("cudaStreamCreateWithFlags", out, flags, kLeastPriority);
+}
+
+EXPORT cudaError_t cudaStreamCreateWithPriority(cudaStream_t* out, unsigned flags, int priority) {
+  return create_stream("cudaStreamCreateWithPriority", out, flags, priority);
+}
+
+EXPORT cudaError_t cudaStreamGetPriority(cudaStream_t handle, int* priority) {
+  Lock lock(fake::mutex());
+  if (const int code = fake::enter("cudaStreamGetPriority")) return done(code);
+  const Stream* const stream = fake::find_stream(handle);
+  if (stream == nullptr) return done(cudaErrorInvalidResourceHandle);
+  *priority = stream->priority;
+  return done(0);
+}
+
+EXPORT cudaError_t cudaDeviceGetStreamPriorityRange(int* least, int* greatest) {
+  if (const int code = fake::enter("cudaDeviceGetStreamPriorityRange")) return done(code);
+  if (least != nullptr) *least = kLeastPriority;
+  if (greatest != nullptr) *greatest = kGreatestPriority;
+  return done(0);
+}
+
+// Does not wait for what the stream still has to do.
+EXPORT cudaError_t cudaStreamDestroy(cudaStream_t handle) {
+  Lock lock(fake::mutex());
+  const int code = fake::enter("cudaStreamDestroy");
+  if (!fake::destroy_stream(handle)) return done(cudaErrorInvalidResourceHandle);
+  return done(code);
+}
+
+EXPORT cudaError_t cudaStreamSynchronize(cudaStream_t handle) {
+  Lock lock(fake::mutex());
+  if (const int code = fake::enter("cudaStreamSynchronize")) return done(code);
+  Stream* const stream = fake::find_stream(handle);
+  if (stream == nullptr) return done(cudaErrorInvalidResourceHandle);
+  if (fake::is_capturing(*stream)) return done(fake::refuse_to_wait(*stream));
+  if (forbids_unsafe_call()) return done(cudaErrorStreamCaptureUnsupported);
+  ++fake::counters().stream_synchronisations;
+  return done(fake::finish_stream(*stream));
+}
+
+EXPORT cudaError_t cudaStreamQuery(cudaStream_t handle) {
+  Lock lock(fake::mutex());
+  if (const int code = fake::enter("cudaStreamQuery")) return done(code);
+  Stream* const stream = fake::find_stream(handle);
+  if (stream == nullptr) return done(cudaErrorInvalidResourceHandle);
+  if (fake::is_capturing(*stream)) return done(fake::refuse_to_wait(*stream));
+  if (fake::is_finished(*stream)) return done(0);
+  fake::nudge(*stream);
+  return done(fake::context_error() != 0 ? fake::context_error() : cudaErrorNotReady);
+}
+
+EXPORT cudaError_t cudaStreamWaitEvent(cudaStream_t handle, cudaEvent_t event, unsigned) {
+  Lock lock(fake::mutex());
+  if (const int code = fake::enter("cudaStreamWaitEvent")) return done(code);
+  Stream* const stream = fake::find_stream(handle);
+  const Event* const found = find_event(event);
+  if (stream == nullptr || found == nullptr) return done(cudaErrorInvalidResourceHandle);
+  if (const int code = fake::refusal(*stream)) return done(code);
+  if (stream->capture != nullptr || found->capture != nullptr) return done(fake::wait_in_capture(*stream, *found));
+  // The recording there is now: a later one is not waited for.
+  return done(fake::submit(*stream, {.kind = "wait"}, nullptr, {found->recorded}));
+}
+
+EXPORT cudaError_t cudaLaunchHostFunc(cudaStream_t handle, cudaHostFn_t function, void* data) {
+  Lock lock(fake::mutex());
+  if (const int code = fake::enter("cudaLaunchHostFunc")) return done(code);
+  Stream* const stream = fake::find_stream(handle);
+  if (stream == nullptr) return done(cudaErrorInvalidResourceHandle);
+  if (function == nullptr) return done(cudaErrorInvalidValue);
+  if (const int code = fake::refusal(*stream)) return done(code);
+  const auto call = [function, data] {
+    function(data);
+    return 0;
+  };
+  return done(fake::submit(*stream, {.kind = "host function", .action = call}));
+}
+
+EXPORT cudaError_t cudaDeviceSynchronize() {
+  Lock lock(fake::mutex());
+  if (const int code = fake::enter("cudaDeviceSynchronize")) return done(code);
+  fake::log("cudaDeviceSynchronize", {{"device", fake::current_device()}});
+  for (Stream* stream : fake::streams()) {
+    if (fake::is_capturing(*stream)) return done(fake::refuse_to_wait(*stream));
+  }
+  ++fake::counters().device_synchronisations;
+  return done(fake::finish_device(fake::current_device()));
+}
 
 EXPORT cudaError_t cudaEventCreateWithFlags(cudaEvent_t* out, unsigned flags) {
   Lock lock(fake::mutex());
@@ -49,24 +147,34 @@ EXPORT cudaError_t cudaEventCreateWithFlags(cudaEvent_t* out, unsigned flags) {
 
 EXPORT cudaError_t cudaEventCreate(cudaEvent_t* out) { return cudaEventCreateWithFlags(out, cudaEventDefault); }
 
+// Does not wait for the event.
 EXPORT cudaError_t cudaEventDestroy(cudaEvent_t event) {
   Lock lock(fake::mutex());
   const int code = fake::enter("cudaEventDestroy");
-  Event* const found = find(event);
+  Event* const found = find_event(event);
   if (found == nullptr) return done(cudaErrorInvalidResourceHandle);
   events().erase(found);
   delete found;
   return done(code);
 }
 
-EXPORT cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t, unsigned) {
+EXPORT cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t handle, unsigned) {
   Lock lock(fake::mutex());
   if (const int code = fake::enter("cudaEventRecord")) return done(code);
-  Event* const found = find(event);
-  if (found == nullptr) return done(cudaErrorInvalidResourceHandle);
+  Stream* const stream = fake::find_stream(handle);
+  Event* const found = find_event(event);
+  if (stream == nullptr || found == nullptr) return done(cudaErrorInvalidResourceHandle);
+  if (const int code = fake::refusal(*stream)) return done(code);
   found->is_recorded = true;
-  found->recorded_at = Clock::now();
-  return done(0);
+  found->capture = stream->capture;
+  found->captured_after = stream->captured_after;
+  if (stream->capture != nullptr) return done(0);
+  found->completed_at = std::make_shared<Event::Clock::time_point>();
+  const auto complete = [at = found->completed_at] {
+    *at = Event::Clock::now();
+    return 0;
+  };
+  return done(fake::submit(*stream, {.kind = "record", .action = complete}, &found->recorded));
 }
 
 EXPORT cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
@@ -76,56 +184,40 @@ EXPORT cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
 EXPORT cudaError_t cudaEventQuery(cudaEvent_t event) {
   Lock lock(fake::mutex());
   if (const int code = fake::enter("cudaEventQuery")) return done(code);
-  return done(find(event) == nullptr ? cudaErrorInvalidResourceHandle : cudaSuccess);
+  const Event* const found = find_event(event);
+  if (found == nullptr) return done(cudaErrorInvalidResourceHandle);
+  if (found->capture != nullptr) return done(cudaErrorCapturedEvent);
+  if (fake::is_finished(found->recorded)) return done(0);
+  fake::nudge(found->recorded);
+  return done(fake::context_error() != 0 ? fake::context_error() : cudaErrorNotReady);
 }
 
 EXPORT cudaError_t cudaEventSynchronize(cudaEvent_t event) {
   Lock lock(fake::mutex());
   if (const int code = fake::enter("cudaEventSynchronize")) return done(code);
-  return done(find(event) == nullptr ? cudaErrorInvalidResourceHandle : cudaSuccess);
+  const Event* const found = find_event(event);
+  if (found == nullptr) return done(cudaErrorInvalidResourceHandle);
+  if (found->capture != nullptr) return done(cudaErrorCapturedEvent);
+  ++fake::counters().event_synchronisations;
+  return done(fake::finish(found->recorded));
 }
 
 EXPORT cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t start, cudaEvent_t end) {
   Lock lock(fake::mutex());
   if (const int code = fake::enter("cudaEventElapsedTime")) return done(code);
-  const Event* const from = find(start);
-  const Event* const to = find(end);
-  if (from == nullptr || to == nullptr) return done(cudaErrorInvalidResourceHandle);
-  if (!from->has_timing || !to->has_timing || !from->is_recorded || !to->is_recorded) {
-    return done(cudaErrorInvalidResourceHandle);
+  const Event* const both[] = {find_event(start), find_event(end)};
+  for (const Event* event : both) {
+    if (event == nullptr || !event->has_timing || !event->is_recorded) return done(cudaErrorInvalidResourceHandle);
+    if (event->capture != nullptr) return done(cudaErrorCapturedEvent);
   }
-  *ms = std::chrono::duration<float, std::milli>(to->recorded_at - from->recorded_at).count();
+  for (const Event* event : both) {
+    if (!fake::is_finished(event->recorded)) return done(cudaErrorNotReady);
+  }
+  *ms = std::chrono::duration<float, std::milli>(*both[1]->completed_at - *both[0]->completed_at).count();
   return done(0);
 }
 
-EXPORT cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t event, unsigned) {
+EXPORT int64_t fake_events() {
   Lock lock(fake::mutex());
-  if (const int code = fake::enter("cudaStreamWaitEvent")) return done(code);
-  return done(find(event) == nullptr ? cudaErrorInvalidResourceHandle : cudaSuccess);
-}
-
-EXPORT cudaError_t cudaStreamQuery(cudaStream_t) { return done(fake::enter("cudaStreamQuery")); }
-
-EXPORT cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned flags, int) {
-  return cudaStreamCreateWithFlags(stream, flags);
-}
-
-EXPORT cudaError_t cudaStreamGetPriority(cudaStream_t, int* priority) {
-  if (const int code = fake::enter("cudaStreamGetPriority")) return done(code);
-  *priority = kLeastPriority;
-  return done(0);
-}
-
-EXPORT cudaError_t cudaDeviceGetStreamPriorityRange(int* least, int* greatest) {
-  if (const int code = fake::enter("cudaDeviceGetStreamPriorityRange")) return done(code);
-  if (least != nullptr) *least = kLeastPriority;
-  if (greatest != nullptr) *greatest = kGreatestPriority;
-  return done(0);
-}
-
-EXPORT cudaError_t cudaLaunchHostFunc(cudaStream_t, cudaHostFn_t function, void* data) {
-  if (const int code = fake::enter("cudaLaunchHostFunc")) return done(code);
-  if (function == nullptr) return done(cudaErrorInvalidValue);
-  function(data);
-  return done(0);
+  return static_cast<int64_t>(events().size());
 }

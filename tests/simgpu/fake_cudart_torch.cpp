@@ -2,12 +2,10 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <mutex>
 
 #include "fake.h"
 #include "fake_cudart.h"
 
-using fake::address;
 using fake::done;
 
 namespace {
@@ -112,19 +110,4 @@ EXPORT cudaError_t cudaDeviceCanAccessPeer(int* can, int device, int peer) {
 EXPORT cudaError_t cudaDeviceEnablePeerAccess(int peer, unsigned) {
   if (const int code = fake::enter("cudaDeviceEnablePeerAccess")) return done(code);
   return done(is_device(peer) ? cudaSuccess : cudaErrorInvalidDevice);
-}
-
-EXPORT cudaError_t cudaStreamGetCaptureInfo(cudaStream_t stream, cudaStreamCaptureStatus* status,
-                                            unsigned long long* id, cudaGraph_t* graph, const cudaGraphNode_t** nodes,
-                                            const cudaGraphEdgeData** edges, size_t* node_count) {
-  if (const int code = fake::enter("cudaStreamGetCaptureInfo")) return done(code);
-  if (fake::is_legacy(stream) && fake::any_capture()) return done(cudaErrorStreamCaptureImplicit);
-  if (fake::is_capturing(stream)) return static_cast<cudaError_t>(fake::refuse_runtime_call("the graph of a capture"));
-  *status = cudaStreamCaptureStatusNone;
-  if (id != nullptr) *id = 0;
-  if (graph != nullptr) *graph = nullptr;
-  if (nodes != nullptr) *nodes = nullptr;
-  if (edges != nullptr) *edges = nullptr;
-  if (node_count != nullptr) *node_count = 0;
-  return done(0);
 }

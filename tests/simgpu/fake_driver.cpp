@@ -1,5 +1,6 @@
 // libcuda.so.1 of the stand-in: memory, streams, the log, failures on demand, and the driver functions in use.
 #include <cuda.h>
+#include <cuda_runtime_api.h>
 #include <sys/mman.h>
 
 #include <cstring>
@@ -8,23 +9,21 @@
 #include <vector>
 
 #include "fake.h"
-
-#define EXPORT extern "C" __attribute__((visibility("default")))
+#include "fake_graph.h"
+#include "fake_time.h"
 
 namespace fake {
 namespace {
 
-constexpr int kInvalidValue = 1;
-constexpr int kCaptureUnsupported = 900;
-
 struct State {
   std::recursive_mutex mutex;
   bool is_initialised = false;
+  int context_error = 0;
   std::map<uintptr_t, Allocation> allocations;
   std::map<std::string, int64_t> settings;
   std::map<std::string, int64_t> calls;
   std::map<std::pair<std::string, int64_t>, int> failures;
-  std::set<Stream*> streams;
+  Counters counters;
   std::string log;
   std::string log_text;
   std::vector<std::string> parameters;
@@ -37,9 +36,6 @@ State& state() {
   return *instance;
 }
 
-using Lock = std::lock_guard<std::recursive_mutex>;
-
-// Where the piece of memory that holds `address` ends; UINTPTR_MAX after the last one.
 bool crosses(uintptr_t begin, size_t bytes) {
   Allocation found;
   if (find(begin, found)) return found.end - begin < bytes;
@@ -47,17 +43,77 @@ bool crosses(uintptr_t begin, size_t bytes) {
   return next != state().allocations.end() && next->first - begin < bytes;
 }
 
+bool is_on_device(uintptr_t address) {
+  Allocation found;
+  return find(address, found) && (found.memory == kDevice || found.memory == kManaged);
+}
+
+// Calls that work without a context, and so in spite of a broken one.
+bool needs_context(const std::string& call) {
+  static const std::set<std::string> kNeedNone{
+      "cuCtxGetCurrent",         "cudaDeviceGetAttribute",           "cudaGetDevice",
+      "cudaGetDeviceCount",      "cudaGetDriverEntryPointByVersion", "cudaThreadExchangeStreamCaptureMode",
+      "cudaGetDeviceProperties",
+  };
+  return kNeedNone.count(call) == 0;
+}
+
 }  // namespace
 
 std::recursive_mutex& mutex() { return state().mutex; }
 
+Counters& counters() { return state().counters; }
+
+int& current_device() {
+  thread_local int device = 0;
+  return device;
+}
+
 int enter(const char* call) {
   Lock lock(mutex());
-  if (std::strncmp(call, "cuda", 4) == 0) state().is_initialised = true;
-  const auto failure = state().failures.find({call, ++state().calls[call]});
-  if (failure == state().failures.end()) return 0;
+  State& s = state();
+  if (std::strncmp(call, "cuda", 4) == 0) s.is_initialised = true;
+  const int64_t k = ++s.calls[call];
+  pass_time();
+  if (s.context_error != 0 && needs_context(call)) return s.context_error;
+  const auto failure = s.failures.find({call, k});
+  if (failure == s.failures.end()) return 0;
   log(call, {{"failed", failure->second}});
+  if (breaks_context(failure->second)) break_context(failure->second);
   return failure->second;
+}
+
+// Those of which the header says that they leave the process in an inconsistent state, and an uncorrectable ECC error.
+bool breaks_context(int code) {
+  switch (code) {
+    case cudaErrorECCUncorrectable:
+    case cudaErrorContained:
+    case cudaErrorIllegalAddress:
+    case cudaErrorLaunchTimeout:
+    case cudaErrorAssert:
+    case cudaErrorHardwareStackError:
+    case cudaErrorIllegalInstruction:
+    case cudaErrorMisalignedAddress:
+    case cudaErrorInvalidAddressSpace:
+    case cudaErrorInvalidPc:
+    case cudaErrorLaunchFailure:
+    case cudaErrorTensorMemoryLeak:
+    case cudaErrorExternalDevice:
+      return true;
+    default:
+      return false;
+  }
+}
+
+void break_context(int code) {
+  Lock lock(mutex());
+  if (state().context_error == 0) state().context_error = code;
+  forget_operations();
+}
+
+int context_error() {
+  Lock lock(mutex());
+  return state().context_error;
 }
 
 void log(const char* call, std::initializer_list<std::pair<const char*, int64_t>> fields, const std::string& name,
@@ -100,41 +156,15 @@ bool erase(uintptr_t begin, Allocation& erased) {
   return true;
 }
 
-int copy(uintptr_t dst, uintptr_t src, size_t bytes) {
+bool is_bad_copy(uintptr_t dst, uintptr_t src, size_t bytes) {
   Lock lock(mutex());
-  if (bytes == 0 || crosses(dst, bytes) || crosses(src, bytes)) return kInvalidValue;
-  std::memmove(reinterpret_cast<void*>(dst), reinterpret_cast<const void*>(src), bytes);
-  return 0;
+  return bytes == 0 || crosses(dst, bytes) || crosses(src, bytes);
 }
 
-bool is_legacy(const void* stream) { return stream == nullptr || stream == CU_STREAM_LEGACY; }
-
-bool is_capturing(const void* stream) {
+void count_copy(uintptr_t dst, uintptr_t src, size_t bytes) {
   Lock lock(mutex());
-  for (const Stream* s : state().streams) {
-    if (s == stream) return s->is_capturing;
-  }
-  return false;
-}
-
-bool any_capture() {
-  Lock lock(mutex());
-  for (const Stream* s : state().streams) {
-    if (s->is_capturing) return true;
-  }
-  return false;
-}
-
-void* make_stream() {
-  Lock lock(mutex());
-  return *state().streams.insert(new Stream).first;
-}
-
-bool destroy_stream(void* stream) {
-  Lock lock(mutex());
-  if (state().streams.erase(static_cast<Stream*>(stream)) == 0) return false;
-  delete static_cast<Stream*>(stream);
-  return true;
+  ++state().counters.descriptors;
+  state().counters.bytes[is_on_device(src)][is_on_device(dst)] += static_cast<int64_t>(bytes);
 }
 
 uintptr_t map_again(uintptr_t begin, size_t bytes) {
@@ -145,17 +175,32 @@ uintptr_t map_again(uintptr_t begin, size_t bytes) {
 int launch(const char* kernel, void** arguments, unsigned ctas, unsigned threads, void* stream) {
   Lock lock(mutex());
   State& s = state();
-  const size_t bytes = s.parameter_bytes == nullptr ? 0 : s.parameter_bytes(kernel);
-  s.parameters.emplace_back(bytes == 0 ? "" : static_cast<const char*>(arguments[0]), bytes);
+  Stream* const found = find_stream(stream);
+  if (found == nullptr) return cudaErrorInvalidResourceHandle;
+  if (const int code = refusal(*found)) return code;
+  std::vector<std::string> values;
+  if (s.parameter_bytes != nullptr) {
+    for (size_t bytes; (bytes = s.parameter_bytes(kernel, values.size())) > 0;) {
+      values.emplace_back(static_cast<const char*>(arguments[values.size()]), bytes);
+    }
+  }
+  s.parameters.push_back(values.empty() ? "" : values[0]);
+  ++s.counters.launches;
+  const auto run = [name = std::string(kernel), values, ctas, threads, runner = s.runner]() mutable {
+    std::vector<void*> pointers;
+    for (std::string& value : values) pointers.push_back(value.data());
+    return runner == nullptr ? 0 : runner(name.c_str(), pointers.data(), ctas, threads);
+  };
   log("launch",
       {{"ctas", ctas},
        {"threads", threads},
        {"stream", reinterpret_cast<intptr_t>(stream)},
-       {"capturing", is_capturing(stream)},
-       {"parameter_bytes", static_cast<int64_t>(bytes)},
-       {"index", static_cast<int64_t>(s.parameters.size()) - 1}},
+       {"capturing", is_capturing(*found)},
+       {"parameter_bytes", static_cast<int64_t>(s.parameters.back().size())},
+       {"index", static_cast<int64_t>(s.parameters.size()) - 1},
+       {"operation", upcoming_operation()}},
       kernel);
-  return s.runner == nullptr ? 0 : s.runner(kernel, arguments, ctas, threads);
+  return submit(*found, {.kind = "launch", .action = run});
 }
 
 }  // namespace fake
@@ -164,12 +209,19 @@ using namespace fake;
 
 EXPORT void fake_reset() {
   Lock lock(mutex());
+  forget_operations();
+  set_seed(0);
+  state().context_error = 0;
   state().settings.clear();
   state().calls.clear();
   state().failures.clear();
+  state().counters = {};
   state().log.clear();
   state().parameters.clear();
-  for (Stream* stream : state().streams) stream->is_capturing = false;
+  for (Stream* stream : streams()) {
+    stream->is_declared_capturing = false;
+    stream->capture = nullptr;
+  }
 }
 
 EXPORT void fake_set(const char* name, int64_t value) {
@@ -197,6 +249,7 @@ EXPORT const char* fake_log() {
 EXPORT void fake_clear_log() {
   Lock lock(mutex());
   state().log.clear();
+  state().parameters.clear();
 }
 
 EXPORT int64_t fake_parameters(int64_t index, void* out, int64_t capacity) {
@@ -215,7 +268,7 @@ EXPORT void fake_set_runner(Runner runner, ParameterBytes parameter_bytes) {
 
 EXPORT void fake_set_capturing(void* stream, int is_capturing) {
   Lock lock(mutex());
-  static_cast<Stream*>(stream)->is_capturing = is_capturing != 0;
+  static_cast<Stream*>(stream)->is_declared_capturing = is_capturing != 0;
 }
 
 // Declares any memory of the test's to be of a kind; fake_forget undoes it.
@@ -235,7 +288,13 @@ EXPORT int64_t fake_allocations() {
 
 EXPORT int64_t fake_streams() {
   Lock lock(mutex());
-  return static_cast<int64_t>(state().streams.size());
+  return static_cast<int64_t>(streams().size());
+}
+
+// The fields of Counters, in their order.
+EXPORT void fake_counters(int64_t* out) {
+  Lock lock(mutex());
+  std::memcpy(out, &counters(), sizeof(Counters));
 }
 
 // The end of the memory round `address` that a kernel may touch; 0 where it may not.
@@ -309,27 +368,41 @@ EXPORT CUresult fake_cuMemcpyBatchAsync(CUdeviceptr* dsts, CUdeviceptr* srcs, si
     return static_cast<CUresult>(code);
   }
   if (setting("batch_refuses") != 0) return CUDA_ERROR_NOT_SUPPORTED;
+  Stream* const found = find_stream(stream);
+  if (found == nullptr) return CUDA_ERROR_INVALID_HANDLE;
   std::string list = "[";
   for (size_t i = 0; i < count; ++i) {
     list += (i == 0 ? "[" : ", [") + std::to_string(dsts[i]) + ", " + std::to_string(srcs[i]) + ", " +
             std::to_string(sizes[i]) + "]";
   }
+  const int order = attribute_count > 0 ? attributes[0].srcAccessOrder : -1;
   log("cuMemcpyBatchAsync",
       {{"count", static_cast<int64_t>(count)},
        {"stream", reinterpret_cast<intptr_t>(stream)},
-       {"order", attribute_count > 0 ? attributes[0].srcAccessOrder : -1},
+       {"order", order},
        {"attributes", static_cast<int64_t>(attribute_count)},
-       {"first_index", attribute_count > 0 ? static_cast<int64_t>(attribute_indices[0]) : -1}},
+       {"first_index", attribute_count > 0 ? static_cast<int64_t>(attribute_indices[0]) : -1},
+       {"operation", upcoming_operation()}},
       "", list + "]");
-  if (is_capturing(stream)) return static_cast<CUresult>(kCaptureUnsupported);
-  if (is_legacy(stream) || count == 0 || attribute_count != 1) return CUDA_ERROR_INVALID_VALUE;
+  if (is_capturing(*found)) return static_cast<CUresult>(refuse_to_wait(*found));
+  if (found->is_legacy || count == 0 || attribute_count != 1) return CUDA_ERROR_INVALID_VALUE;
+  if (order < CU_MEMCPY_SRC_ACCESS_ORDER_STREAM || order > CU_MEMCPY_SRC_ACCESS_ORDER_ANY) {
+    return CUDA_ERROR_INVALID_VALUE;
+  }
+  Work work{.kind = "batch"};
+  work.reads = order == CU_MEMCPY_SRC_ACCESS_ORDER_STREAM ? Reads::kInTurn
+               : order == CU_MEMCPY_SRC_ACCESS_ORDER_ANY  ? Reads::kAnyTime
+                                                          : Reads::kDuringCall;
   for (size_t i = 0; i < count; ++i) {
     Allocation src;
     Allocation dst;
     const bool is_known = find(srcs[i], src) && find(dsts[i], dst);
     *failed = i;
-    if (!is_known || copy(dsts[i], srcs[i], sizes[i]) != 0) return CUDA_ERROR_INVALID_VALUE;
+    if (!is_known || is_bad_copy(dsts[i], srcs[i], sizes[i])) return CUDA_ERROR_INVALID_VALUE;
+    work.copies.push_back({dsts[i], srcs[i], sizes[i]});
   }
   *failed = SIZE_MAX;
-  return CUDA_SUCCESS;
+  ++counters().copy_calls;
+  for (const Copy& copy : work.copies) count_copy(copy.dst, copy.src, copy.bytes);
+  return static_cast<CUresult>(submit(*found, std::move(work)));
 }

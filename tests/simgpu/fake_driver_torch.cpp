@@ -2,15 +2,12 @@
 #include <cuda.h>
 
 #include <cstdio>
-#include <mutex>
 #include <set>
 
 #include "fake.h"
 
-#define EXPORT extern "C" __attribute__((visibility("default")))
-
 int fake::refuse_call(const char* call) {
-  std::lock_guard<std::recursive_mutex> lock(mutex());
+  Lock lock(mutex());
   static auto* const said = new std::set<std::string>;
   if (said->insert(call).second) std::fprintf(stderr, "stand-in: %s is not there\n", call);
   log(call, {{"refused", 1}});

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ import numpy as np
 PAGEABLE, PINNED, DEVICE, MANAGED = range(4)
 H2H, H2D, D2H, D2D = range(4)
 LEGACY, LEGACY_BY_NAME, PER_THREAD = 0, 1, 2
-STREAM_ORDER, ANY_ORDER = 1, 3
-ILLEGAL_ADDRESS, NOT_SUPPORTED = 700, 801
+STREAM_ORDER, DURING_CALL, ANY_ORDER = 1, 2, 3
+OUT_OF_MEMORY, ILLEGAL_ADDRESS, NOT_SUPPORTED = 2, 700, 801
+NOT_READY = 600
 SMS = 132
 BATCH = 2048
 LARGE_PARAMETERS, SMALL_PARAMETERS = 32000, 4096
@@ -147,15 +148,50 @@ class KernelRun:
     issued: Issued
 
 
+@dataclass(frozen=True)
+class Counters:
+    """What was asked of the stand-in; the difference of two is what was asked between."""
+
+    launches: int
+    copy_calls: int
+    descriptors: int
+    host_to_host_bytes: int
+    host_to_device_bytes: int
+    device_to_host_bytes: int
+    device_to_device_bytes: int
+    staged_copies: int
+    stream_synchronisations: int
+    device_synchronisations: int
+    event_synchronisations: int
+    hidden_synchronisations: int
+
+    def __sub__(self, other: Counters) -> Counters:
+        return Counters(*(a - b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    @property
+    def synchronisations(self) -> int:
+        return (
+            self.stream_synchronisations
+            + self.device_synchronisations
+            + self.event_synchronisations
+            + self.hidden_synchronisations
+        )
+
+
+HOST_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
 @dataclass
 class Sim:
-    """Memory, streams, failures and the log of the stand-in; the entry points of csrc/cuda."""
+    """Memory, streams, time, failures and the log of the stand-in; the entry points of csrc/cuda."""
 
     cuda: Any
     cudart: Any
     drive: Any
     buffers: list[tuple[str, int]] = field(default_factory=list)
     streams: list[int] = field(default_factory=list)
+    events: list[int] = field(default_factory=list)
+    host_functions: list[Any] = field(default_factory=list)
 
     _loaded = None
 
@@ -165,6 +201,8 @@ class Sim:
             names = ("libcuda.so.1", "libcudart.so.13", "libkvkernels_drive.so")
             cls._loaded = cls(*(ctypes.CDLL(str(Path(build) / name)) for name in names))
             cls._loaded.cuda.fake_log.restype = ctypes.c_char_p
+            cls._loaded.cuda.fake_schedule.restype = ctypes.c_char_p
+            cls._loaded.cudart.cudaGetErrorName.restype = ctypes.c_char_p
             cls._loaded.drive.drive_message.restype = ctypes.c_char_p
             for function in ("fake_calls", "fake_parameters", "fake_allocations", "fake_streams"):
                 getattr(cls._loaded.cuda, function).restype = ctypes.c_int64
@@ -173,6 +211,7 @@ class Sim:
 
     def reset(self) -> None:
         self.cuda.fake_reset()
+        self._checked(self.drive.drive_free_uploads())
         self.drive.drive_watch(ctypes.c_uint64(0), ctypes.c_int64(0), None)
         for release, address in self.buffers:
             if release == "forget":
@@ -183,6 +222,10 @@ class Sim:
         for stream in self.streams:
             self._runtime("cudaStreamDestroy", ctypes.c_void_p(stream))
         self.streams.clear()
+        for event in self.events:
+            self._runtime("cudaEventDestroy", ctypes.c_void_p(event))
+        self.events.clear()
+        self.host_functions.clear()
         self._runtime("cudaSetDevice", 0)
         self.cudart.cudaGetLastError()
         self.cuda.fake_reset()
@@ -190,7 +233,13 @@ class Sim:
     def _runtime(self, name: str, *arguments: Any) -> None:
         code = getattr(self.cudart, name)(*arguments)
         if code:
-            raise CudaError(f"{name}: {code}")
+            raise CudaError(f"{name}: {self.cudart.cudaGetErrorName(code).decode()}")
+
+    def _create(self, name: str, *more: Any) -> int:
+        out = ctypes.c_void_p()
+        self._runtime(name, ctypes.byref(out), *more)
+        assert out.value is not None
+        return out.value
 
     def _allocate(self, name: str, release: str, byte_count: int, *more: Any) -> np.ndarray:
         out = ctypes.c_void_p()
@@ -224,16 +273,100 @@ class Sim:
         self._runtime("cudaHostRegister", ctypes.c_void_p(address(buffer)), ctypes.c_size_t(buffer.nbytes), 0)
         self.buffers.append(("cudaHostUnregister", address(buffer)))
 
-    def stream(self, capturing: bool = False) -> int:
-        out = ctypes.c_void_p()
-        self._runtime("cudaStreamCreateWithFlags", ctypes.byref(out), 1)
-        assert out.value is not None
-        self.streams.append(out.value)
-        self.capture(out.value, capturing)
-        return out.value
+    def stream(self, capturing: bool = False, blocking: bool = False) -> int:
+        stream = self._create("cudaStreamCreateWithFlags", 0 if blocking else 1)
+        self.streams.append(stream)
+        self.capture(stream, capturing)
+        return stream
 
     def capture(self, stream: int, capturing: bool) -> None:
         self.cuda.fake_set_capturing(ctypes.c_void_p(stream), int(capturing))
+
+    def adversarial(self, seed: int) -> None:
+        """What is asked for from now on happens when a random scheduler likes; 0: at once, as after a reset."""
+        self.cuda.fake_seed(ctypes.c_uint64(0))
+        self._checked(self.drive.drive_free_uploads())
+        self.clear_log()
+        self.cuda.fake_seed(ctypes.c_uint64(seed))
+
+    def schedule(self) -> list[dict[str, Any]]:
+        """What the scheduler did since the seed was set, in order."""
+        return json.loads(self.cuda.fake_schedule())
+
+    def event(self) -> int:
+        event = self._create("cudaEventCreateWithFlags", 0)
+        self.events.append(event)
+        return event
+
+    def record(self, event: int, stream: int) -> None:
+        self._runtime("cudaEventRecord", ctypes.c_void_p(event), ctypes.c_void_p(stream))
+
+    def wait(self, stream: int, event: int) -> None:
+        self._runtime("cudaStreamWaitEvent", ctypes.c_void_p(stream), ctypes.c_void_p(event), 0)
+
+    def is_done(self, event: int) -> bool:
+        code = self.cudart.cudaEventQuery(ctypes.c_void_p(event))
+        if code not in (0, NOT_READY):
+            raise CudaError(f"cudaEventQuery: {self.cudart.cudaGetErrorName(code).decode()}")
+        return code == 0
+
+    def finish_event(self, event: int) -> None:
+        self._runtime("cudaEventSynchronize", ctypes.c_void_p(event))
+
+    def finish_stream(self, stream: int) -> None:
+        self._runtime("cudaStreamSynchronize", ctypes.c_void_p(stream))
+
+    def finish_device(self) -> None:
+        self._runtime("cudaDeviceSynchronize")
+
+    def fill(self, buffer: np.ndarray, value: int, stream: int) -> None:
+        self._runtime(
+            "cudaMemsetAsync", ctypes.c_void_p(address(buffer)), value, ctypes.c_size_t(len(buffer)),
+            ctypes.c_void_p(stream),
+        )  # fmt: skip
+
+    def copy(self, dst: np.ndarray, src: np.ndarray, stream: int) -> None:
+        self._runtime(
+            "cudaMemcpyAsync", ctypes.c_void_p(address(dst)), ctypes.c_void_p(address(src)),
+            ctypes.c_size_t(len(dst)), 4, ctypes.c_void_p(stream),
+        )  # fmt: skip
+
+    def batch(self, rows: Sequence[tuple[int, int, int]], stream: int, order: int) -> int:
+        """The driver's batch function itself, and its code. Rows are source address, destination address and bytes."""
+        sources, destinations, sizes = (np.ascontiguousarray(c, np.uint64) for c in zip(*rows, strict=True))
+        attributes = np.array([order, 0, 0, 0, 0, 0], np.int32)
+        first, failed = np.zeros(1, np.uint64), np.zeros(1, np.uint64)
+        return self.cuda.fake_cuMemcpyBatchAsync(
+            _data(destinations), _data(sources), _data(sizes), ctypes.c_size_t(len(rows)), _data(attributes),
+            _data(first), ctypes.c_size_t(1), _data(failed), ctypes.c_void_p(stream),
+        )  # fmt: skip
+
+    def call_on_host(self, function: Callable[[], None], stream: int) -> None:
+        self.host_functions.append(HOST_FUNCTION(lambda _: function()))
+        self._runtime("cudaLaunchHostFunc", ctypes.c_void_p(stream), self.host_functions[-1], None)
+
+    def begin_capture(self, stream: int, mode: int = 0) -> None:
+        self._runtime("cudaStreamBeginCapture", ctypes.c_void_p(stream), mode)
+
+    def end_capture(self, stream: int) -> int:
+        """An executable graph; nothing else is left of the capture."""
+        graph, executable = ctypes.c_void_p(), ctypes.c_void_p()
+        self._runtime("cudaStreamEndCapture", ctypes.c_void_p(stream), ctypes.byref(graph))
+        self._runtime("cudaGraphInstantiate", ctypes.byref(executable), graph, ctypes.c_ulonglong(0))
+        self._runtime("cudaGraphDestroy", graph)
+        assert executable.value is not None
+        return executable.value
+
+    def launch(self, graph: int, stream: int) -> None:
+        self._runtime("cudaGraphLaunch", ctypes.c_void_p(graph), ctypes.c_void_p(stream))
+
+    def free_graph(self, graph: int) -> None:
+        self._runtime("cudaGraphExecDestroy", ctypes.c_void_p(graph))
+
+    def counters(self) -> Counters:
+        out = np.zeros(len(Counters.__dataclass_fields__), np.int64)
+        self.cuda.fake_counters(_data(out))
+        return Counters(*out.tolist())
 
     def set_device(self, device: int) -> None:
         self._runtime("cudaSetDevice", device)
