@@ -1,4 +1,7 @@
-"""Every CUDA call of csrc/cuda fails in turn on the stand-in: a clean error that names it, and the next call works."""
+"""Every CUDA call of csrc/cuda fails in turn on the stand-in: a clean error that names it, and the next call works.
+
+Unless the failure broke the context: then every later call is that error.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from simgpu.sim import (
     BATCH,
     DEVICE,
     H2D,
+    ILLEGAL_ADDRESS,
     OUT_OF_MEMORY,
     PAGE,
     PAGEABLE,
@@ -36,8 +40,8 @@ def dma_scenario(sim):
 def kernel_scenario(sim):
     """Two launches of uploaded tables, from mapped pinned memory."""
     src, dst = sim.memory(PINNED, 16384 * 16), sim.memory(DEVICE, 16384 * 16)
-    move, pairs = Move(Side(0, 16), Side(0, 16), 16), random_pairs(16000, 16384)
-    return lambda: sim.kernel([move], pairs, src, dst, sim.stream(), direction=H2D, maps=True, max_items=8000)
+    move, pairs, stream = Move(Side(0, 16), Side(0, 16), 16), random_pairs(16000, 16384), sim.stream()
+    return lambda: sim.kernel([move], pairs, src, dst, stream, direction=H2D, maps=True, max_items=8000)
 
 
 class FirstUse:
@@ -167,3 +171,94 @@ def test_a_failed_upload_launches_nothing(sim):
     with pytest.raises(CudaError, match="cudaMemcpyAsync failed"):
         run()
     assert not sim.log("launch")
+
+
+BROKEN = {
+    214: "cudaErrorECCUncorrectable",
+    700: "cudaErrorIllegalAddress",
+    702: "cudaErrorLaunchTimeout",
+    710: "cudaErrorAssert",
+    716: "cudaErrorMisalignedAddress",
+    719: "cudaErrorLaunchFailure",
+}
+
+
+def entries(sim):
+    """Every way into csrc/cuda that asks CUDA for something."""
+    host, device, stream = sim.memory(PINNED, 4096), sim.memory(DEVICE, 4096), sim.stream()
+    pageable, other = sim.memory(PAGEABLE, 4096), sim.memory(DEVICE, 4096)
+    rows = [(address(host) + 64 * i, address(device) + 64 * i, 64) for i in range(4)]
+    ids = DeviceIds(ids_in_column(sim, [3, 1]), IdColumn(), 2, 10, 10)
+    pairs = [(0, 1), (3, 2)]
+    sim.kernel([PAGE], [], device, other, stream, ids=ids)
+    return {
+        "dma": lambda: sim.dma([PAGE], pairs, host, device, stream),
+        "dma of one block": lambda: sim.dma([PAGE], pairs[:1], host, device, stream),
+        "dma of pageable memory": lambda: sim.dma([PAGE], pairs, pageable, device, stream),
+        "plan": lambda: sim.dma([PAGE], pairs, host, device, stream, plans_only=True),
+        "fragments": lambda: sim.fragments(rows, stream),
+        "kernel": lambda: sim.kernel([PAGE], pairs, device, other, stream),
+        "kernel, mapped": lambda: sim.kernel([PAGE], pairs, host, device, stream, direction=H2D, maps=True),
+        "kernel, device ids": lambda: sim.kernel([PAGE], [], device, other, stream, ids=ids),
+        "fault": lambda: sim.take_fault(),
+        "capture": lambda: sim.is_capturing(stream),
+        "pointers": lambda: sim.find([address(host), address(device)]),
+    }
+
+
+@pytest.mark.parametrize("code", BROKEN)
+@on_stand_in
+def test_a_broken_context_breaks_every_call(sim, code):
+    """As if an earlier kernel, anyone's, had failed: the next call says so, and the next, of whatever kind."""
+    runs = entries(sim)
+    launches = len(sim.log("launch"))
+    sim.fail("cudaSetDevice", 1, code)
+    with pytest.raises(CudaError):
+        sim.set_device(0)
+    for name in [*runs, *runs]:
+        with pytest.raises(CudaError, match=f" failed: {BROKEN[code]} ") as caught:
+            runs[name]()
+        assert str(caught.value).count("failed") == 1, name
+    assert len(sim.log("launch")) == launches
+    sim.cuda.fake_reset()
+    for name in runs:
+        runs[name]()
+
+
+@pytest.mark.parametrize("scenario", ["dma", "kernel"])
+@on_stand_in
+def test_a_context_that_breaks_within_a_call(sim, scenario):
+    """At each call of each kind: an error that names it, and the same error from then on."""
+    run = {"dma": dma_scenario, "kernel": kernel_scenario}[scenario](sim)
+    for call in set(CALLS[scenario]) - {"cudaGetDevice"}:  # which needs no context
+        run()
+        before = sim.calls(call)
+        run()
+        count = sim.calls(call) - before
+        for k in range(1, count + 1):
+            sim.fail(call, k, ILLEGAL_ADDRESS)
+            with pytest.raises(CudaError, match=f"^{call}.* failed: cudaErrorIllegalAddress"):
+                run()
+            for _ in range(2):
+                with pytest.raises(CudaError, match="failed: cudaErrorIllegalAddress"):
+                    run()
+            sim.cuda.fake_reset()
+            run()
+
+
+@on_stand_in
+def test_a_context_that_breaks_at_first_use(sim):
+    """Everything made for the fault word is given back, though CUDA refuses to hear of it."""
+    names = ("cudaMalloc", "cudaStreamCreateWithFlags", "cudaMemsetAsync", "cudaStreamSynchronize",
+             "cudaStreamDestroy", "cudaLaunchKernelExC", "cudaDeviceSynchronize", "cudaMemcpy")  # fmt: skip
+    for name in names:
+        sim.reset()
+        allocations, streams = sim.cuda.fake_allocations(), sim.cuda.fake_streams()
+        use = FirstUse(sim)
+        with pytest.raises(CudaError, match="failed: cudaErrorIllegalAddress"):
+            use.run(lambda name=name: sim.fail(name, 1, ILLEGAL_ADDRESS))
+        assert sim.cudart.fake_capture_mode() == 0, name
+        sim.reset()
+        assert sim.cuda.fake_streams() == streams, name
+        keeps_word = name in ("cudaLaunchKernelExC", "cudaDeviceSynchronize", "cudaMemcpy", "cudaStreamDestroy")
+        assert sim.cuda.fake_allocations() - allocations == keeps_word, name

@@ -488,3 +488,48 @@ def test_the_fault_word_is_allocated_once_and_during_a_capture(sim):
     assert [entry["device"] for entry in sim.log("cudaDeviceSynchronize")][-1] == device
     assert sim.take_fault(device) is None
     assert sim.take_fault(3) is None
+
+
+# What calls ask of CUDA.
+
+
+@on_stand_in
+def test_one_launch_and_no_synchronisation(sim):
+    src, dst, host = sim.memory(DEVICE, 1 << 18), sim.memory(DEVICE, 1 << 18), sim.memory(PINNED, 1 << 18)
+    stream = sim.stream()
+    layers = [Move(Side(4096 * i, 64), Side(4096 * i, 64), 64) for i in range(40)]
+    small = Move(Side(0, 16), Side(0, 16), 16)
+    pairs = [(2 * i, 3 * i) for i in range(20)]
+    ids = DeviceIds(ids_in_column(sim, [3, 1]), IdColumn(), 2, 10, 10)
+    sim.kernel([PAGE], [], src, dst, stream, ids=ids)
+    for seed in (0, 1, 2, 3):
+        sim.adversarial(seed)
+        start = sim.counters()
+        sim.kernel(layers, pairs, src, dst, stream)
+        done = sim.counters() - start
+        assert (done.launches, done.copy_calls, done.synchronisations, done.staged_copies) == (1, 0, 0, 0)
+
+        # Tables too large for the parameters: all launches share one upload, whose source is read in the call.
+        start = sim.counters()
+        run = sim.kernel([small], random_pairs(8000, 8192), src, dst, stream, max_items=4500)
+        done = sim.counters() - start
+        assert (done.launches, done.copy_calls, done.synchronisations, done.staged_copies) == (2, 1, 0, 1)
+        assert run.table_bytes <= done.host_to_device_bytes < run.table_bytes + 2 * 16
+
+        for direction, sides in ((H2D, (host, dst)), (D2H, (src, host))):
+            start = sim.counters()
+            sim.dma(layers, pairs, *sides, stream, direction=direction)
+            done = sim.counters() - start
+            assert (done.launches, done.copy_calls, done.descriptors) == (0, 1, 40 * 20)
+            assert (done.synchronisations, done.staged_copies) == (0, 0)
+            moved = 40 * 20 * 64
+            assert (done.host_to_device_bytes, done.device_to_host_bytes) == (
+                (moved, 0) if direction == H2D else (0, moved)
+            )
+
+        # The fault word's first use is behind.
+        start = sim.counters()
+        sim.kernel([PAGE], [], src, dst, stream, ids=ids)
+        done = sim.counters() - start
+        assert (done.launches, done.copy_calls, done.synchronisations, done.staged_copies) == (1, 0, 0, 0)
+        sim.finish_device()

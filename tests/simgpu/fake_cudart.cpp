@@ -72,7 +72,7 @@ cudaError_t release(const char* call, void* pointer) {
 
 bool is_pageable(const void* pointer) {
   Allocation found;
-  return !fake::find(address(pointer), found);
+  return !fake::find(address(pointer), found) || found.memory == fake::kPageable;
 }
 
 // A copy from pageable memory has read it when the call returns, and one to pageable memory is complete then.

@@ -16,6 +16,8 @@ namespace {
 // Part of a copy: a copy engine is not atomic, and reads before it writes.
 struct Piece {
   Copy copy;
+  size_t copy_index = 0;
+  size_t offset = 0;
   bool is_read = false;
   std::vector<char> data;
 };
@@ -35,6 +37,8 @@ struct Step {
   int64_t operation;
   const char* kind;
   const char* did;
+  size_t copy_index;  // of the operation's copies; where in it, and how much
+  size_t offset;
   size_t bytes;
 };
 
@@ -46,6 +50,7 @@ struct Time {
   uint64_t busy_percent = 0;
   int64_t last_id = 0;
   int64_t seeded_at_id = 0;
+  // A host function, say, which must not call CUDA: to wait there would be to wait for itself.
   bool is_running = false;
   std::map<int64_t, Operation> pending;
   std::vector<Step> schedule;
@@ -66,24 +71,34 @@ bool is_ready(const Operation& operation) {
                       [](int64_t id) { return time().pending.count(id) != 0; });
 }
 
-void note(int64_t id, const Operation& operation, const char* did, size_t bytes) {
-  time().schedule.push_back({id - time().seeded_at_id, operation.kind, did, bytes});
+void note(int64_t id, const Operation& operation, const char* did, const Piece& piece = {}) {
+  time().schedule.push_back(
+      {id - time().seeded_at_id, operation.kind, did, piece.copy_index, piece.offset, piece.copy.bytes});
 }
 
 void read(int64_t id, const Operation& operation, Piece& piece) {
   const char* const from = reinterpret_cast<const char*>(piece.copy.src);
   piece.data.assign(from, from + piece.copy.bytes);
   piece.is_read = true;
-  note(id, operation, "read", piece.copy.bytes);
+  note(id, operation, "read", piece);
+}
+
+// What may be read at any time may be read now.
+void read_early(int64_t id, Operation& operation) {
+  if (operation.reads != Reads::kAnyTime) return;
+  for (Piece& piece : operation.pieces) {
+    if (!piece.is_read && draw(4) == 0) read(id, operation, piece);
+  }
 }
 
 std::vector<Piece> cut(const std::vector<Copy>& copies) {
   std::vector<Piece> pieces;
-  for (Copy rest : copies) {
-    while (rest.bytes > 0) {
-      const size_t bytes = draw(2) == 0 ? rest.bytes : 1 + draw(rest.bytes);
-      pieces.push_back({{rest.dst, rest.src, bytes}, false, {}});
-      rest = {rest.dst + bytes, rest.src + bytes, rest.bytes - bytes};
+  for (size_t i = 0; i < copies.size(); ++i) {
+    for (size_t at = 0; at < copies[i].bytes;) {
+      const size_t rest = copies[i].bytes - at;
+      const size_t bytes = draw(2) == 0 ? rest : 1 + draw(rest);
+      pieces.push_back({{copies[i].dst + at, copies[i].src + at, bytes}, i, at, false, {}});
+      at += bytes;
     }
   }
   return pieces;
@@ -100,19 +115,17 @@ void step(int64_t id) {
       if (draw(2) == 0) return;
     }
     std::memcpy(reinterpret_cast<void*>(piece.copy.dst), piece.data.data(), piece.data.size());
-    note(id, operation, "wrote", piece.data.size());
+    note(id, operation, "wrote", piece);
     operation.pieces.pop_back();
     if (!operation.pieces.empty()) return;
   }
-  int code = 0;
-  if (operation.action) {
-    note(id, operation, "ran", 0);
-    time().is_running = true;
-    code = operation.action();
-    time().is_running = false;
-  } else if (operation.is_point) {
-    note(id, operation, "passed", 0);
-  }
+  const std::function<int()> action = std::move(operation.action);
+  if (action) note(id, operation, "ran");
+  if (operation.is_point) note(id, operation, "passed");
+  // What it does may break the context, and then no operation is left.
+  time().is_running = true;
+  const int code = action ? action() : 0;
+  time().is_running = false;
   time().pending.erase(id);
   if (code != 0) break_context(code);
 }
@@ -147,6 +160,7 @@ std::set<int64_t> needed(const std::vector<int64_t>& operations) {
 }
 
 bool step_towards(const std::vector<int64_t>& operations) {
+  if (time().is_running) return false;
   std::vector<int64_t> ready;
   for (const int64_t id : needed(operations)) {
     if (is_ready(time().pending.at(id))) ready.push_back(id);
@@ -157,7 +171,6 @@ bool step_towards(const std::vector<int64_t>& operations) {
 }
 
 int finish(const std::vector<int64_t>& operations) {
-  // From a host function, which must not call CUDA: it would wait for itself.
   if (time().is_running) return cudaErrorNotPermitted;
   while (step_towards(operations)) {
     if (draw(100) >= time().idle_percent) step_any();
@@ -165,8 +178,8 @@ int finish(const std::vector<int64_t>& operations) {
   return context_error();
 }
 
-// All that must be finished before the stream is.
-std::vector<int64_t> tail(const Stream& stream) {
+// All that new work in the stream comes after.
+std::vector<int64_t> before(const Stream& stream) {
   std::vector<int64_t> found{stream.last};
   if (stream.is_legacy) {
     for (const auto& [id, operation] : time().pending) {
@@ -176,6 +189,11 @@ std::vector<int64_t> tail(const Stream& stream) {
     found.push_back(time().legacy[stream.device].last);
   }
   return found;
+}
+
+// All that must be finished before the stream is. The legacy stream has as its own what it waits for; another does not.
+std::vector<int64_t> all_of(const Stream& stream) {
+  return stream.is_legacy ? before(stream) : std::vector<int64_t>{stream.last};
 }
 
 int run_now(const Work& work) {
@@ -236,11 +254,10 @@ int submit_beside(const Stream& stream, Work work, int64_t* id, const std::vecto
   const bool is_point = work.copies.empty() && !work.action;
   Operation operation{work.kind, work.reads,    std::move(work.action), cut(work.copies),
                       after,     stream.device, stream.is_blocking,     is_point};
-  for (Piece& piece : operation.pieces) {
-    if (work.reads == Reads::kDuringCall || (work.reads == Reads::kAnyTime && draw(2) == 0)) {
-      read(own_id, operation, piece);
-    }
+  if (operation.reads == Reads::kDuringCall) {
+    for (Piece& piece : operation.pieces) read(own_id, operation, piece);
   }
+  read_early(own_id, operation);
   t.pending.emplace(own_id, std::move(operation));
   return 0;
 }
@@ -248,7 +265,7 @@ int submit_beside(const Stream& stream, Work work, int64_t* id, const std::vecto
 int submit(Stream& stream, Work work, int64_t* id, const std::vector<int64_t>& after) {
   Lock lock(mutex());
   if (stream.capture != nullptr) return record(stream, std::move(work));
-  std::vector<int64_t> all = tail(stream);
+  std::vector<int64_t> all = before(stream);
   all.insert(all.end(), after.begin(), after.end());
   const int code = submit_beside(stream, std::move(work), &stream.last, all);
   if (id != nullptr) *id = stream.last;
@@ -261,7 +278,7 @@ int64_t upcoming_operation() {
 }
 
 bool is_finished(int64_t operation) { return time().pending.count(operation) == 0; }
-bool is_finished(Stream& stream) { return needed(tail(stream)).empty(); }
+bool is_finished(Stream& stream) { return needed(all_of(stream)).empty(); }
 
 int finish(int64_t operation) {
   Lock lock(mutex());
@@ -270,7 +287,7 @@ int finish(int64_t operation) {
 
 int finish_stream(Stream& stream) {
   Lock lock(mutex());
-  return finish(tail(stream));
+  return finish(all_of(stream));
 }
 
 int finish_device(int device) {
@@ -284,6 +301,7 @@ int finish_device(int device) {
 
 int finish_everything() {
   Lock lock(mutex());
+  if (time().is_running) return cudaErrorNotPermitted;
   while (step_any()) {
   }
   return context_error();
@@ -296,19 +314,14 @@ void nudge(int64_t operation) {
 
 void nudge(Stream& stream) {
   Lock lock(mutex());
-  step_towards(tail(stream));
+  step_towards(all_of(stream));
 }
 
 void pass_time() {
   Lock lock(mutex());
   Time& t = time();
   if (t.pending.empty() || t.is_running) return;
-  for (auto& [id, operation] : t.pending) {
-    if (operation.reads != Reads::kAnyTime) continue;
-    for (Piece& piece : operation.pieces) {
-      if (!piece.is_read && draw(8) == 0) read(id, operation, piece);
-    }
-  }
+  for (auto& [id, operation] : t.pending) read_early(id, operation);
   const uint64_t mood = draw(100);
   if (mood < t.idle_percent) return;
   const bool is_busy = mood < t.idle_percent + t.busy_percent;
@@ -320,8 +333,9 @@ void pass_time() {
 void set_seed(uint64_t seed) {
   Lock lock(mutex());
   finish_everything();
-  forget_operations();
   Time& t = time();
+  t.schedule.clear();
+  t.seeded_at_id = t.last_id;
   t.seed = seed;
   t.random.seed(seed);
   // Some programs only break where nothing runs before it must, others only where things run early.
@@ -331,10 +345,7 @@ void set_seed(uint64_t seed) {
 
 void forget_operations() {
   Lock lock(mutex());
-  Time& t = time();
-  t.pending.clear();
-  t.schedule.clear();
-  t.seeded_at_id = t.last_id;
+  time().pending.clear();
 }
 
 }  // namespace fake
@@ -350,7 +361,8 @@ EXPORT const char* fake_schedule() {
   for (const Step& s : time().schedule) {
     text += text.size() == 1 ? "" : ",\n";
     text += "{\"operation\": " + std::to_string(s.operation) + ", \"kind\": \"" + s.kind + "\", \"did\": \"" + s.did +
-            "\", \"bytes\": " + std::to_string(s.bytes) + "}";
+            "\", \"copy\": " + std::to_string(s.copy_index) + ", \"offset\": " + std::to_string(s.offset) +
+            ", \"bytes\": " + std::to_string(s.bytes) + "}";
   }
   time().schedule_text = text + "]";
   return time().schedule_text.c_str();
