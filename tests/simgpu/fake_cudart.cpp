@@ -86,6 +86,7 @@ cudaError_t copy(const char* call, void* dst, const void* src, size_t bytes, cud
                    {"src", static_cast<int64_t>(address(src))},
                    {"bytes", static_cast<int64_t>(bytes)},
                    {"kind", kind},
+                   {"device", current_device()},
                    {"stream", reinterpret_cast<intptr_t>(handle)},
                    {"capturing", fake::is_capturing(*stream)},
                    {"operation", fake::upcoming_operation()}});
@@ -270,6 +271,7 @@ EXPORT const char* cudaGetErrorName(cudaError_t code) {
 }
 
 EXPORT const char* cudaGetErrorString(cudaError_t code) {
+  if (code == cudaErrorNotSupported && !fake::last_refusal().empty()) return fake::last_refusal().c_str();
   return code == cudaErrorInvalidValue ? "invalid argument" : "an error of the stand-in";
 }
 

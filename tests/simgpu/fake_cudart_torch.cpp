@@ -1,5 +1,4 @@
 // libcudart.so.13 of the stand-in: what torch asks of CUDA beside what csrc/cuda does.
-#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 
@@ -79,8 +78,8 @@ EXPORT cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
       *value = 0;
       return done(0);
     default:
-      std::fprintf(stderr, "stand-in: cudaDeviceGetAttribute does not know attribute %d\n", attribute);
-      return done(cudaErrorNotSupported);
+      return static_cast<cudaError_t>(
+          fake::refuse_runtime_call(("device attribute " + std::to_string(attribute)).c_str()));
   }
 }
 

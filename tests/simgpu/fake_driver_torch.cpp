@@ -6,13 +6,20 @@
 
 #include "fake.h"
 
+namespace {
+thread_local std::string refusal_text;
+}
+
 int fake::refuse_call(const char* call) {
   Lock lock(mutex());
   static auto* const said = new std::set<std::string>;
-  if (said->insert(call).second) std::fprintf(stderr, "stand-in: %s is not there\n", call);
+  refusal_text = std::string("the stand-in for CUDA lacks ") + call;
+  if (said->insert(call).second) std::fprintf(stderr, "%s\n", refusal_text.c_str());
   log(call, {{"refused", 1}});
   return CUDA_ERROR_NOT_SUPPORTED;
 }
+
+const std::string& fake::last_refusal() { return refusal_text; }
 
 // Torch asks whether a device is in use before it touches it; here all are from the start.
 EXPORT CUresult cuDevicePrimaryCtxGetState(CUdevice, unsigned* flags, int* is_active) {
