@@ -82,6 +82,32 @@ def test_random_fragments(rows: list[Row], pointers: torch.dtype, sizes: torch.d
         assert torch.equal(src, source)
 
 
+KINDS = {"pageable": lambda t: t, "pinned": Tensor.pin_memory, "device": Tensor.cuda}
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("kinds", [(s, d) for s in KINDS for d in KINDS if "device" in (s, d)], ids="-to-".join)
+def test_random_fragments_on_a_device(kinds: tuple[str, str]) -> None:
+    """Alone, and with as many between two places on the host in the same call."""
+    place_src, place_dst = (KINDS[kind] for kind in kinds)
+
+    @examples(60)
+    @given(layouts(), layouts(), st.booleans(), st.booleans())
+    def run(rows: list[Row], host_rows: list[Row], any_order: bool, on_own_stream: bool) -> None:
+        host_src, src = memory(8300), place_src(memory(8200))
+        host_dst, dst = memory(130_000), place_dst(memory(130_001))
+        wanted, host_wanted = expected(src.cpu(), dst.cpu(), rows), expected(host_src, host_dst, host_rows)
+        device, host = columns(src, dst, rows), columns(host_src, host_dst, host_rows)
+        with torch.cuda.stream(torch.cuda.Stream() if on_own_stream else None):
+            torch.cuda.synchronize()
+            torch.ops.kvkernels.swap_blocks_batch(*map(torch.cat, zip(device, host, strict=True)), any_order)
+            torch.cuda.synchronize()
+        assert torch.equal(dst.cpu(), wanted)
+        assert torch.equal(host_dst, host_wanted)
+
+    run()
+
+
 @pytest.mark.parametrize("size", [0, 1, 2, 3, 7, 8, 15, 16, 17, 31, 63, 64, 65, 127, 129, 4095, 4097, 70_001])
 @pytest.mark.parametrize("src_shift", [0, 1, 8])
 @pytest.mark.parametrize("dst_shift", [0, 3, 16])
