@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -38,6 +39,11 @@ ON_STAND_IN = "KVKERNELS_STAND_IN" in os.environ
 def examples(count: int) -> settings:
     """Hypothesis settings for ``count`` examples, times KVKERNELS_EXAMPLES."""
     return settings(max_examples=max(1, round(count * float(os.environ.get("KVKERNELS_EXAMPLES", "1")))))
+
+
+def addresses_are_the_hosts() -> Any:
+    """Lets the reference take raw addresses, as it does until CUDA is initialised, which tests do where it is."""
+    return mock.patch.object(torch.cuda, "is_initialized", lambda: False)
 
 
 def _all_dtypes() -> list[torch.dtype]:

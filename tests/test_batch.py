@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from cases import examples
+from cases import addresses_are_the_hosts, examples
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -13,7 +13,10 @@ from torch import Tensor
 import kvkernels
 from kvkernels import reference
 
-DOORS = {"torch.ops": torch.ops.kvkernels.swap_blocks_batch, "reference": reference.swap_blocks_batch}
+DOORS = {
+    "torch.ops": torch.ops.kvkernels.swap_blocks_batch,
+    "reference": addresses_are_the_hosts()(reference.swap_blocks_batch),
+}
 Row = tuple[int, int, int]  # source offset, destination offset, bytes
 
 
