@@ -99,6 +99,40 @@ def load_over_what_compute_reads(sim, move: Mover) -> Program:
     return program
 
 
+def compute_on_blocks_being_loaded(sim, move: Mover) -> Program:
+    """A prefix hit whose blocks are attended to while their load is still on its way."""
+    device, host, result = sim.memory(DEVICE, BYTES), sim.memory(PINNED, BYTES), sim.memory(DEVICE, BYTES)
+    compute, transfer, loaded = sim.stream(), sim.stream(), sim.event()
+
+    def program(right):
+        device[:], host[:] = OLD, NEW
+        move(sim, host, device, transfer, H2D)
+        sim.record(loaded, transfer)
+        if right:
+            sim.wait(compute, loaded)
+        sim.copy(result, device, compute)
+        sim.finish_stream(compute)
+        return bool((result == NEW).all())
+
+    return program
+
+
+def host_reads_a_store_too_early(sim, move: Mover) -> Program:
+    """A store reported as finished when it was asked for: the host sends or writes to disk what is not there yet."""
+    device, host = sim.memory(DEVICE, BYTES), sim.memory(PINNED, BYTES)
+    transfer, stored = sim.stream(), sim.event()
+
+    def program(right):
+        device[:], host[:] = NEW, OLD
+        move(sim, device, host, transfer, D2H)
+        sim.record(stored, transfer)
+        if right:
+            sim.poll(stored)
+        return bool((host == NEW).all())
+
+    return program
+
+
 def pinned_staging_reused(sim, move: Mover) -> Program:
     """A pinned staging buffer that the host fills for the next request while the copy out of it has not run."""
     staging, device = sim.memory(PINNED, BYTES), sim.memory(DEVICE, BYTES)
@@ -126,8 +160,8 @@ def block_reused_while_it_is_stored(sim, move: Mover) -> Program:
         device[:] = OLD
         move(sim, device, host, transfer, D2H)
         sim.record(stored, transfer)
-        while right and not sim.is_done(stored):
-            pass
+        if right:
+            sim.poll(stored)
         sim.fill(device, NEW, compute)
         sim.finish_device()
         return bool((host == OLD).all())
@@ -249,6 +283,8 @@ def fork_in_a_graph(sim, move: Mover) -> Program:
 SCENARIOS = [
     store_of_what_compute_writes,
     load_over_what_compute_reads,
+    compute_on_blocks_being_loaded,
+    host_reads_a_store_too_early,
     pinned_staging_reused,
     block_reused_while_it_is_stored,
     event_recorded_too_early,
@@ -426,3 +462,58 @@ def test_nothing_of_the_librarys_is_read_after_a_call(sim, mover, count):
         for target, wanted in zip(targets, expected, strict=True):
             assert np.array_equal(target.reshape(blocks, 16), wanted), seed
     libc.mallopt(PERTURB_FREED, 0)
+
+
+def random_program(rng, streams: int, buffers: int) -> list[tuple[str, int, int, int]]:
+    """What is done, in which stream, from which buffer to which other."""
+    program = []
+    for _ in range(12):
+        src, dst = rng.choice(buffers, 2, replace=False).tolist()
+        program.append((str(rng.choice(["fill", "copy", *MOVERS])), int(rng.integers(streams)), src, dst))
+    return program
+
+
+def run_random_program(sim, program, streams, buffers, events, forgets: int = -1) -> np.ndarray:
+    """Every operation waits for those before it in other streams that touch what it writes or write what it reads.
+
+    But for one: ``forgets`` is the number of a wait that is left out.
+    """
+    for i, buffer in enumerate(buffers):
+        buffer[:] = i
+    waits = 0
+    for i, (kind, stream, src, dst) in enumerate(program):
+        reads = set() if kind == "fill" else {src}
+        for j, (other_kind, other, other_src, other_dst) in enumerate(program[:i]):
+            other_reads = set() if other_kind == "fill" else {other_src}
+            if other != stream and (other_dst in reads | {dst} or dst in other_reads):
+                if waits != forgets:
+                    sim.wait(streams[stream], events[j])
+                waits += 1
+        if kind == "fill":
+            sim.fill(buffers[dst], 10 + i, streams[stream])
+        elif kind == "copy":
+            sim.copy(buffers[dst], buffers[src], streams[stream])
+        else:
+            MOVERS[kind](sim, buffers[src], buffers[dst], streams[stream], D2D)
+        sim.record(events[i], streams[stream])
+    sim.finish_device()
+    return np.concatenate(buffers)
+
+
+@on_stand_in
+def test_random_programs(sim):
+    """Whatever is ordered by events ends as if everything happened at once; without one of them, some do not."""
+    streams = [sim.stream(), sim.stream(), sim.stream(blocking=True), LEGACY]
+    buffers, events = [sim.memory(DEVICE, BYTES) for _ in range(4)], [sim.event() for _ in range(12)]
+    rng = np.random.default_rng(0)
+    corrupted = 0
+    for seed in range(1, RIGHT_SEEDS + 1):
+        program = random_program(rng, len(streams), len(buffers))
+        sim.adversarial(0)
+        expected = run_random_program(sim, program, streams, buffers, events)
+        sim.adversarial(seed)
+        assert np.array_equal(run_random_program(sim, program, streams, buffers, events), expected), (seed, program)
+        sim.adversarial(seed)
+        found = run_random_program(sim, program, streams, buffers, events, forgets=int(rng.integers(10)))
+        corrupted += not np.array_equal(found, expected)
+    assert corrupted > 0

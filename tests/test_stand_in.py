@@ -211,11 +211,12 @@ def test_asking_lets_work_happen_and_leaves_no_error(sim):
     for _ in seeds(sim):
         sim.fill(device, 1, stream)
         sim.record(event, stream)
-        while not sim.is_done(event):
-            waited += 1
-            assert sim.cudart.cudaPeekAtLastError() == 0
+        waited += sim.poll(event)
+        assert sim.cudart.cudaPeekAtLastError() == 0
         sim.fill(device, 2, stream)
-        while sim.cudart.cudaStreamQuery(ctypes.c_void_p(stream)) == NOT_READY:
+        for _ in range(1000):
+            if sim.cudart.cudaStreamQuery(ctypes.c_void_p(stream)) != NOT_READY:
+                break
             waited += 1
         assert (device == 2).all()
     assert waited > SEEDS / 4
@@ -379,6 +380,8 @@ def test_a_capture_refuses_what_cuda_refuses(sim):
     void(lambda: sim.cudart.cudaStreamSynchronize(pointer(stream)), 900)
     void(lambda: sim.cudart.cudaStreamQuery(pointer(stream)), 900)
     void(lambda: sim.cudart.cudaDeviceSynchronize(), 900)
+    for call, handle in (("cudaStreamSynchronize", other), ("cudaStreamQuery", other), ("cudaEventQuery", outside)):
+        void(lambda call=call, handle=handle: getattr(sim.cudart, call)(pointer(handle)), 900)
     void(lambda: sim.cudart.cudaMalloc(ctypes.byref(ctypes.c_void_p()), ctypes.c_size_t(64)), 900)
     void(lambda: sim.batch([(address(host), address(device), 64)], stream, STREAM_ORDER), 900)
 

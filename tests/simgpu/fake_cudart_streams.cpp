@@ -93,6 +93,7 @@ EXPORT cudaError_t cudaStreamQuery(cudaStream_t handle) {
   Stream* const stream = fake::find_stream(handle);
   if (stream == nullptr) return done(cudaErrorInvalidResourceHandle);
   if (fake::is_capturing(*stream)) return done(fake::refuse_to_wait(*stream));
+  if (forbids_unsafe_call()) return done(cudaErrorStreamCaptureUnsupported);
   if (fake::is_finished(*stream)) return done(0);
   fake::nudge(*stream);
   return done(fake::context_error() != 0 ? fake::context_error() : cudaErrorNotReady);
@@ -187,6 +188,7 @@ EXPORT cudaError_t cudaEventQuery(cudaEvent_t event) {
   const Event* const found = find_event(event);
   if (found == nullptr) return done(cudaErrorInvalidResourceHandle);
   if (found->capture != nullptr) return done(cudaErrorCapturedEvent);
+  if (forbids_unsafe_call()) return done(cudaErrorStreamCaptureUnsupported);
   if (fake::is_finished(found->recorded)) return done(0);
   fake::nudge(found->recorded);
   return done(fake::context_error() != 0 ? fake::context_error() : cudaErrorNotReady);
@@ -198,6 +200,7 @@ EXPORT cudaError_t cudaEventSynchronize(cudaEvent_t event) {
   const Event* const found = find_event(event);
   if (found == nullptr) return done(cudaErrorInvalidResourceHandle);
   if (found->capture != nullptr) return done(cudaErrorCapturedEvent);
+  if (forbids_unsafe_call()) return done(cudaErrorStreamCaptureUnsupported);
   ++fake::counters().event_synchronisations;
   return done(fake::finish(found->recorded));
 }

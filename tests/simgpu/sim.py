@@ -310,6 +310,13 @@ class Sim:
             raise CudaError(f"cudaEventQuery: {self.cudart.cudaGetErrorName(code).decode()}")
         return code == 0
 
+    def poll(self, event: int) -> int:
+        """Asks until the event is done; how often it was not."""
+        for asked in range(10_000):
+            if self.is_done(event):
+                return asked
+        raise AssertionError("asking makes no progress")
+
     def finish_event(self, event: int) -> None:
         self._runtime("cudaEventSynchronize", ctypes.c_void_p(event))
 
