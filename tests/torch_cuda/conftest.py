@@ -16,7 +16,9 @@ collect_ignore_glob = [] if STAND_IN else ["test_*.py"]
 @pytest.fixture
 def sim() -> Iterator[Sim]:
     """The stand-in that torch runs on; both devices are left on their default streams."""
-    yield Sim.of(STAND_IN)
+    sim = Sim.of(STAND_IN)
+    yield sim
+    sim.reset()  # a context may be broken
     for device in (1, 0):
         torch.cuda.set_stream(torch.cuda.default_stream(device))
     torch.cuda.set_device(0)

@@ -14,7 +14,7 @@ import kvkernels
 
 pytestmark = pytest.mark.cuda
 DIRECTIONS = ("h2d", "d2h", "d2d")
-INVALID_VALUE, OUT_OF_MEMORY, NOT_PERMITTED = 1, 2, 800
+INVALID_VALUE, OUT_OF_MEMORY, ILLEGAL_ADDRESS, NOT_PERMITTED = 1, 2, 700, 800
 
 
 def test_import_and_host_copies_leave_cuda_alone(tmp_path):
@@ -182,6 +182,17 @@ def test_an_error_of_cuda_has_the_ops_and_cudas_names(sim, op, direction, functi
     wanted.run()
     torch.cuda.synchronize(1)
     assert call.bytes() == wanted.bytes()
+
+
+def test_a_broken_context_is_every_calls_error(sim):
+    """After an illegal access nothing works until the process ends, which each call says, and torch too."""
+    call = make("copy_pages", on(0), on(0))
+    sim.fail("cudaLaunchKernelExC", 1, ILLEGAL_ADDRESS)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"^copy_pages: \w+ failed: cudaErrorIllegalAddress "):
+            call.run()
+    with pytest.raises(RuntimeError, match="cudaErrorIllegalAddress"):
+        torch.cuda.synchronize()
 
 
 def test_errors_of_the_caller_keep_their_types(sim):
