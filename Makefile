@@ -9,6 +9,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 # vLLM pins its own torch, numpy and some eighty others.
 ENGINE := .venv-vllm
+# torch's CUDA build, for the stand-in for CUDA.
+STAND_IN := .venv-simgpu
+SIMGPU := $(CURDIR)/build/simgpu
 SOURCES := $(sort $(shell find csrc -type f)) CMakeLists.txt setup.py pyproject.toml
 CPP_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
@@ -20,19 +23,20 @@ export KVKERNELS_COMPILED = ON
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build swap pages sass test e2e lint format audit clean distclean always
+.PHONY: help build swap pages sass test simgpu simgpu-build e2e lint format audit clean distclean always
 
 help:
 	@echo "make swap       build, check every byte and time the copies (ARGS=\"--model qwen3-32b\"; see --help)"
 	@echo "make pages      the page-size table of benchmarks/results"
 	@echo "make sass       what the CUDA kernels' machine code looks like (needs cuobjdump)"
 	@echo "make test       build and run all tests (ARGS=\"-k gather\" goes to pytest)"
+	@echo "make simgpu     the GPU tests without a GPU: torch's CUDA build on a stand-in for CUDA (needs nvcc; 5 GB)"
 	@echo "make e2e        vLLM on the CPU offloads its KV cache through kvkernels (ARGS=\"--model my-model/\"; see --help)"
 	@echo "make build      only build"
 	@echo "make lint       ruff, clang-format and mypy"
 	@echo "make format     rewrite the files as lint wants them"
 	@echo "make audit      check that the op library keeps to torch's stable ABI"
-	@echo "make clean      remove what was built; make distclean also removes $(VENV) and $(ENGINE)"
+	@echo "make clean      remove what was built; make distclean also removes .venv*"
 	@echo "Variables: PYTHON=$(PYTHON)  KVKERNELS_CUDA=$(KVKERNELS_CUDA) (AUTO, ON, OFF)  KVKERNELS_WERROR=$(KVKERNELS_WERROR)"
 
 # Each of Debian's split packages that may be missing gets its own sentence; pip's and CMake's are a page long.
@@ -79,6 +83,29 @@ pages: build
 test: build $(VENV)/.requirements-dev
 	$(BIN)/pytest $(ARGS)
 
+# Before the environment, which is the larger part: without nvcc this ends here. The build knows only torch's CPU build.
+simgpu-build: $(VENV)/.requirements
+	@echo "Building the op library on a shared CUDA runtime, and the stand-in for CUDA"
+	cmake --preset simgpu -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python
+	cmake --build --preset simgpu
+	rm -rf $(SIMGPU)/package
+	cmake --install $(SIMGPU) --prefix $(SIMGPU)/package/kvkernels
+	cp kvkernels/*.py $(SIMGPU)/package/kvkernels
+
+$(STAND_IN)/.requirements: tests/simgpu/requirements.txt
+	@echo "Installing torch's CUDA build into $(STAND_IN): 5 GB"
+	rm -rf $(STAND_IN)
+	$(PYTHON) -m venv $(STAND_IN)
+	$(STAND_IN)/bin/python -m pip install --no-deps -r $<
+	@touch $@
+
+# Preloaded, so that torch's libraries find the stand-in's CUDA instead of their own.
+simgpu: simgpu-build $(STAND_IN)/.requirements
+	@echo "Running the GPU tests on the stand-in for CUDA"
+	env KVKERNELS_STAND_IN=$(SIMGPU) KVKERNELS_FAKE_DEVICES=2 KVKERNELS_REQUIRE_CUDA=1 PYTHONPATH=$(SIMGPU)/package \
+	  LD_PRELOAD=$(SIMGPU)/libcuda.so.1:$(SIMGPU)/libcudart.so.13:$(SIMGPU)/libkvkernels_drive.so \
+	  $(STAND_IN)/bin/pytest -m cuda $(ARGS)
+
 $(ENGINE)/.requirements: examples/vllm_offload/requirements.txt
 	rm -rf $(ENGINE)
 	$(PYTHON) -m venv $(ENGINE)
@@ -109,4 +136,4 @@ clean:
 	rm -rf build dist *.egg-info kvkernels/*.so kvkernels/_build.json $(VENV)/.built
 
 distclean: clean
-	rm -rf $(VENV) $(ENGINE)
+	rm -rf $(VENV) $(STAND_IN) $(ENGINE)

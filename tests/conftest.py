@@ -7,6 +7,7 @@ import random
 import shutil
 import subprocess
 import sys
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +21,7 @@ import kvkernels
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = Path(kvkernels.__file__).resolve().parent
 ALLOWS_REFERENCE = os.environ.get("KVKERNELS_ALLOW_REFERENCE") == "1"
+ON_STAND_IN = "KVKERNELS_STAND_IN" in os.environ
 REQUIRES_CUDA = os.environ.get("KVKERNELS_REQUIRE_CUDA") == "1"
 
 # Tests import the case generators by name, and --import-mode=importlib leaves sys.path alone.
@@ -69,8 +71,11 @@ def pytest_report_header() -> str:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    if item.get_closest_marker("cuda") is None:
+    marker = item.get_closest_marker("cuda")
+    if marker is None:
         return
+    if ON_STAND_IN and marker.kwargs.get("torch_kernels"):
+        pytest.skip("torch's own kernels do not run on the stand-in for CUDA")
     reason = _why_no_cuda()
     if reason and REQUIRES_CUDA:
         pytest.fail(f"KVKERNELS_REQUIRE_CUDA=1, but {reason}", pytrace=False)
@@ -86,7 +91,7 @@ def _why_no_cuda() -> str:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     skipped = [r for r in terminalreporter.stats.get("skipped", []) if "cuda" in r.keywords]
-    if skipped:
+    if skipped and _why_no_cuda():
         terminalreporter.write_line(f"{len(skipped)} GPU tests skipped: {_why_no_cuda()}", yellow=True)
 
 
@@ -100,6 +105,21 @@ def _same_start() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _any_time(request: pytest.FixtureRequest) -> Iterator[None]:
+    """On the stand-in for CUDA, asynchronous work happens as late and as mixed as CUDA allows, anew in every test."""
+    if not ON_STAND_IN or request.node.get_closest_marker("cuda") is None:
+        yield
+        return
+    from simgpu.sim import Sim
+
+    sim = Sim.of(os.environ["KVKERNELS_STAND_IN"])
+    sim.adversarial(zlib.crc32(request.node.nodeid.encode()))
+    yield
+    sim.adversarial(0)
+    sim.reset()
 
 
 @pytest.fixture(params=[1, 2], ids=["one-thread", "two-threads"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from cases import examples
+from cases import addresses_are_the_hosts, examples
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -13,7 +13,10 @@ from torch import Tensor
 import kvkernels
 from kvkernels import reference
 
-DOORS = {"torch.ops": torch.ops.kvkernels.swap_blocks_batch, "reference": reference.swap_blocks_batch}
+DOORS = {
+    "torch.ops": torch.ops.kvkernels.swap_blocks_batch,
+    "reference": addresses_are_the_hosts()(reference.swap_blocks_batch),
+}
 Row = tuple[int, int, int]  # source offset, destination offset, bytes
 
 
@@ -80,6 +83,32 @@ def test_random_fragments(rows: list[Row], pointers: torch.dtype, sizes: torch.d
         )
         assert torch.equal(out, wanted)
         assert torch.equal(src, source)
+
+
+KINDS = {"pageable": lambda t: t, "pinned": Tensor.pin_memory, "device": Tensor.cuda}
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("kinds", [(s, d) for s in KINDS for d in KINDS if "device" in (s, d)], ids="-to-".join)
+def test_random_fragments_on_a_device(kinds: tuple[str, str]) -> None:
+    """Alone, and with as many between two places on the host in the same call."""
+    place_src, place_dst = (KINDS[kind] for kind in kinds)
+
+    @examples(60)
+    @given(layouts(), layouts(), st.booleans(), st.booleans())
+    def run(rows: list[Row], host_rows: list[Row], any_order: bool, on_own_stream: bool) -> None:
+        host_src, src = memory(8300), place_src(memory(8200))
+        host_dst, dst = memory(130_000), place_dst(memory(130_001))
+        wanted, host_wanted = expected(src.cpu(), dst.cpu(), rows), expected(host_src, host_dst, host_rows)
+        device, host = columns(src, dst, rows), columns(host_src, host_dst, host_rows)
+        with torch.cuda.stream(torch.cuda.Stream() if on_own_stream else None):
+            torch.cuda.synchronize()
+            torch.ops.kvkernels.swap_blocks_batch(*map(torch.cat, zip(device, host, strict=True)), any_order)
+            torch.cuda.synchronize()
+        assert torch.equal(dst.cpu(), wanted)
+        assert torch.equal(host_dst, host_wanted)
+
+    run()
 
 
 @pytest.mark.parametrize("size", [0, 1, 2, 3, 7, 8, 15, 16, 17, 31, 63, 64, 65, 127, 129, 4095, 4097, 70_001])

@@ -88,7 +88,7 @@ def test_swap_says_why_it_cannot_use_a_device(direction):
     assert f"--direction {direction} needs a CUDA device, and torch sees none" in done.stderr
 
 
-@pytest.mark.cuda
+@pytest.mark.cuda(torch_kernels=True)
 @pytest.mark.parametrize("direction", ["h2d", "d2h", "d2d"])
 def test_swap_on_a_device(direction, tmp_path):
     report = tmp_path / "swap.json"

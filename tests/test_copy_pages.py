@@ -31,6 +31,20 @@ def test_random_plans_on_a_device(placement, pinned):
     run()
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize(("pairs", "runs"), [(0, 0), (0, 1), (3, 0)])
+def test_an_empty_plan_on_a_device(pairs, runs):
+    """Ids on the device cannot be looked at, but their number can: nothing to copy is no call of an executor."""
+    pools = [torch.full((4, 16), fill, dtype=torch.uint8).cuda() for fill in (1, 2)]
+    mapping = torch.arange(2 * pairs).reshape(pairs, 2).cuda()
+    plan = runs_tensor(*[run_row((0, 0), (0, 0), 16, (0, 0))] * runs)
+    assert kvkernels.explain("copy_pages", pools[:1], pools[1:], mapping, plan).bytes == 0
+    kvkernels.reset_counters()
+    kvkernels.copy_pages(pools[:1], pools[1:], mapping, plan)
+    assert not any(any(counter.values()) for counter in kvkernels.counters().values())
+    assert [pool.cpu().unique().tolist() for pool in pools] == [[1], [2]]
+
+
 def _random(rng, *shape):
     return torch.from_numpy(rng.integers(-(2**15), 2**15, shape, dtype=np.int16))
 

@@ -400,6 +400,16 @@ def test_a_launch_has_fewer_than_2_to_the_31_items(sim):
         assert run.launches >= 3 * 8 * 40 / max_items / 2
 
 
+@on_stand_in
+def test_no_moves_are_no_launch(sim):
+    """A plan may be empty however many ids there are on the device."""
+    src, dst = sim.memory(DEVICE, 640), sim.memory(DEVICE, 640)
+    ids = DeviceIds(ids_in_column(sim, [1, 2, 3]), IdColumn(), 3, 10, 10)
+    run = sim.kernel([], [], src, dst, ids=ids)
+    assert (run.launches, run.issued) == (0, Issued(0, 0, 0))
+    assert not sim.log("launch")
+
+
 @pytest.mark.parametrize(("direction", "default"), [(H2D, 12), (D2H, 12), (D2D, SMS)])
 @on_stand_in
 def test_the_grid_keeps_to_the_budget(sim, direction, default):

@@ -39,19 +39,19 @@ def test_random_cases_on_a_device(op, placement, pinned):
 @pytest.mark.parametrize("op", OPS)
 def test_ids_on_the_device(op):
     """Ids that live on the device: a pair out of range is skipped, recorded once, and reported by check_device."""
-    pool = torch.arange(10 * 64, dtype=torch.int32, device="cuda").reshape(10, 64)
-    ids = torch.tensor([3, 99, 0, -1], device="cuda")
-    buffer = torch.zeros(4, 256, dtype=torch.uint8, device="cuda")
-    before = pool.clone()
+    before = torch.arange(10 * 64, dtype=torch.int32).reshape(10, 64)
+    pool = before.cuda()
+    ids = torch.tensor([3, 99, 0, -1]).cuda()
+    buffer = torch.zeros(4, 256, dtype=torch.uint8).cuda()
     if op == "gather_blocks":
         kvkernels.gather_blocks([pool], ids, buffer)
-        expected = torch.zeros(4, 64, dtype=torch.int32, device="cuda")
+        expected = torch.zeros(4, 64, dtype=torch.int32)
         expected[[0, 2]] = before[[3, 0]]
-        assert torch.equal(buffer.view(torch.int32), expected)
+        assert torch.equal(buffer.cpu().view(torch.int32), expected)
     else:
         kvkernels.scatter_blocks(buffer, ids, [pool])
         before[[3, 0]] = 0
-    assert torch.equal(pool, before)
+    assert torch.equal(pool.cpu(), before)
     with pytest.raises(IndexError, match=rf"{op}: 2 pairs had ids out of range on cuda:0"):
         kvkernels.check_device("cuda:0")
     kvkernels.check_device("cuda:0")

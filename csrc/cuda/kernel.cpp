@@ -205,7 +205,7 @@ class Planner {
     plan_.shape = work_.shape;
     plan_.variant = cutter_.variant();
     plan_.bytes = work_.bytes;
-    if (work_.pairs == 0) return plan_;
+    if (work_.bytes == 0) return plan_;
     std::vector<Move> moves;
     for (const Move& move : work_.moves) split(move, cutter_, limits_.max_items, moves);
     for (size_t begin = 0; begin < moves.size();) {

@@ -128,6 +128,10 @@ void carry_out_device_ids(const CopyCall& call, std::vector<Move> moves, Directi
   const std::string reason = "the ids are on the device";
   if (call.executor != Executor::kAuto && call.executor != Executor::kKernel) refuse(call.op, call.executor, reason);
   Work work = lower_device_ids(std::move(moves), call.rows, direction);
+  if (work.bytes == 0) {
+    if (explaining()) record(explanation_of(call.op, work, reason));
+    return;
+  }
   const DeviceIds ids{call.src_ids,         call.dst_ids,       call.rows,          call.src_limit.ids(),
                       call.dst_limit.ids(), call.skip_negative, fault_code(call.op)};
   const std::string refusal = map_or_refuse(work, &ids, context);

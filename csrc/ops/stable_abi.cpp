@@ -85,7 +85,8 @@ std::string TensorFacts::device_text() const {
 }
 
 std::string TensorFacts::dtype_text() const {
-  // In the order of ScalarType, whose numbers the ABI fixes; the shim names but half of them.
+  // In the order of ScalarType, whose numbers the ABI fixes; the shim names but half of them. The last came after the
+  // torch that this is built with.
   constexpr std::array names{"uint8",
                              "int8",
                              "int16",
@@ -131,8 +132,9 @@ std::string TensorFacts::dtype_text() const {
                              "int6",
                              "int7",
                              "float8_e8m0fnu",
-                             "float4_e2m1fn_x2"};
-  static_assert(names.size() == static_cast<size_t>(torch::headeronly::ScalarType::Undefined));
+                             "float4_e2m1fn_x2",
+                             "bcomplex32"};
+  static_assert(names.size() >= static_cast<size_t>(torch::headeronly::ScalarType::Undefined));
   if (dtype_ >= 0 && dtype_ < static_cast<int32_t>(names.size())) return names[static_cast<size_t>(dtype_)];
   return text("dtype ", dtype_);
 }

@@ -60,6 +60,12 @@ int context_error();
 void log(const char* call, std::initializer_list<std::pair<const char*, int64_t>> fields, const std::string& name = "",
          const std::string& list = "");
 
+// A function or kernel that the stand-in lacks: says so once, and gives "not supported".
+int refuse_call(const char* call);
+
+// What the calling thread was refused last.
+const std::string& last_refusal();
+
 int64_t setting(const char* name);
 
 // False where no allocation or registration holds the address.

@@ -28,9 +28,6 @@ using fake::done;
 using fake::Lock;
 using fake::Stream;
 
-// Many, so that what happens once a device can be tested often.
-constexpr int kDevices = 4096;
-
 thread_local cudaError_t last_error = cudaSuccess;
 thread_local cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeGlobal;
 
@@ -89,6 +86,7 @@ cudaError_t copy(const char* call, void* dst, const void* src, size_t bytes, cud
                    {"src", static_cast<int64_t>(address(src))},
                    {"bytes", static_cast<int64_t>(bytes)},
                    {"kind", kind},
+                   {"device", current_device()},
                    {"stream", reinterpret_cast<intptr_t>(handle)},
                    {"capturing", fake::is_capturing(*stream)},
                    {"operation", fake::upcoming_operation()}});
@@ -216,7 +214,7 @@ EXPORT void fake_set_capture_mode(int mode) { capture_mode = static_cast<cudaStr
 
 EXPORT cudaError_t cudaGetDeviceCount(int* count) {
   if (const int code = fake::enter("cudaGetDeviceCount")) return done(code);
-  *count = kDevices;
+  *count = fake::device_count();
   return done(0);
 }
 
@@ -228,22 +226,8 @@ EXPORT cudaError_t cudaGetDevice(int* device) {
 
 EXPORT cudaError_t cudaSetDevice(int device) {
   if (const int code = fake::enter("cudaSetDevice")) return done(code);
-  if (device < 0 || device >= kDevices) return done(cudaErrorInvalidDevice);
+  if (device < 0 || device >= fake::device_count()) return done(cudaErrorInvalidDevice);
   current_device() = device;
-  return done(0);
-}
-
-EXPORT cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  if (const int code = fake::enter("cudaDeviceGetAttribute")) return done(code);
-  *value = attribute == cudaDevAttrMultiProcessorCount ? 132 : 0;
-  return done(0);
-}
-
-EXPORT cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
-  if (const int code = fake::enter("cudaGetDeviceProperties")) return done(code);
-  std::memset(properties, 0, sizeof *properties);
-  std::strcpy(properties->name, "stand-in");
-  properties->multiProcessorCount = 132;
   return done(0);
 }
 
@@ -287,6 +271,7 @@ EXPORT const char* cudaGetErrorName(cudaError_t code) {
 }
 
 EXPORT const char* cudaGetErrorString(cudaError_t code) {
+  if (code == cudaErrorNotSupported && !fake::last_refusal().empty()) return fake::last_refusal().c_str();
   return code == cudaErrorInvalidValue ? "invalid argument" : "an error of the stand-in";
 }
 
@@ -312,6 +297,10 @@ EXPORT cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const v
   if (const int code = fake::enter("cudaLaunchKernelExC")) return done(code);
   const auto found = kernels().find(stub);
   if (found == kernels().end()) return done(cudaErrorInvalidDeviceFunction);
+  // Torch's own kernels are registered too, but there is nothing to run them.
+  if (!found->second.starts_with("kvkernels_")) {
+    return static_cast<cudaError_t>(fake::refuse_runtime_call(("kernel " + found->second).c_str()));
+  }
   const bool is_flat = config->gridDim.y == 1 && config->gridDim.z == 1 && config->blockDim.y == 1 &&
                        config->blockDim.z == 1 && config->dynamicSmemBytes == 0 && config->numAttrs == 0;
   if (!is_flat || config->gridDim.x == 0 || config->blockDim.x == 0 || config->blockDim.x > 1024) {

@@ -14,6 +14,12 @@ cudaError_t done(int code);
 
 int thread_capture_mode();
 
+// KVKERNELS_FAKE_DEVICES, or 4096.
+int device_count();
+
+// A function or kernel that the stand-in lacks: says so once, and gives cudaErrorNotSupported.
+int refuse_runtime_call(const char* call);
+
 inline uintptr_t address(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer); }
 
 }  // namespace fake

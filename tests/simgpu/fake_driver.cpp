@@ -176,7 +176,7 @@ int launch(const char* kernel, void** arguments, unsigned ctas, unsigned threads
   Lock lock(mutex());
   State& s = state();
   Stream* const found = find_stream(stream);
-  if (found == nullptr) return cudaErrorInvalidResourceHandle;
+  if (found == nullptr || found->device != current_device()) return cudaErrorInvalidResourceHandle;
   if (const int code = refusal(*found)) return code;
   std::vector<std::string> values;
   if (s.parameter_bytes != nullptr) {
@@ -194,6 +194,7 @@ int launch(const char* kernel, void** arguments, unsigned ctas, unsigned threads
   log("launch",
       {{"ctas", ctas},
        {"threads", threads},
+       {"device", current_device()},
        {"stream", reinterpret_cast<intptr_t>(stream)},
        {"capturing", is_capturing(*found)},
        {"parameter_bytes", static_cast<int64_t>(s.parameters.back().size())},
@@ -393,6 +394,7 @@ EXPORT CUresult fake_cuMemcpyBatchAsync(CUdeviceptr* dsts, CUdeviceptr* srcs, si
   const int order = attribute_count > 0 ? attributes[0].srcAccessOrder : -1;
   log("cuMemcpyBatchAsync",
       {{"count", static_cast<int64_t>(count)},
+       {"device", current_device()},
        {"stream", reinterpret_cast<intptr_t>(stream)},
        {"order", order},
        {"attributes", static_cast<int64_t>(attribute_count)},

@@ -22,6 +22,8 @@ struct Piece {
   std::vector<char> data;
 };
 
+constexpr size_t kQueueLength = 256;
+
 struct Operation {
   const char* kind = "";
   Reads reads = Reads::kInTurn;
@@ -178,12 +180,13 @@ int finish(const std::vector<int64_t>& operations) {
   return context_error();
 }
 
-// All that new work in the stream comes after.
+// All that new work in the stream comes after; what the legacy stream's last work came after is known.
 std::vector<int64_t> before(const Stream& stream) {
   std::vector<int64_t> found{stream.last};
   if (stream.is_legacy) {
-    for (const auto& [id, operation] : time().pending) {
-      if (operation.device == stream.device && operation.is_blocking) found.push_back(id);
+    const auto& pending = time().pending;
+    for (auto at = pending.upper_bound(stream.last); at != pending.end(); ++at) {
+      if (at->second.device == stream.device && at->second.is_blocking) found.push_back(at->first);
     }
   } else if (stream.is_blocking) {
     found.push_back(time().legacy[stream.device].last);
@@ -259,6 +262,9 @@ int submit_beside(const Stream& stream, Work work, int64_t* id, const std::vecto
   }
   read_early(own_id, operation);
   t.pending.emplace(own_id, std::move(operation));
+  // A device's queues are not endless either: a call waits while they are full.
+  while (t.pending.size() > kQueueLength && !t.is_running && step_any()) {
+  }
   return 0;
 }
 

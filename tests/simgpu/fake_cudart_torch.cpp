@@ -1,0 +1,112 @@
+// libcudart.so.13 of the stand-in: what torch asks of CUDA beside what csrc/cuda does.
+#include <cstdlib>
+#include <cstring>
+
+#include "fake.h"
+#include "fake_cudart.h"
+
+using fake::done;
+
+namespace {
+
+constexpr int kCudaVersion = 13000;
+constexpr size_t kDeviceBytes = size_t{80} << 30;
+
+// An H100's, as far as torch or csrc/cuda looks at them.
+void describe(cudaDeviceProp& p) {
+  std::memset(&p, 0, sizeof p);
+  std::strcpy(p.name, "stand-in");
+  p.major = 9;
+  p.minor = 0;
+  p.multiProcessorCount = 132;
+  p.warpSize = 32;
+  p.totalGlobalMem = kDeviceBytes;
+  p.maxThreadsPerBlock = 1024;
+  p.maxThreadsPerMultiProcessor = 2048;
+  p.maxBlocksPerMultiProcessor = 32;
+  p.sharedMemPerBlock = 48 << 10;
+  p.sharedMemPerBlockOptin = 227 << 10;
+  p.sharedMemPerMultiprocessor = 228 << 10;
+  p.regsPerBlock = 65536;
+  p.regsPerMultiprocessor = 65536;
+  p.l2CacheSize = 50 << 20;
+  p.unifiedAddressing = 1;
+  p.canMapHostMemory = 1;
+  p.asyncEngineCount = 3;
+}
+
+bool is_device(int device) { return device >= 0 && device < fake::device_count(); }
+
+}  // namespace
+
+int fake::refuse_runtime_call(const char* call) { return done(refuse_call(call)); }
+
+int fake::device_count() {
+  // Many, so that what happens once a device can be tested often; torch wants few.
+  static const int count = [] {
+    const char* wanted = std::getenv("KVKERNELS_FAKE_DEVICES");
+    return wanted == nullptr ? 4096 : std::atoi(wanted);
+  }();
+  return count;
+}
+
+EXPORT cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
+  if (const int code = fake::enter("cudaGetDeviceProperties")) return done(code);
+  if (!is_device(device)) return done(cudaErrorInvalidDevice);
+  describe(*properties);
+  properties->pciBusID = device;
+  std::memcpy(properties->uuid.bytes, &device, sizeof device);
+  return done(0);
+}
+
+EXPORT cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
+  if (const int code = fake::enter("cudaDeviceGetAttribute")) return done(code);
+  if (!is_device(device)) return done(cudaErrorInvalidDevice);
+  cudaDeviceProp properties;
+  describe(properties);
+  switch (attribute) {
+    case cudaDevAttrMultiProcessorCount:
+      *value = properties.multiProcessorCount;
+      return done(0);
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = properties.major;
+      return done(0);
+    case cudaDevAttrComputeCapabilityMinor:
+      *value = properties.minor;
+      return done(0);
+    case cudaDevAttrPageableMemoryAccess:
+      *value = 0;
+      return done(0);
+    default:
+      return static_cast<cudaError_t>(
+          fake::refuse_runtime_call(("device attribute " + std::to_string(attribute)).c_str()));
+  }
+}
+
+EXPORT cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
+  if (const int code = fake::enter("cudaMemGetInfo")) return done(code);
+  *free = *total = kDeviceBytes;
+  return done(0);
+}
+
+EXPORT cudaError_t cudaRuntimeGetVersion(int* version) {
+  *version = kCudaVersion;
+  return cudaSuccess;
+}
+
+EXPORT cudaError_t cudaDriverGetVersion(int* version) {
+  *version = kCudaVersion;
+  return cudaSuccess;
+}
+
+EXPORT cudaError_t cudaDeviceCanAccessPeer(int* can, int device, int peer) {
+  if (const int code = fake::enter("cudaDeviceCanAccessPeer")) return done(code);
+  if (!is_device(device) || !is_device(peer)) return done(cudaErrorInvalidDevice);
+  *can = device != peer;
+  return done(0);
+}
+
+EXPORT cudaError_t cudaDeviceEnablePeerAccess(int peer, unsigned) {
+  if (const int code = fake::enter("cudaDeviceEnablePeerAccess")) return done(code);
+  return done(is_device(peer) ? cudaSuccess : cudaErrorInvalidDevice);
+}

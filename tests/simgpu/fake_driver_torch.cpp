@@ -1,0 +1,30 @@
+// libcuda.so.1 of the stand-in: what torch asks of the driver beside what csrc/cuda does, and the refusal of the rest.
+#include <cuda.h>
+
+#include <cstdio>
+#include <set>
+
+#include "fake.h"
+
+namespace {
+thread_local std::string refusal_text;
+}
+
+int fake::refuse_call(const char* call) {
+  Lock lock(mutex());
+  static auto* const said = new std::set<std::string>;
+  refusal_text = std::string("the stand-in for CUDA lacks ") + call;
+  if (said->insert(call).second) std::fprintf(stderr, "%s\n", refusal_text.c_str());
+  log(call, {{"refused", 1}});
+  return CUDA_ERROR_NOT_SUPPORTED;
+}
+
+const std::string& fake::last_refusal() { return refusal_text; }
+
+// Torch asks whether a device is in use before it touches it; here all are from the start.
+EXPORT CUresult cuDevicePrimaryCtxGetState(CUdevice, unsigned* flags, int* is_active) {
+  if (const int code = fake::enter("cuDevicePrimaryCtxGetState")) return static_cast<CUresult>(code);
+  *flags = 0;
+  *is_active = 1;
+  return CUDA_SUCCESS;
+}

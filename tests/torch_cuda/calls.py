@@ -1,0 +1,76 @@
+"""A small call of every op, with its tensors anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+OPS = ("swap_blocks", "swap_blocks_batch", "gather_blocks", "scatter_blocks", "copy_pages", "concat", "split")
+PAGE_BYTES = 64
+Place = Callable[[Tensor], Tensor]
+
+
+@dataclass
+class Call:
+    """``tensors`` are what is read and written; raw addresses keep nothing alive."""
+
+    op: str
+    arguments: tuple[Any, ...]
+    tensors: list[Tensor]
+
+    def run(self, **options: Any) -> None:
+        getattr(torch.ops.kvkernels, self.op)(*self.arguments, **options)
+
+    def bytes(self) -> list[list[int]]:
+        return [t.cpu().flatten().tolist() for t in self.tensors]
+
+
+def on(device: int) -> Place:
+    return lambda t: t.to(f"cuda:{device}")
+
+
+def pageable(t: Tensor) -> Tensor:
+    return t.clone()
+
+
+def pinned(t: Tensor) -> Tensor:
+    return t.pin_memory()
+
+
+def places(direction: str, device: int) -> tuple[Place, Place]:
+    """Where the source and the destination go; the host's side is pinned."""
+    side = {"h": pinned, "d": on(device)}
+    return side[direction[0]], side[direction[-1]]
+
+
+def make(op: str, src_place: Place, dst_place: Place) -> Call:
+    pool = src_place(torch.arange(4 * PAGE_BYTES).to(torch.uint8).reshape(4, PAGE_BYTES))
+    out = dst_place(torch.full((4, PAGE_BYTES), 255, dtype=torch.uint8))
+    mapping, ids = torch.tensor([[3, 0], [0, 2]]), torch.tensor([3, 0])
+    whole_page = torch.tensor([[0, 0, 0, 0, PAGE_BYTES, 0, 0, 1, 0, 0, 1, 0, 0, 1, 0, 0]])
+    arguments: dict[str, tuple[str, tuple[Any, ...]]] = {
+        "swap_blocks": ("swap_blocks", (pool, out, PAGE_BYTES, mapping)),
+        "swap_blocks_batch": (
+            "swap_blocks_batch",
+            (
+                pool.data_ptr() + PAGE_BYTES * mapping[:, 0],
+                out.data_ptr() + PAGE_BYTES * mapping[:, 1],
+                torch.full((2,), PAGE_BYTES),
+            ),
+        ),
+        "gather_blocks": ("gather_blocks", ([pool], ids, out[:2])),
+        "scatter_blocks": ("scatter_blocks", (pool[:2], ids, [out])),
+        "copy_pages": ("copy_pages", ([pool], [out], mapping, whole_page)),
+        "concat": ("concat_tp_shards_out", ([pool[:, :16], pool[:, 16:32]], 0, out.view(8, 32)[:, 8:24])),
+        "split": ("split_tp_shards", (pool, 0, [out[:1], out[1:]])),
+    }
+    return Call(*arguments[op], [pool, out])
+
+
+def issued(sim: Any) -> list[dict[str, Any]]:
+    """The copies and launches that CUDA was asked for, in order."""
+    return [entry for entry in sim.log() if entry["call"] in ("cudaMemcpyAsync", "cuMemcpyBatchAsync", "launch")]

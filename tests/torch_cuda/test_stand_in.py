@@ -1,0 +1,31 @@
+"""What the stand-in cannot do must fail, and by name: a test on it must not pass for having done nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.cuda
+NOT_SUPPORTED = 801
+
+
+@pytest.mark.parametrize(
+    ("make", "kernel"),
+    [
+        (lambda: torch.zeros(4, device="cuda"), "FillFunctor"),
+        (lambda: torch.arange(4, device="cuda"), "RangeFactories"),
+        (lambda: torch.arange(8).cuda()[::2].contiguous(), "direct_copy_kernel"),
+    ],
+)
+def test_torchs_kernels_are_refused(make, kernel):
+    with pytest.raises(RuntimeError, match=rf"the stand-in for CUDA lacks kernel \w*{kernel}"):
+        make()
+    assert torch.ones(4).cuda().cpu().tolist() == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize(("library", "function"), [("cudart", "cudaMallocAsync"), ("cuda", "cuModuleLoadData")])
+def test_what_cuda_has_and_the_stand_in_has_not_is_refused(sim, library, function):
+    sim.clear_log()
+    assert getattr(getattr(sim, library), function)(None, None) == NOT_SUPPORTED
+    assert sim.log(function) == [{"call": function, "refused": 1}]
+    sim.cudart.cudaGetLastError()
