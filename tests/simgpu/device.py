@@ -53,6 +53,7 @@ class Device:
         self.module = module
         self.counts_sectors = False
         self.reports: list[Report] = []
+        self.last_reports: list[Report] = []
         self.failure: Exception | None = None
         self.unexecuted: dict[str, dict[int, str]] = {}
         # Memory that no allocation covers, for a device that reads pageable memory.
@@ -99,6 +100,7 @@ class Device:
     def take_reports(self) -> list[Report]:
         """Of the launches since the last call; raises what a launch failed with, or what was found in it."""
         reports, self.reports = self.reports, []
+        self.last_reports = reports
         failure, self.failure = self.failure, None
         if failure:
             raise failure

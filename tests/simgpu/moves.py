@@ -98,6 +98,13 @@ def random_case(rng, shape):
     return moves, pairs, ends[0] + 64, ends[1] + 64, id_counts
 
 
+def aligned_bytes(count):
+    """Random bytes at a multiple of 256, as allocators of device memory give them."""
+    raw = np.random.default_rng(count).integers(0, 256, count + 256, np.uint8)
+    begin = -raw.ctypes.data % 256
+    return raw[begin : begin + count]
+
+
 def sparse(sim, byte_count):
     """Memory of which only what is touched exists."""
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
@@ -112,12 +119,18 @@ _EXTRA_MOVES = {"small": 0, "large": 40, "table": 260}
 FAR = 1 << 33
 
 
-def _add_small_moves(moves, count, ends, most_ids):
-    """Moves of 16 bytes, each with a form of its own, so that the tables grow; and both sizes. The shape stays."""
+def _grain(shape):
+    """Bytes of the smallest move that leaves the shape as it is."""
+    return 272 if shape == "page" else int(shape.partition(" ")[2] or 16)
+
+
+def _add_small_moves(moves, count, bytes_, ends, most_ids):
+    """Small moves, each with a form of its own, so that the tables grow; and both sizes."""
     src, dst = (-(-end // 16) * 16 for end in ends)
-    room = 16 * most_ids
-    grown = [Move(Side(src, 16 * (i + 1)), Side(dst + i * room, 16), 16) for i in range(count)]
-    return [*moves, *grown], src + room * (count + 1), dst + room * count
+    stride = -(-bytes_ // 16) * 16
+    room = stride * most_ids
+    grown = [Move(Side(src, 16 * (i + 1)), Side(dst + i * room, stride), bytes_) for i in range(count)]
+    return [*moves, *grown], src + 16 * (count + 1) * most_ids + stride, dst + room * count
 
 
 def random_call(sim: Sim, rng, shape, tables, ids):
@@ -126,35 +139,74 @@ def random_call(sim: Sim, rng, shape, tables, ids):
         moves, pairs, src_bytes, dst_bytes, limits = random_case(rng, shape)
         if ids != "host 64-bit" or all(move.src.subblocks == 1 for move in moves):
             break
-    moves, src_bytes, dst_bytes = _add_small_moves(moves, _EXTRA_MOVES[tables], (src_bytes, dst_bytes), max(limits))
+    extra = _EXTRA_MOVES[tables]
+    moves, src_bytes, dst_bytes = _add_small_moves(moves, extra, _grain(shape), (src_bytes, dst_bytes), max(limits))
     src, dst = sim.memory(DEVICE, src_bytes + 64), sim.memory(DEVICE, dst_bytes + 64)
     options = {"sm_budget": int(rng.choice([1, 3, 12])), "direction": int(rng.choice([H2D, D2H]))}
     options["max_items"] = int(rng.choice([0, 0, 0, 4000]))
-    if ids == "host 64-bit":
-        moves = [Move(Side(m.src.base, m.src.block_stride, 0, FAR), m.dst, m.fragment_bytes, m.loops) for m in moves]
-        pairs = [(s * FAR + int(rng.integers(FAR)), d) for s, d in pairs]
     if ids.startswith("host"):
+        moves, pairs = _with_far_ids(rng, moves, pairs) if "64" in ids else (moves, pairs)
         return check(sim, moves, pairs, src, dst, **options)
     return check_device_ids(sim, rng, moves, pairs, src, dst, limits, ids, **options)
 
 
-def faulty_call(sim: Sim, rng, shape, tables, ids, has_earlier):
-    """Ids on the device, half of them bad, for moves of one unit a pair in two launches, of which the first records."""
-    kind, _, width = shape.partition(" ")
-    bytes_ = {"row": 16, "chunks": int(width or 1), "page": 40, "tiles": 261}[kind]
-    loops = ((2, bytes_, bytes_),) if kind == "tiles" else ()
-    # More than a tile of chunks, so that each of a lane's chunks meets a bad pair.
-    count, stride = 140, 3 * bytes_
-    extra = 2 * _EXTRA_MOVES[tables]
-    moves = [Move(Side(at, stride), Side(at, stride), bytes_, loops) for at in (0, 16 * count * stride)]
-    size = 17 * count * stride
-    moves, src_bytes, dst_bytes = _add_small_moves(moves, extra, (size, size), count)
+def _side(at, bytes_, subblocks, ids):
+    """One side of a page of ``bytes_`` for so many ids, and where it ends."""
+    blocks = -(-ids // subblocks)
+    side = Side(at, bytes_ * subblocks + 16, bytes_ if subblocks > 1 else 0, subblocks)
+    return side, -(-(at + blocks * side.block_stride) // 16) * 16
+
+
+def full_call(sim: Sim, rng, shape, tables, ids, captures=False, has_earlier=False):
+    """Moves with and without loops and sub-blocks on either side; of ids on the device half are bad.
+
+    While capturing, large tables become several launches, of which the first records bad ids.
+    """
+    # Five chunks a pair, and more than a tile of them, so that each of a lane's chunks meets a bad pair.
+    count = 8 if shape in ("page", "tiles") else 40
+    bytes_ = {"page": 301, "tiles": 261}.get(shape, 5 * _grain(shape))
+    loops = () if shape == "page" else ((2, 6 * bytes_, 6 * bytes_), (3, bytes_, 2 * bytes_), (2, 3 * bytes_, bytes_))
+    page = 12 * bytes_ if loops else bytes_
+    moves, ends = [], [0, 0]
+    for used, src_subblocks, dst_subblocks in ((0, 1, 1), (3, 3, 1), (1, 1, 5), (2, 7, 2)):
+        if ids == "host 64-bit" and src_subblocks > 1:
+            continue
+        sides = []
+        for s, subblocks in enumerate((src_subblocks, dst_subblocks)):
+            side, ends[s] = _side(ends[s], page, subblocks, count)
+            sides.append(side)
+        moves.append(Move(*sides, bytes_, loops[:used]))
+    extra = _EXTRA_MOVES[tables]
+    moves, src_bytes, dst_bytes = _add_small_moves(moves, extra, _grain(shape), ends, count)
     src, dst = sim.memory(DEVICE, src_bytes + 64), sim.memory(DEVICE, dst_bytes + 64)
     pairs = list(zip(rng.permutation(count).tolist(), rng.permutation(count).tolist(), strict=True))
-    return check_device_ids(
-        sim, rng, moves, pairs, src, dst, [count, count], ids, one_in=2, has_earlier=has_earlier,
-        max_items=max(extra // 2, 1) * count + 1,
-    )  # fmt: skip
+    options = {"capturing": captures, "sm_budget": 1 if captures else 8}
+    if ids.startswith("host"):
+        moves, pairs = _with_far_ids(rng, moves, pairs) if "64" in ids else (moves, pairs)
+        return check(sim, moves, pairs, src, dst, **options)
+    options |= {"one_in": 2, "has_earlier": has_earlier}
+    return check_device_ids(sim, rng, moves, pairs, src, dst, [count, count], ids, **options)
+
+
+def alignment_call(sim: Sim, rng, shape, tables, fragment_bytes, direction):
+    """Every offset of the destination against the source's, modulo 16."""
+    loops = ((2, fragment_bytes + 1, fragment_bytes),) if shape == "tiles" else ()
+    page = 2 * fragment_bytes + 1 if loops else fragment_bytes
+    moves, ends = [], [0, 0]
+    for difference in range(16):
+        offset = int(rng.integers(16))
+        sides = Side(ends[0] + offset, page + difference % 3), Side(ends[1] + offset + difference, page + 1)
+        moves.append(Move(*sides, fragment_bytes, loops))
+        ends = [-(-(side.base + 4 * side.block_stride) // 16) * 16 for side in sides]
+    moves, src_bytes, dst_bytes = _add_small_moves(moves, _EXTRA_MOVES[tables], _grain(shape), ends, 4)
+    src, dst = sim.memory(DEVICE, src_bytes + 64), sim.memory(DEVICE, dst_bytes + 64)
+    check(sim, moves, [(0, 1), (3, 0), (2, 3)], src, dst, direction=direction, sm_budget=4)
+
+
+def _with_far_ids(rng, moves, pairs):
+    """Source ids that need 64 bits: sub-blocks without a stride of their own."""
+    moves = [Move(Side(m.src.base, m.src.block_stride, 0, FAR), m.dst, m.fragment_bytes, m.loops) for m in moves]
+    return moves, [(s * FAR + int(rng.integers(FAR)), d) for s, d in pairs]
 
 
 def check_device_ids(
