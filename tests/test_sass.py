@@ -1,10 +1,15 @@
-"""The reader of machine code, on a listing in cuobjdump's form."""
+"""The machine code of the CUDA kernels, and the reader of it on a listing in cuobjdump's form."""
 
 import importlib
+import subprocess
 from pathlib import Path
 
 import pytest
+from simgpu.device import find_cuobjdump
 
+import kvkernels
+
+TABLES = ("small", "large", "table")
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
 LISTING = """
@@ -59,3 +64,51 @@ def test_the_table_has_a_row_for_each_kernel(sass):
         ["| copy", "sm_80", "56"],
         ["| copy", "sm_100", "0"],
     ]
+
+
+@pytest.fixture(scope="module")
+def library() -> Path:
+    """The op library as it is installed."""
+    found = Path(kvkernels.__file__).parent / "libkvkernels_ops.so"
+    if not kvkernels.info()["cuda"]["built"]:
+        pytest.skip("the library was built without CUDA code")
+    assert find_cuobjdump(), "cuobjdump was not found: install a CUDA toolkit, or pip install triton"
+    return found
+
+
+def test_the_kernels_neither_spill_nor_move_less_than_they_can(sass, library):
+    kernels = sass.read_kernels(library)
+    names = {f"kvkernels_copy_{shape}_{tables}" for shape in ("page", "row", "bytes") for tables in TABLES}
+    assert {(k.name, k.architecture) for k in kernels} == {(n, a) for n in names for a in ("sm_80", "sm_90", "sm_100")}
+    for kernel in kernels:
+        is_row = "_row_" in kernel.name
+        assert kernel.spilled_bytes == kernel.spill_instructions == 0, kernel
+        # 1,024 threads of a CTA share 65,536 registers.
+        assert kernel.registers <= 64, kernel
+        assert kernel.loads_in_flight == (4 if is_row else 8), kernel
+        assert kernel.loads["128"] >= kernel.stores["128"] >= (4 if is_row else 12), kernel
+        if is_row:
+            assert kernel.stores.total() == kernel.stores["128"], kernel
+
+
+def test_the_table_is_that_of_the_results(sass, library):
+    """`make sass` printed it; a kernel that changes changes it."""
+    if "13.0" not in str(kvkernels.info()["cuda"]["version"]):
+        pytest.skip("the table is nvcc 13.0's")
+    results = (BENCHMARKS / "results" / "sass.md").read_text()
+    assert sass.table(sass.read_kernels(library)) in results
+
+
+def machine_code(library: Path, architecture: str) -> str:
+    command = [find_cuobjdump(), "-arch", architecture, "-sass", str(library)]
+    listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return listing[listing.index("Function") :]
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
+def test_what_is_simulated_is_what_is_shipped(library, simgpu_build, architecture):
+    """The release and the simgpu preset differ in their CUDA runtime, not in their machine code."""
+    shipped = machine_code(library, architecture)
+    assert "kvkernels_copy_page_small" in shipped
+    assert shipped == machine_code(simgpu_build / "libkvkernels_ops.so", architecture)
+    assert shipped == machine_code(simgpu_build / "libkvkernels_drive.so", architecture)

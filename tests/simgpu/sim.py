@@ -216,11 +216,21 @@ class Sim:
             cls._loaded.drive.drive_divide.restype = ctypes.c_int64
         return cls._loaded
 
-    def use_ptx(self, architecture: str) -> Device:
-        """From now on, until the next reset, launches run on the simulator."""
+    @property
+    def modules(self) -> dict[str, LoadedModule]:
+        """The library's PTX, by architecture."""
         if Sim._modules is None:
             Sim._modules = ptx_of(Path(self.drive._name))
-        self.device = Device(self.cuda, Sim._modules[architecture])
+        return Sim._modules
+
+    def has_same_ptx(self, architecture: str, others: Sequence[str]) -> bool:
+        """Whether the kernels of one of the others are the same, line by line."""
+        mine = self.modules[architecture]
+        return any(all(mine.text(k) == self.modules[o].text(k) for k in mine.kernels) for o in others)
+
+    def use_ptx(self, architecture: str) -> Device:
+        """From now on, until the next reset, launches run on the simulator."""
+        self.device = Device(self.cuda, self.modules[architecture])
         return self.device
 
     def reset(self) -> None:

@@ -100,6 +100,10 @@ class LoadedModule:
             self._kernels[name] = LoadedKernel(Kernel(self.module, name))
         return self._kernels[name]
 
+    def text(self, name: str) -> str:
+        """A kernel's PTX without comments."""
+        return self.module.text(name)
+
     def variable(self, name: str) -> np.ndarray:
         """A global variable's bytes."""
         storage = self.module.storage()

@@ -123,6 +123,9 @@ class Module:
             self._functions[name] = function
         return self._functions.get(name)
 
+    def text(self, name: str) -> str:
+        return self._texts.get(name, "").strip()
+
     def storage(self) -> dict[str, np.ndarray]:
         """The memory of the module's global and constant variables, which all launches share; zero at first."""
         for name, variable in self.variables.items():
