@@ -23,7 +23,7 @@ export KVKERNELS_COMPILED = ON
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build swap pages sass test simgpu simgpu-build e2e lint format audit clean distclean always
+.PHONY: help build swap pages sass test simgpu simgpu-build e2e mutants lint format audit clean distclean always
 
 help:
 	@echo "make swap       build, check every byte and time the copies (ARGS=\"--model qwen3-32b\"; see --help)"
@@ -32,6 +32,7 @@ help:
 	@echo "make test       build and run all tests (ARGS=\"-k gather\" goes to pytest)"
 	@echo "make simgpu     the GPU tests without a GPU: torch's CUDA build on a stand-in for CUDA (needs nvcc; 5 GB)"
 	@echo "make e2e        vLLM on the CPU offloads its KV cache through kvkernels (ARGS=\"--model my-model/\"; see --help)"
+	@echo "make mutants    whether the tests notice when the sources are edited (hours; ARGS=\"--count 20\"; see --help)"
 	@echo "make build      only build"
 	@echo "make lint       ruff, clang-format and mypy"
 	@echo "make format     rewrite the files as lint wants them"
@@ -115,6 +116,9 @@ $(ENGINE)/.requirements: examples/vllm_offload/requirements.txt
 # The library loads there as it is: it knows torch only through its stable ABI.
 e2e: build $(ENGINE)/.requirements
 	$(ENGINE)/bin/python tests/e2e/run.py $(ARGS)
+
+mutants: build $(VENV)/.requirements-dev
+	$(BIN)/python tests/mutants/run.py $(ARGS)
 
 lint: $(VENV)/.requirements-dev
 	$(BIN)/ruff check .

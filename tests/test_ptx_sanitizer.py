@@ -41,6 +41,7 @@ BUGS = {
     "absent_lane": ("shuffle from an absent lane", ""),
     "mask_of_those_who_left": ("mask names a lane that has left", ""),
     "endless": ("does not end", ""),
+    "failed_assert": ("trap", ""),
     "async_no_wait": ("read of unwritten bytes", "ring"),
     "async_wait_too_short": ("read of unwritten bytes", "ring"),
     "async_no_barrier": ("race (read after write)", "ring"),

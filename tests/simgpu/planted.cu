@@ -1,6 +1,7 @@
 // Kernels for the tests of the simulator's sanitizer: each comes twice, with one bug and without it.
 #include <cuda_pipeline_primitives.h>
 
+#include <cassert>
 #include <cstdint>
 
 #define KERNEL extern "C" __global__ void
@@ -279,6 +280,15 @@ __device__ void endless(uint32_t* dst, const uint32_t* src, int n) {
 }
 KERNEL endless_bug(uint32_t* dst, const uint32_t* src, int n) { endless<true>(dst, src, n); }
 KERNEL endless_ok(uint32_t* dst, const uint32_t* src, int n) { endless<false>(dst, src, n); }
+
+template <bool kBug>
+__device__ void failed_assert(uint32_t* dst, const uint32_t* src, int n) {
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  assert(i != (kBug ? 77 : -1));
+  dst[i] = src[i];
+}
+KERNEL failed_assert_bug(uint32_t* dst, const uint32_t* src, int n) { failed_assert<true>(dst, src, n); }
+KERNEL failed_assert_ok(uint32_t* dst, const uint32_t* src, int n) { failed_assert<false>(dst, src, n); }
 
 // cp.async: which bug, 0 for none.
 

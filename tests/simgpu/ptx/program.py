@@ -267,6 +267,9 @@ def _inline(module: Module, caller: Function, call: Instruction, stack: tuple[st
     returned = list(operands.pop(0).items) if isinstance(operands[0], Vector) else []
     name = operands.pop(0)
     passed = list(operands.pop(0).items) if operands else []
+    if isinstance(name, Symbol) and name.name == "__assertfail":
+        caller.body.append(replace(call, opcode="trap", modifiers=(), operands=()))
+        return
     called = module.function(name.name) if isinstance(name, Symbol) else None
     if operands or called is None or not called.body:
         raise call.refuse("only direct calls of functions of the same module are supported")

@@ -1,0 +1,232 @@
+#!/usr/bin/env python3
+"""Measures whether the tests notice: builds the library with one edit at a time and runs the fast tests on each.
+
+    make mutants ARGS="--count 160 --workers 2"
+
+Each worker has a copy of the tree under build/mutants. An edit is killed if a test fails or runs far too long,
+stillborn if it does not compile, and survives otherwise. Survivors are read by a person: equivalent.txt
+names those that change nothing anyone could notice, and why.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from mutate import FOLDERS, Mutant, choose
+
+ROOT = Path(__file__).resolve().parents[2]
+EQUIVALENT = Path(__file__).with_name("equivalent.txt")
+CPU_TESTS = [
+    f"tests/test_{name}.py"
+    for name in ("copy_pages", "gather_scatter", "swap_blocks", "batch", "concat", "refusals", "errors", "explain",
+                 "refusals_random", "streaming", "large_offsets", "threads", "core_cpp")
+]  # fmt: skip
+GPU_TESTS = [
+    f"tests/test_{name}.py"
+    for name in ("kernel_body", "cuda_host", "cuda_failures", "cuda_time", "ptx_kernels", "ptx_bulk")
+]
+TRITON_TESTS = ["tests/test_triton.py", "tests/test_triton_ptx.py"]
+# One architecture's PTX, which needs no ptxas.
+PTX_ONLY = "90-virtual"
+NOT_BUILT = "not sm_80 and not sm_100"
+BUILD_SECONDS = 900
+
+
+@dataclass
+class Outcome:
+    mutant: Mutant
+    result: str  # killed, survived, stillborn
+    by: str = ""
+    elapsed_s: float = 0
+
+
+class Worker:
+    """A copy of the tree, built once; each edit is built on top of it and taken back."""
+
+    def __init__(self, number: int) -> None:
+        self.tree = ROOT / "build" / "mutants" / f"worker-{number}"
+        self.bin = Path(sys.executable).parent
+        self.environment = {
+            **os.environ,
+            "PATH": f"{self.bin}{os.pathsep}{os.environ['PATH']}",
+            "PYTHONPATH": str(self.tree),
+            "PYTHONDONTWRITEBYTECODE": "1",
+        }
+        self.seconds: dict[str, float] = {}
+
+    def prepare(self) -> None:
+        shutil.rmtree(self.tree, ignore_errors=True)
+        self.tree.mkdir(parents=True)
+        listed = subprocess.run(
+            ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+            cwd=ROOT, capture_output=True, check=True,
+        )  # fmt: skip
+        for name in listed.stdout.decode().split("\0"):
+            if name and (ROOT / name).exists():
+                (self.tree / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(ROOT / name, self.tree / name)
+        python = f"-DPython_EXECUTABLE={sys.executable}"
+        self._must(["cmake", "--preset", "release", python, "-DKVKERNELS_CUDA=OFF"])
+        self._must(["cmake", "--preset", "simgpu", python, f"-DCMAKE_CUDA_ARCHITECTURES={PTX_ONLY}"])
+        for kind in ("cpu", "gpu"):
+            built = self._build(kind)
+            if built.returncode:
+                raise SystemExit(f"the unchanged tree does not build:\n{built.stdout[-3000:]}")
+        for folder in FOLDERS:
+            begin = time.monotonic()
+            failed = self._test(folder, 1800)
+            if failed:
+                raise SystemExit(f"the tests of {folder} fail on the unchanged tree: {failed}")
+            self.seconds[folder] = time.monotonic() - begin
+
+    def _run(self, command: list[str], limit_s: float) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command, cwd=self.tree, env=self.environment, timeout=limit_s, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+    def _must(self, command: list[str]) -> None:
+        done = self._run(command, BUILD_SECONDS)
+        if done.returncode:
+            raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout[-3000:]}")
+
+    def _build(self, kind: str) -> subprocess.CompletedProcess[str]:
+        preset = "simgpu" if kind == "gpu" else "release"
+        done = self._run(["cmake", "--build", "--preset", preset], BUILD_SECONDS)
+        if done.returncode or kind == "gpu":
+            return done
+        return self._run(["cmake", "--install", "build/release", "--prefix", "kvkernels"], 60)
+
+    def _test(self, folder: str, limit_s: float) -> str:
+        """What failed first, or ""."""
+        wanted = {"csrc/cuda": GPU_TESTS, "kvkernels/triton": TRITON_TESTS}.get(folder, CPU_TESTS)
+        tests = [name for name in wanted if (self.tree / name).exists()]
+        if not tests:
+            return ""
+        command = [str(self.bin / "pytest"), "-x", "-q", "-p", "no:cacheprovider", "--no-header", *tests]
+        if folder == "csrc/cuda":
+            command += ["-k", NOT_BUILT]
+        try:
+            done = self._run(command, limit_s)
+        except subprocess.TimeoutExpired:
+            return "ran too long"
+        if done.returncode == 0:
+            return ""
+        failed = [line for line in done.stdout.split("\n") if line.startswith(("FAILED", "ERROR"))]
+        return failed[0].split(" - ")[0] if failed else f"pytest ended with {done.returncode}"
+
+    def try_out(self, mutant: Mutant) -> Outcome:
+        folder = next(f for f in FOLDERS if mutant.path.startswith(f))
+        target = self.tree / mutant.path
+        before = target.read_text()
+        begin = time.monotonic()
+        mutant.apply(self.tree)
+        try:
+            kinds = {"csrc/cuda": ["gpu"], "kvkernels/triton": []}.get(folder, ["cpu"])
+            try:
+                broken = any(self._build(kind).returncode for kind in kinds)
+            except subprocess.TimeoutExpired:
+                broken = True
+            if broken:
+                return Outcome(mutant, "stillborn", elapsed_s=time.monotonic() - begin)
+            failed = self._test(folder, 60 + 4 * self.seconds[folder])
+            return Outcome(mutant, "killed" if failed else "survived", failed, time.monotonic() - begin)
+        finally:
+            target.write_text(before)
+
+
+def known_equivalent() -> dict[str, str]:
+    """By the edit's text: why nobody could notice it."""
+    known = {}
+    for block in EQUIVALENT.read_text().split("\n\n") if EQUIVALENT.exists() else ():
+        lines = [line for line in block.split("\n") if line and not line.startswith("#")]
+        if len(lines) >= 2:
+            known[lines[0].strip()] = " ".join(line.strip() for line in lines[1:])
+    return known
+
+
+def key(mutant: Mutant) -> str:
+    """Does not change when lines above it do."""
+    return f"{mutant.path}: {mutant.before.strip()}  ->  {mutant.after.strip()}"
+
+
+def report(outcomes: list[Outcome], seed: int) -> str:
+    equivalent = known_equivalent()
+    rows = ["| folder | edits | stillborn | equivalent | killed | survived | killed of those that matter |"]
+    rows.append("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+    survivors = [o for o in outcomes if o.result == "survived" and key(o.mutant) not in equivalent]
+    silent = [o for o in outcomes if o.result == "survived" and key(o.mutant) in equivalent]
+    for folder in (*FOLDERS, ""):
+        mine = [o for o in outcomes if o.mutant.path.startswith(folder)]
+        count = Counter(o.result for o in mine)
+        same = sum(o in silent for o in mine)
+        alive = count["survived"] - same
+        share = f"{100 * count['killed'] / (count['killed'] + alive):.1f}%" if count["killed"] + alive else "-"
+        rows.append(
+            f"| {folder or '**all**'} | {len(mine)} | {count['stillborn']} | {same} | {count['killed']} | {alive} "
+            f"| {share} |"
+        )
+    text = "\n".join(rows) + f"\n\nSeed {seed}.\n"
+    if survivors:
+        text += "\nSurvivors:\n\n" + "".join(f"- `{o.mutant}`\n" for o in survivors)
+    if silent:
+        text += "\nEquivalent:\n\n" + "".join(f"- `{o.mutant}`: {equivalent[key(o.mutant)]}\n" for o in silent)
+    return text
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=160, help="edits to try")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", default="", help="edits of paths that contain this")
+    parser.add_argument("--output", type=Path, help="writes the table there as well")
+    asked = parser.parse_args()
+    mutants = choose(ROOT, asked.count, asked.seed, asked.only)
+    print(f"{len(mutants)} edits; building {asked.workers} trees and running the tests once on each", flush=True)
+    workers = [Worker(i) for i in range(asked.workers)]
+    outcomes: list[Outcome] = []
+    free = list(workers)
+    lock = threading.Lock()
+
+    def one(mutant: Mutant) -> None:
+        with lock:
+            worker = free.pop()
+        try:
+            outcome = worker.try_out(mutant)
+        finally:
+            with lock:
+                free.append(worker)
+        with lock:
+            outcomes.append(outcome)
+            by = f" by {outcome.by}" if outcome.by else ""
+            print(
+                f"[{len(outcomes)}/{len(mutants)}] {outcome.result}{by} ({outcome.elapsed_s:.0f} s): {mutant}",
+                flush=True,
+            )
+
+    with ThreadPoolExecutor(asked.workers) as pool:
+        list(pool.map(Worker.prepare, workers))
+        list(pool.map(one, mutants))
+    outcomes.sort(key=lambda o: (o.mutant.path, o.mutant.line))
+    text = report(outcomes, asked.seed)
+    print(text)
+    if asked.output:
+        asked.output.write_text(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
