@@ -2,7 +2,7 @@
 PYTHON ?= python3
 KVKERNELS_CUDA ?= AUTO
 KVKERNELS_WERROR ?= OFF
-# Arguments for benchmarks/swap.py, benchmarks/pages.py, pytest and tests/e2e/run.py.
+# Arguments for benchmarks/swap.py, benchmarks/pages.py, pytest, tests/e2e/run.py and tests/mutants/run.py.
 ARGS ?=
 
 VENV := .venv

@@ -380,7 +380,7 @@ def _bulk(b: Build) -> Run:
         raise b.refuse("copies between global and shared memory are known")
     del b.modifiers[:2]
     into_shared = sides[1] == "global"
-    b.take("mbarrier::complete_tx::bytes") if into_shared else b.take("bulk_group")
+    b.need("mbarrier::complete_tx::bytes" if into_shared else "bulk_group")
     hints = 1 if b.take("L2::cache_hint") else 0
     if len(b.operands) != (4 if into_shared else 3) + hints:
         raise b.refuse("another number of operands")

@@ -146,6 +146,7 @@ class Machine:
         self.registers = Registers(kernel, self.threads)
         self._all = np.arange(self.threads)
         self._reached: dict[int, int] = {}
+        self._seen_progress = -1  # when those who poll last looked again
 
     def _check_size(self) -> None:
         if self.block_threads > 1024:
@@ -258,7 +259,7 @@ class Machine:
     def _next_after_standstill(self) -> int | None:
         """Everyone waits or polls: time for a copy to run, or for those who poll to look again."""
         polling = self.polls & ~self.exited & ~self.blocked
-        if self.spaces.progress == getattr(self, "_seen_progress", -1) or not polling.any():
+        if self.spaces.progress == self._seen_progress or not polling.any():
             if self.copies.run_oldest() or self.barriers.open_for_the_rest():
                 self.polls[:] = False
                 return self._next_block()
