@@ -12,7 +12,7 @@
 
 namespace kvkernels {
 
-enum class Executor { kAuto, kCpu, kKernel, kDma, kReference };
+enum class Executor { kAuto, kCpu, kKernel, kBulk, kDma, kStaged, kReference };
 enum class Direction { kHostToHost, kHostToDevice, kDeviceToHost, kDeviceToDevice };
 
 // page:  one fragment a pair and no loop, any size and alignment; a device cuts it into tiles
@@ -92,6 +92,9 @@ Work lower_fragments(std::vector<Fragment> fragments, Direction direction, const
 // Listed fragments of one size as one move whose ids are addresses, which is how a kernel takes them; nothing where
 // sizes differ or a side's address does not fit in an id.
 std::optional<Work> addresses_as_ids(const Work& listed);
+
+// Whether every fragment of the moves begins at a multiple of 16 bytes on both sides and is one long.
+bool is_vector_aligned(const std::vector<Move>& moves);
 
 // The same where the ids live on the device and only `rows` is known.
 Work lower_device_ids(std::vector<Move> moves, int64_t rows, Direction direction);

@@ -73,18 +73,18 @@ auto named_errors(const char* op, Body&& body) {
   value_error(op, ": executor '", name_of(executor), "' cannot serve this call: ", reason);
 }
 
+// The executors kernel and bulk.
 void run_kernel_executor(const char* op, const Work& work, const DeviceIds* ids, int64_t sm_budget,
                          const Context& context, const std::string& reason) {
   const int budget = static_cast<int>(std::min<int64_t>(sm_budget, 1 << 20));
   const KernelPlan plan = plan_kernel(work, ids, budget, context.limits(), context.is_capturing());
   if (explaining()) {
     Explanation explanation = explanation_of(op, work, reason);
-    explanation.executor = Executor::kKernel;
     explanation.shape = std::string(name_of(plan.shape));
     explanation.launches = plan.launches;
     explanation.descriptors = plan.descriptors;
     explanation.device = text('{', context.json(), ", \"ctas\": ", plan.ctas, ", \"threads\": ", plan.threads,
-                              ", \"tiles\": ", plan.tiles, ", \"table_bytes\": ", plan.table_bytes,
+                              ", \"shared_bytes\": ", plan.shared_bytes, ", \"tiles\": ", plan.tiles, ", \"table_bytes\": ", plan.table_bytes,
                               ", \"uploads\": ", plan.uploads ? "true" : "false", '}');
     return record(explanation);
   }
@@ -95,7 +95,7 @@ void run_kernel_executor(const char* op, const Work& work, const DeviceIds* ids,
     return uploads.back().const_data_ptr();
   };
   const Issued issued = run_kernel(plan, upload, context.stream());
-  count_issued(Executor::kKernel, issued.launches, issued.descriptors, issued.bytes);
+  count_issued(work.executor, issued.launches, issued.descriptors, issued.bytes);
 }
 
 void run_dma_executor(const char* op, const Work& work, bool any_source_order, const Context& context,
@@ -126,24 +126,35 @@ std::string map_or_refuse(Work& work, const DeviceIds* ids, const Context& conte
 
 void carry_out_device_ids(const CopyCall& call, std::vector<Move> moves, Direction direction, const Context& context) {
   const std::string reason = "the ids are on the device";
-  if (call.executor != Executor::kAuto && call.executor != Executor::kKernel) refuse(call.op, call.executor, reason);
+  const bool is_bulk = call.executor == Executor::kBulk;
+  if (call.executor != Executor::kAuto && call.executor != Executor::kKernel && !is_bulk) {
+    refuse(call.op, call.executor, reason);
+  }
   Work work = lower_device_ids(std::move(moves), call.rows, direction);
+  if (is_bulk) work.executor = Executor::kBulk;
   if (work.bytes == 0) {
     if (explaining()) record(explanation_of(call.op, work, reason));
     return;
   }
   const DeviceIds ids{call.src_ids,         call.dst_ids,       call.rows,          call.src_limit.ids(),
                       call.dst_limit.ids(), call.skip_negative, fault_code(call.op)};
-  const std::string refusal = map_or_refuse(work, &ids, context);
-  if (!refusal.empty()) refuse(call.op, Executor::kKernel, refusal);
+  std::string refusal = map_or_refuse(work, &ids, context);
+  if (refusal.empty() && is_bulk) refusal = bulk_refusal(work.moves, context.limits().capability);
+  if (!refusal.empty()) refuse(call.op, work.executor, refusal);
   run_kernel_executor(call.op, work, &ids, call.sm_budget, context, reason);
 }
 
 GpuChoice choose(const char* op, Executor asked, const Work& work, const Context& context, const std::string& refusal) {
   if (asked == Executor::kCpu) refuse(op, asked, "a tensor is on a cuda device");
-  if (asked == Executor::kKernel && !refusal.empty()) refuse(op, asked, refusal);
+  if ((asked == Executor::kKernel || asked == Executor::kBulk) && !refusal.empty()) refuse(op, asked, refusal);
+  const int capability = context.limits().capability;
+  if (asked == Executor::kBulk && work.bytes > 0) {
+    const std::string reason = bulk_refusal(work.moves, capability);
+    if (!reason.empty()) refuse(op, asked, reason);
+  }
   if (asked != Executor::kAuto) return {asked, "named by the caller"};
-  return choose_on_gpu(work.direction, work.bytes, work.descriptors, {context.allows_batches(), refusal});
+  return choose_on_gpu(work.direction, work.bytes, work.descriptors,
+                       {context.allows_batches(), refusal, bulk_pays(work.moves, capability)});
 }
 
 void carry_out_host_ids(const CopyCall& call, std::vector<Move> moves, PairList list, Direction direction,
@@ -154,11 +165,10 @@ void carry_out_host_ids(const CopyCall& call, std::vector<Move> moves, PairList 
   Work mapped = work;
   const std::string refusal = work.bytes > 0 ? map_or_refuse(mapped, nullptr, context) : "";
   const GpuChoice choice = choose(call.op, call.executor, work, context, refusal);
-  const bool is_kernel = choice.executor == Executor::kKernel;
+  work.executor = mapped.executor = choice.executor;
   if (work.bytes == 0) {
-    work.executor = choice.executor;
     if (explaining()) record(explanation_of(call.op, work, choice.reason));
-  } else if (is_kernel) {
+  } else if (choice.executor == Executor::kKernel || choice.executor == Executor::kBulk) {
     run_kernel_executor(call.op, mapped, nullptr, call.sm_budget, context, choice.reason);
   } else {
     run_dma_executor(call.op, work, false, context, choice.reason);
@@ -226,12 +236,13 @@ bool carry_out_fragments_on_cuda(const char* op, const std::vector<Fragment>& fr
     if (facts.device < 0) return false;
     const Context context(facts.device);
     const Work work = lower_fragments(fragments, direction_of(facts), {Executor::kDma, 1, false});
-    const std::optional<Work> as_ids = facts.kernel_reaches ? addresses_as_ids(work) : std::nullopt;
+    std::optional<Work> as_ids = facts.kernel_reaches ? addresses_as_ids(work) : std::nullopt;
     const std::string refusal = as_ids ? "" : "its fragments differ in size, or it cannot reach them";
     // A copy engine serves every direction, so only small fragments are worth a kernel's launch here.
     const GpuChoice choice =
         choose_on_gpu(work.direction, work.bytes, work.descriptors, {context.allows_batches(), refusal});
     if (choice.executor == Executor::kKernel && as_ids) {
+      as_ids->executor = Executor::kKernel;
       run_kernel_executor(op, *as_ids, nullptr, 0, context, choice.reason);
     } else {
       run_dma_executor(op, work, any_source_order, context, choice.reason);

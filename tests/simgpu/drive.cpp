@@ -6,6 +6,8 @@
 #include <vector>
 
 #include "core/lower.h"
+#include "cuda/bulk_body.h"
+#include "cuda/bulk_kernel.h"
 #include "cuda/copy_body.h"
 #include "cuda/copy_kernel.h"
 #include "cuda/device.h"
@@ -86,12 +88,33 @@ struct CheckedAccess {
   static inline bool is_new_launch = true;
 };
 
+// What a bulk copy refuses, done at once.
+struct CheckedRing {
+  uint32_t stage_bytes;
+
+  void copy(const std::byte* src, std::byte* dst, uint32_t bytes) {
+    if (bytes % 16 != 0 || bytes > stage_bytes) CheckedAccess::fail("a bulk copy's size", bytes, bytes);
+    for (uint32_t at = 0; at < bytes; at += 16) {
+      Bytes16 v;
+      CheckedAccess::load(v, src + at);
+      CheckedAccess::store(dst + at, v);
+    }
+  }
+  void finish() {}
+};
+
+void copy_bulk(const Head& head, const std::byte* tables, uint32_t thread, uint32_t threads) {
+  CheckedRing ring{head.unit_bytes};
+  kvkernels::copy_bulk<CheckedAccess>(head, tables, ring, thread, threads);
+}
+
 using Body = void (*)(const Head&, const std::byte*, uint32_t, uint32_t);
 
 Body body_of(const std::string& kernel) {
   if (kernel.starts_with("kvkernels_copy_page_")) return copy_page<CheckedAccess>;
   if (kernel.starts_with("kvkernels_copy_row_")) return copy_row<CheckedAccess>;
   if (kernel.starts_with("kvkernels_copy_bytes_")) return copy_bytes<CheckedAccess>;
+  if (kernel.starts_with("kvkernels_copy_bulk_")) return copy_bulk;
   return nullptr;
 }
 
@@ -103,7 +126,7 @@ size_t parameter_bytes(const char* kernel, size_t index) {
 }
 
 // The parameters are copied to where nothing else is, as a launch does: what it needs must be inside them.
-int run(const char* kernel, void** arguments, unsigned ctas, unsigned threads) {
+int run(const char* kernel, void** arguments, unsigned ctas, unsigned threads, size_t shared_bytes) {
   const Body body = body_of(kernel);
   if (body == nullptr) return cudaErrorInvalidDeviceFunction;
   const size_t bytes = parameter_bytes(kernel, 0);
@@ -115,6 +138,7 @@ int run(const char* kernel, void** arguments, unsigned ctas, unsigned threads) {
     tables = reinterpret_cast<const std::byte*>(parameters.data()) + offsetof(Params<kSmallParams>, tables);
   }
   violation.clear();
+  if (body == copy_bulk && shared_bytes != bulk_shared_bytes(head.unit_bytes)) return cudaErrorInvalidValue;
   CheckedAccess::is_new_launch = true;
   for (uint32_t thread = 0; thread < ctas * threads; ++thread) {
     loads_in_flight = 0;
@@ -242,7 +266,8 @@ EXPORT int drive_fragments(const int64_t* rows, int64_t count, int any_order, in
 }
 
 // `ids` is null or: source data, stride, width; destination data, stride, width; rows; limits; skip_negative; op.
-// `options`: direction, sm_budget, items of a launch (0: the default), whether it captures, whether to map, to run.
+// `options`: direction, sm_budget, items of a launch (0: the default), whether it captures, whether to map, to run, and
+// to use bulk copies.
 // `out`: launches, ctas, threads, tiles, descriptors, bytes, table bytes, uploads, variant; then what was issued.
 EXPORT int drive_kernel(const int64_t* moves, int64_t move_count, const int64_t* segments, int64_t segment_count,
                         const int64_t* ids, const int64_t* options, void* stream, int64_t* out) {
@@ -261,6 +286,7 @@ EXPORT int drive_kernel(const int64_t* moves, int64_t move_count, const int64_t*
     const DeviceIds* on_device = ids ? &device_ids : nullptr;
     Work work =
         read_work(moves, move_count, segments, segment_count, static_cast<int>(options[0]), ids ? device_ids.n : 0);
+    work.executor = options[6] != 0 ? Executor::kBulk : Executor::kKernel;
     DeviceLimits limits = device_limits(current_device());
     if (options[2] > 0) limits.max_items = options[2];
     limits.reads_pageable = fake::setting("pageable_access") != 0;
