@@ -13,6 +13,7 @@ struct GpuFacts {
   bool batches = false;        // the stream and the memory allow batched copies
   std::string kernel_refusal;  // why a kernel cannot reach the host side; empty where it can
   bool bulk_pays = false;
+  int64_t staged_bytes = 0;  // of a copy over the link by way of a ring, on average; 0 where the ring cannot serve
 };
 
 struct GpuChoice {
@@ -41,6 +42,9 @@ std::string bulk_refusal(const std::vector<Move>& moves, int capability);
 
 // Whether bulk copies are worth more than the kernel's: on devices of the data centre, for long aligned fragments.
 bool bulk_pays(const std::vector<Move>& moves, int capability);
+
+// Whether it is worth finding out what staging comes to.
+bool staging_may_pay(Direction direction, int64_t bytes, int64_t descriptors, const GpuFacts& facts);
 
 GpuChoice choose_on_gpu(Direction direction, int64_t bytes, int64_t descriptors, const GpuFacts& facts);
 

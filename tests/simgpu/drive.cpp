@@ -16,6 +16,7 @@
 #include "cuda/fault.h"
 #include "cuda/kernel.h"
 #include "cuda/pointers.h"
+#include "cuda/staged.h"
 #include "cuda/stream.h"
 #include "fake.h"
 
@@ -301,6 +302,29 @@ EXPORT int drive_kernel(const int64_t* moves, int64_t move_count, const int64_t*
     const auto on = static_cast<cudaStream_t>(stream);
     const auto send = [&](const void* host, size_t bytes) { return upload(host, bytes, on); };
     write_issued(run_kernel(plan, send, on), out + 9);
+  });
+}
+
+// `options`: direction, sm_budget, bytes of the ring (0: the default), whether only to plan. `out`: what was issued,
+// the chunks, and the ring's bytes.
+EXPORT int drive_staged(const int64_t* moves, int64_t move_count, const int64_t* segments, int64_t segment_count,
+                        const int64_t* options, void* stream, int64_t* out) {
+  return guarded([&] {
+    message.clear();
+    const Work work = read_work(moves, move_count, segments, segment_count, static_cast<int>(options[0]), 0);
+    const Staging staging = plan_staging(work, options[2] > 0 ? options[2] : kStagingRingBytes);
+    if (!staging.refusal.empty()) throw std::invalid_argument(staging.refusal);
+    const auto on = static_cast<cudaStream_t>(stream);
+    const auto budget = static_cast<int>(options[1]);
+    const DeviceLimits limits = device_limits(current_device());
+    out[3] = staging.chunks();
+    out[4] = staging.ring_bytes;
+    if (options[3] != 0) return write_issued(plan_staged(work, staging, budget, limits, on), out);
+    void* ring = nullptr;
+    check(cudaMalloc(&ring, static_cast<size_t>(staging.ring_bytes)), "cudaMalloc");
+    uploads.push_back(ring);
+    const auto send = [&](const void* host, size_t bytes) { return upload(host, bytes, on); };
+    write_issued(run_staged(work, staging, static_cast<std::byte*>(ring), budget, limits, send, on), out);
   });
 }
 

@@ -45,7 +45,8 @@ def random_case(rng, shape):
     """Moves over disjoint parts of both buffers, pairs, both sizes, and the ids there are on each side.
 
     ``shape`` is page, row, bytes, or those of the last that a kernel treats alike: "chunks 8" (also 4, 2 and 1), which
-    are as wide as all addresses and sizes allow, and "tiles".
+    are as wide as all addresses and sizes allow, and "tiles"; or "bulk", whose fragments mostly begin at the same
+    distance from a multiple of 16 on both sides.
     """
     kind, _, width = shape.partition(" ")
     fragment_bytes = {
@@ -54,16 +55,25 @@ def random_case(rng, shape):
         "bytes": lambda: int(rng.choice([rng.integers(1, 70), rng.integers(70, 1200), rng.integers(4000, 9000)])),
         "chunks": lambda: int(width) * (2 * int(rng.integers(0, 120 // int(width))) + 1),
         "tiles": lambda: int(rng.choice([rng.integers(257, 1300), rng.integers(4000, 9000)])) | 1,
+        "bulk": lambda: int(
+            rng.choice([16 * rng.integers(32, 100), rng.integers(512, 3000), rng.integers(8000, 18000)])
+        ),
     }[kind]()
     unit = {"row": 16, "chunks": int(width or 1)}.get(kind, int(rng.choice([1, 2, 4, 8, 16])))
     if shape == "bytes" and rng.integers(2):
         fragment_bytes = max(unit, fragment_bytes // unit * unit)
+    both_begin = 0
+    if shape == "bulk":
+        unit = int(rng.choice([16, 16, 16, 1]))
+        both_begin = int(rng.choice([0, rng.integers(16)]))
     loop_count = 0 if shape == "page" else int(rng.integers(kind == "tiles", 4))
     budget = max(1, 60000 // fragment_bytes)
     subblocks = [1, 1]
     if rng.integers(3) == 0:
         subblocks = [int(rng.choice([1, 2, 3, 7, 16])) for _ in range(2)]
-    blocks = [max(2, int(rng.integers(2, 12)) // s) for s in subblocks]
+    # A tile of the bulk kernel takes the simulator long.
+    most_blocks = 4 if shape == "bulk" else 12
+    blocks = [max(2, int(rng.integers(2, most_blocks)) // s) for s in subblocks]
     id_counts = [b * s for b, s in zip(blocks, subblocks, strict=True)]
     moves, ends = [], [0, 0]
     same_form = bool(rng.integers(2))
@@ -77,6 +87,7 @@ def random_case(rng, shape):
         for s in range(2):
             strides, size = _nest(rng, [*extents, subblocks[s]], fragment_bytes, unit)
             offset = (ends[s] + 15) // 16 * 16 + (0 if shape == "row" else unit * int(rng.integers(0, 17)))
+            offset += both_begin
             block_stride = size + unit * int(rng.integers(0, 4))
             sides.append(Side(offset, block_stride, strides[-1], subblocks[s]))
             all_strides.append(strides[:-1])
@@ -130,6 +141,7 @@ def random_call(sim: Sim, rng, shape, tables, ids):
     src, dst = sim.memory(DEVICE, src_bytes + 64), sim.memory(DEVICE, dst_bytes + 64)
     options = {"sm_budget": int(rng.choice([1, 3, 12])), "direction": int(rng.choice([H2D, D2H]))}
     options["max_items"] = int(rng.choice([0, 0, 0, 4000]))
+    options["bulk"] = shape == "bulk"
     if ids == "host 64-bit":
         moves = [Move(Side(m.src.base, m.src.block_stride, 0, FAR), m.dst, m.fragment_bytes, m.loops) for m in moves]
         pairs = [(s * FAR + int(rng.integers(FAR)), d) for s, d in pairs]
@@ -141,10 +153,10 @@ def random_call(sim: Sim, rng, shape, tables, ids):
 def faulty_call(sim: Sim, rng, shape, tables, ids, has_earlier):
     """Ids on the device, half of them bad, for moves of one unit a pair in two launches, of which the first records."""
     kind, _, width = shape.partition(" ")
-    bytes_ = {"row": 16, "chunks": int(width or 1), "page": 40, "tiles": 261}[kind]
+    bytes_ = {"row": 16, "chunks": int(width or 1), "page": 40, "tiles": 261, "bulk": 528}[kind]
     loops = ((2, bytes_, bytes_),) if kind == "tiles" else ()
     # More than a tile of chunks, so that each of a lane's chunks meets a bad pair.
-    count, stride = 140, 3 * bytes_
+    count, stride = 8 if kind == "bulk" else 140, 3 * bytes_
     extra = 2 * _EXTRA_MOVES[tables]
     moves = [Move(Side(at, stride), Side(at, stride), bytes_, loops) for at in (0, 16 * count * stride)]
     size = 17 * count * stride
@@ -153,7 +165,7 @@ def faulty_call(sim: Sim, rng, shape, tables, ids, has_earlier):
     pairs = list(zip(rng.permutation(count).tolist(), rng.permutation(count).tolist(), strict=True))
     return check_device_ids(
         sim, rng, moves, pairs, src, dst, [count, count], ids, one_in=2, has_earlier=has_earlier,
-        max_items=max(extra // 2, 1) * count + 1,
+        max_items=max(extra // 2, 1) * count + 1, bulk=shape == "bulk",
     )  # fmt: skip
 
 

@@ -517,6 +517,32 @@ class Sim:
         variant = ("page", "row", "bytes", "bulk")[found[8]]
         return KernelRun(*found[:7], bool(found[7]), variant, Issued(*found[9:]))
 
+    def staged(
+        self,
+        moves: Sequence[Move],
+        pairs: Sequence[tuple[int, int]],
+        src: np.ndarray,
+        dst: np.ndarray,
+        stream: int = 0,
+        *,
+        direction: int = D2H,
+        sm_budget: int = 0,
+        ring_bytes: int = 0,
+        plans_only: bool = False,
+    ) -> tuple[Issued, int, int]:
+        """What was issued, the chunks and the ring's bytes."""
+        rows = _int64([move.row(address(src), address(dst)) for move in moves])
+        segments = _int64(segments_of(pairs))
+        options = _int64([direction, sm_budget, ring_bytes, int(plans_only)])
+        out = np.zeros(5, np.int64)
+        status = self.drive.drive_staged(
+            _data(rows), ctypes.c_int64(len(rows)), _data(segments), ctypes.c_int64(len(segments)), _data(options),
+            ctypes.c_void_p(stream), _data(out),
+        )  # fmt: skip
+        self._checked(status)
+        found = out.tolist()
+        return Issued(*found[:3]), found[3], found[4]
+
     def take_fault(self, device: int = 0) -> tuple[int, int, int] | None:
         """Count, first row and op."""
         out = np.zeros(4, np.int64)
