@@ -166,21 +166,23 @@ def ring(fragment_bytes: int) -> tuple[int, int, int]:
 
 def bulk_table(kernels: list[Kernel]) -> str:
     """The bulk kernels' copies, and what their rings keep on its way."""
-    rows = ["| kernel | target | registers | bulk loads (UBLKCP.S.G) | bulk stores (UBLKCP.G.S) |"]
-    rows.append("| --- | --- | ---: | ---: | ---: |")
+    rows = ["| kernel | target | registers | spills | bulk loads (UBLKCP.S.G) | bulk stores (UBLKCP.G.S) |"]
+    rows.append("| --- | --- | ---: | ---: | ---: | ---: |")
     for kernel in in_order(kernels):
         if kernel.bulk_loads or kernel.bulk_stores:
             name = kernel.name.removeprefix("kvkernels_")
+            spills = kernel.spilled_bytes + kernel.spill_instructions
             copies = f"{kernel.bulk_loads} | {kernel.bulk_stores}"
-            rows.append(f"| {name} | {kernel.architecture} | {kernel.registers} | {copies} |")
+            rows.append(f"| {name} | {kernel.architecture} | {kernel.registers} | {spills} | {copies} |")
     rows += ["", "| fragment | stages of a warp | stage | on its way, by CTA | 4 CTAs | 12 CTAs | enough for |"]
     rows.append("| ---: | ---: | ---: | ---: | ---: | ---: | --- |")
     for fragment_bytes in (512, 1024, 2048, 4096, 8192, 65536):
         stages, stage_bytes, cta = ring(fragment_bytes)
         four, twelve = (count * cta for count in (BULK_HOST_LINK_CTAS, HOST_LINK_CTAS))
         enough = [
-            f"{link}, {next(n for n in range(1, 1000) if n * cta >= needed)} CTAs"
+            f"{link}, {count} CTA{'s' * (count > 1)}"
             for link, needed in LINK_BYTES.items()
+            for count in [-(-needed // cta)]
         ]
         sizes = " | ".join(f"{size // 1000} kB" for size in (cta, four, twelve))
         rows.append(f"| {fragment_bytes} B | {stages} | {stage_bytes} B | {sizes} | {'; '.join(enough)} |")

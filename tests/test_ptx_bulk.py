@@ -42,6 +42,13 @@ def test_every_alignment_and_size(sim, architecture, difference, direction):
     assert run.variant == "bulk"
 
 
+@on_stand_in
+def test_older_images_have_an_empty_kernel(sim):
+    module = sim.use_ptx("sm_80").module
+    for tables in ("small", "large", "table"):
+        assert [text.strip(" ;") for text in module[f"kvkernels_copy_bulk_{tables}"].kernel.lines().values()] == ["ret"]
+
+
 @early_or_late
 @each_architecture
 @on_stand_in

@@ -66,7 +66,7 @@ def test_bulk_copies_are_counted_and_their_rings_laid_out(sass):
         kernel, ["  /*0010*/   UBLKCP.S.G [UR8], [UR4], UR9 ;", "  /*0020*/  @P0 UBLKCP.G.S [UR4], [UR8], UR9 ;"]
     )
     assert (kernel.bulk_loads, kernel.bulk_stores) == (1, 1)
-    assert "| copy_bulk_small | sm_90 | 40 | 1 | 1 |" in sass.bulk_table([kernel])
+    assert "| copy_bulk_small | sm_90 | 40 | 0 | 1 | 1 |" in sass.bulk_table([kernel])
     assert sass.ring(8192) == (6, 8192, 4 * 8192 * 4)
     assert sass.ring(600) == (32, 640, 30 * 600 * 4)
 

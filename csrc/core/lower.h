@@ -77,6 +77,9 @@ struct Work {
 std::vector<Move> bind_runs(const std::vector<Run>& runs, const std::vector<Pool>& src, const std::vector<Pool>& dst,
                             int64_t src_subblocks, int64_t dst_subblocks, Direction direction);
 
+// Whether every fragment of the moves begins at a multiple of 16 bytes on both sides, and its size is one.
+bool is_vector_aligned(const std::vector<Move>& moves);
+
 struct LowerOptions {
   Executor executor = Executor::kCpu;  // already chosen
   int threads = 1;                     // that the CPU executor may use
@@ -92,9 +95,6 @@ Work lower_fragments(std::vector<Fragment> fragments, Direction direction, const
 // Listed fragments of one size as one move whose ids are addresses, which is how a kernel takes them; nothing where
 // sizes differ or a side's address does not fit in an id.
 std::optional<Work> addresses_as_ids(const Work& listed);
-
-// Whether every fragment of the moves begins at a multiple of 16 bytes on both sides and is one long.
-bool is_vector_aligned(const std::vector<Move>& moves);
 
 // The same where the ids live on the device and only `rows` is known.
 Work lower_device_ids(std::vector<Move> moves, int64_t rows, Direction direction);

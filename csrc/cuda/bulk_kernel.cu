@@ -1,6 +1,5 @@
-#include "cuda/bulk_kernel.h"
-
 #include "cuda/bulk_body.h"
+#include "cuda/bulk_kernel.h"
 #include "cuda/error.h"
 #include "cuda/launch.h"
 

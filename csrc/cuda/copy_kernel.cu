@@ -1,5 +1,4 @@
 #include "cuda/copy_kernel.h"
-
 #include "cuda/launch.h"
 
 namespace kvkernels {

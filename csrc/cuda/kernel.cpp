@@ -217,7 +217,8 @@ class Planner {
   KernelPlan plan() {
     plan_.shape = work_.shape;
     plan_.variant = cutter_.variant();
-    if (is_bulk()) plan_.shared_bytes = static_cast<int64_t>(bulk_shared_bytes(static_cast<uint32_t>(cutter_.unit_bytes())));
+    if (is_bulk())
+      plan_.shared_bytes = static_cast<int64_t>(bulk_shared_bytes(static_cast<uint32_t>(cutter_.unit_bytes())));
     plan_.bytes = work_.bytes;
     if (work_.bytes == 0) return plan_;
     std::vector<Move> moves;

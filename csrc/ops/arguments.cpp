@@ -106,9 +106,8 @@ void check_ids_device(const char* op, const char* argument, const Ids& ids, cons
 }
 
 Executor checked_executor(const char* op, std::string_view executor) {
-  for (const Executor known :
-       {Executor::kAuto, Executor::kCpu, Executor::kKernel, Executor::kBulk, Executor::kDma, Executor::kStaged,
-        Executor::kReference}) {
+  for (const Executor known : {Executor::kAuto, Executor::kCpu, Executor::kKernel, Executor::kBulk, Executor::kDma,
+                               Executor::kStaged, Executor::kReference}) {
     if (executor == name_of(known)) return known;
   }
   value_error(op, ": executor must be one of 'auto', 'cpu', 'kernel', 'bulk', 'dma', 'staged', 'reference', got '",
