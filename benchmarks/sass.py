@@ -22,6 +22,17 @@ from pathlib import Path
 CTA_THREADS = 1024
 HOST_LINK_CTAS = 12
 
+# csrc/cuda/bulk_body.h and bulk_kernel.h: the rings of a CTA, their stages, and CTAs where the host is on one side.
+BULK_WARPS = 4
+RING_BYTES = 48 << 10
+MAX_STAGES = 32
+UNREAD_STORES = 2
+BULK_TILE_BYTES = 8 << 10
+BULK_HOST_LINK_CTAS = 4
+
+# What has to be on its way, by benchmarks/results/sass.md: PCIe Gen5 x16, and a GH200's coherent link.
+LINK_BYTES = {"PCIe Gen5": 100_000, "coherent link": 500_000}
+
 ARCHITECTURE = re.compile(r"arch = (sm_\w+)")
 FUNCTION = re.compile(r"Function ?: (\w+)")
 RESOURCES = re.compile(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
@@ -39,6 +50,9 @@ class Kernel:
     spill_instructions: int = 0
     loads: Counter[str] = field(default_factory=Counter)
     stores: Counter[str] = field(default_factory=Counter)
+    # Bulk copies, from global to shared memory and back.
+    bulk_loads: int = 0
+    bulk_stores: int = 0
     # Most 16-byte loads into registers of their own with no store and no branch between them.
     loads_in_flight: int = 0
 
@@ -108,6 +122,8 @@ def read_code(kernel: Kernel, lines: list[str]) -> None:
         opcode, operand = found.groups()
         operation = opcode.split(".")[0]
         kernel.spill_instructions += operation in ("LDL", "STL")
+        kernel.bulk_loads += opcode.startswith("UBLKCP.S.G")
+        kernel.bulk_stores += opcode.startswith("UBLKCP.G.S")
         if operation == "LDG":
             kernel.loads[width(opcode)] += 1
             # A register that is loaded again has been used.
@@ -121,11 +137,15 @@ def read_code(kernel: Kernel, lines: list[str]) -> None:
             in_flight = set()
 
 
+def in_order(kernels: list[Kernel]) -> list[Kernel]:
+    return sorted(kernels, key=lambda kernel: (kernel.name, int(kernel.architecture.strip("sm_af"))))
+
+
 def table(kernels: list[Kernel]) -> str:
     columns = ("kernel", "target", "registers", "spills", "128-bit loads", "stores", "narrower loads", "stores")
     columns += ("loads in flight", "bytes in flight")
     rows = [f"| {' | '.join(columns)} |", f"| --- | --- |{' ---: |' * (len(columns) - 2)}"]
-    for kernel in sorted(kernels, key=lambda kernel: (kernel.name, int(kernel.architecture.strip("sm_af")))):
+    for kernel in in_order(kernels):
         wide = kernel.loads["128"], kernel.stores["128"]
         narrow = kernel.loads.total() - wide[0], kernel.stores.total() - wide[1]
         spills = kernel.spilled_bytes + kernel.spill_instructions
@@ -137,11 +157,46 @@ def table(kernels: list[Kernel]) -> str:
     return "\n".join(rows)
 
 
+def ring(fragment_bytes: int) -> tuple[int, int, int]:
+    """Of fragments of a size: the stages of a warp's ring, a stage's bytes, and a CTA's loads on their way in bytes."""
+    stage_bytes = min(-(-fragment_bytes // 128) * 128, BULK_TILE_BYTES)
+    stages = min(RING_BYTES // stage_bytes, MAX_STAGES)
+    return stages, stage_bytes, (stages - UNREAD_STORES) * min(stage_bytes, fragment_bytes) * BULK_WARPS
+
+
+def bulk_table(kernels: list[Kernel]) -> str:
+    """The bulk kernels' copies, and what their rings keep on its way."""
+    rows = ["| kernel | target | registers | spills | bulk loads (UBLKCP.S.G) | bulk stores (UBLKCP.G.S) |"]
+    rows.append("| --- | --- | ---: | ---: | ---: | ---: |")
+    for kernel in in_order(kernels):
+        if kernel.bulk_loads or kernel.bulk_stores:
+            name = kernel.name.removeprefix("kvkernels_")
+            spills = kernel.spilled_bytes + kernel.spill_instructions
+            copies = f"{kernel.bulk_loads} | {kernel.bulk_stores}"
+            rows.append(f"| {name} | {kernel.architecture} | {kernel.registers} | {spills} | {copies} |")
+    rows += ["", "| fragment | stages of a warp | stage | on its way, by CTA | 4 CTAs | 12 CTAs | enough for |"]
+    rows.append("| ---: | ---: | ---: | ---: | ---: | ---: | --- |")
+    for fragment_bytes in (512, 1024, 2048, 4096, 8192, 65536):
+        stages, stage_bytes, cta = ring(fragment_bytes)
+        four, twelve = (count * cta for count in (BULK_HOST_LINK_CTAS, HOST_LINK_CTAS))
+        enough = [
+            f"{link}, {count} CTA{'s' * (count > 1)}"
+            for link, needed in LINK_BYTES.items()
+            for count in [-(-needed // cta)]
+        ]
+        sizes = " | ".join(f"{size // 1000} kB" for size in (cta, four, twelve))
+        rows.append(f"| {fragment_bytes} B | {stages} | {stage_bytes} B | {sizes} | {'; '.join(enough)} |")
+    return "\n".join(rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     built = Path(__file__).resolve().parents[1] / "kvkernels" / "libkvkernels_ops.so"
     parser.add_argument("library", type=Path, nargs="?", default=built)
-    print(table(read_kernels(parser.parse_args().library)))
+    kernels = read_kernels(parser.parse_args().library)
+    print(table([kernel for kernel in kernels if "_bulk_" not in kernel.name]))
+    print()
+    print(bulk_table(kernels))
 
 
 if __name__ == "__main__":

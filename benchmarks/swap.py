@@ -26,7 +26,7 @@ from models import MODELS, Group, blocks_for
 from verify import Verifier
 
 DIRECTIONS = ("h2h", "h2d", "d2h", "d2d")
-EXECUTORS = ("auto", "cpu", "kernel", "dma", "reference")
+EXECUTORS = ("auto", "cpu", "kernel", "bulk", "dma", "staged", "reference")
 SIDE_BYTES = 256 << 20
 MEASURING_SECONDS = 20.0
 

@@ -24,7 +24,7 @@ class Explanation:
     op : str
         The op's name.
     executor : str
-        ``cpu``, ``kernel``, ``dma`` or ``reference``: what would carry the call out.
+        ``cpu``, ``kernel``, ``bulk``, ``dma``, ``staged`` or ``reference``: what would carry the call out.
     reason : str
         Why this executor.
     direction : str

@@ -87,15 +87,16 @@ def _service(op: str, place: str, cuda: Mapping[str, Any]) -> dict[str, Any]:
     if not cuda["built"]:
         return _entry(reference, None, "the library was built without CUDA code")
     both = ["kernel", "dma", *reference]
+    linked = ["kernel", "bulk", "dma", "staged", *reference] if op in _TAKES_EXECUTOR else both
     if place == "cuda to cuda" and op != "swap_blocks_batch":
         return _entry(
-            both if op in _TAKES_EXECUTOR else ["kernel"],
+            ["kernel", "bulk", "dma", *reference] if op in _TAKES_EXECUTOR else ["kernel"],
             "kernel",
             "one launch for all pools and pairs",
         )
     return _entry(
-        both,
-        "kernel or dma",
+        linked,
+        "kernel or dma" if op == "swap_blocks_batch" else "kernel, bulk, dma or staged",
         "by fragment bytes, their number and the direction: kvkernels.explain says which",
     )
 

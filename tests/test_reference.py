@@ -292,7 +292,7 @@ def test_nothing_to_do_still_checks_the_arguments(n, r):
         reference.copy_pages([src], [dst], mapping, runs, 1, -1)
 
 
-@pytest.mark.parametrize("executor", ["cpu", "kernel", "dma"])
+@pytest.mark.parametrize("executor", ["cpu", "kernel", "bulk", "dma", "staged"])
 def test_the_reference_runs_no_other_executor(executor):
     with pytest.raises(ValueError, match=f"gather_blocks: executor '{executor}' cannot serve this call: "):
         reference.gather_blocks([random_pool(2, 2)], torch.tensor([0]), random_pool(1, 2), executor)

@@ -154,7 +154,7 @@ def test_ids_are_read_by_their_strides() -> None:
 @pytest.mark.parametrize("op", TAKES_EXECUTOR)
 def test_executor_and_sm_budget(op: str) -> None:
     for name in ("", "foo", "CPU", "auto ", "é"):
-        text = f"executor must be one of 'auto', 'cpu', 'kernel', 'dma', 'reference', got '{name}'"
+        text = f"executor must be one of 'auto', 'cpu', 'kernel', 'bulk', 'dma', 'staged', 'reference', got '{name}'"
         refused(op, lambda a, name=name: a.update(executor=name), ValueError, text)
     for budget in (-1, I64_MIN):
         text = f"sm_budget must not be negative, got {budget}"
@@ -162,7 +162,7 @@ def test_executor_and_sm_budget(op: str) -> None:
 
 
 @pytest.mark.parametrize("op", TAKES_EXECUTOR)
-@pytest.mark.parametrize("executor", ["kernel", "dma"])
+@pytest.mark.parametrize("executor", ["kernel", "bulk", "dma", "staged"])
 def test_an_executor_that_cannot_serve_raises_and_none_else_runs(op: str, executor: str) -> None:
     for door in ("torch.ops", "explain"):
         arguments = VALID[op]()

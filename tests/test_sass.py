@@ -56,6 +56,24 @@ def test_the_constants_are_those_of_the_kernels(sass):
     cuda = BENCHMARKS.parent / "csrc" / "cuda"
     assert f"kMaxThreads = {sass.CTA_THREADS};" in (cuda / "copy_kernel.h").read_text()
     assert f"kHostLinkCtas = {sass.HOST_LINK_CTAS};" in (cuda / "kernel.h").read_text()
+    bulk = (cuda / "bulk_body.h").read_text()
+    assert f"kBulkWarps = {sass.BULK_WARPS};" in bulk
+    assert f"kRingBytes = {sass.RING_BYTES >> 10} << 10;" in bulk
+    assert f"kMaxStages = {sass.MAX_STAGES};" in bulk
+    assert f"kUnreadStores = {sass.UNREAD_STORES};" in bulk
+    assert f"kBulkTileBytes = {sass.BULK_TILE_BYTES >> 10} << 10;" in bulk
+    assert f"kBulkHostLinkCtas = {sass.BULK_HOST_LINK_CTAS};" in (cuda / "bulk_kernel.h").read_text()
+
+
+def test_bulk_copies_are_counted_and_their_rings_laid_out(sass):
+    kernel = sass.Kernel("sm_90", "kvkernels_copy_bulk_small", registers=40)
+    sass.read_code(
+        kernel, ["  /*0010*/   UBLKCP.S.G [UR8], [UR4], UR9 ;", "  /*0020*/  @P0 UBLKCP.G.S [UR4], [UR8], UR9 ;"]
+    )
+    assert (kernel.bulk_loads, kernel.bulk_stores) == (1, 1)
+    assert "| copy_bulk_small | sm_90 | 40 | 0 | 1 | 1 |" in sass.bulk_table([kernel])
+    assert sass.ring(8192) == (6, 8192, 4 * 8192 * 4)
+    assert sass.ring(600) == (32, 640, 30 * 600 * 4)
 
 
 def test_the_table_has_a_row_for_each_kernel(sass):

@@ -1,7 +1,9 @@
 #include "core/gpu_policy.h"
 
+#include <algorithm>
 #include <cerrno>
 #include <cstdlib>
+#include <iterator>
 #include <optional>
 
 #include "core/text.h"
@@ -19,6 +21,21 @@ constexpr GpuPolicyRow kRows[] = {
     {Direction::kHostToDevice, false, 4, 1024 * kKiB},
     {Direction::kDeviceToHost, false, 4, 1024 * kKiB},
 };
+
+// Also published, none measured here: bulk copies on 4 SMs came within 10% of the ceiling of a GB300's link (SGLang
+// pull request 40278), where the rate of operations limits short ones; on compute capability 12.0 they lost to plain
+// loads.
+constexpr int64_t kBulkPaysBytes = 4 * kKiB;
+constexpr int kBulkPaysCapabilities[] = {90, 100, 103};
+
+int64_t shortest_fragment(const std::vector<Move>& moves) {
+  const auto shorter = [](const Move& a, const Move& b) { return a.fragment_bytes < b.fragment_bytes; };
+  return moves.empty() ? 0 : std::min_element(moves.begin(), moves.end(), shorter)->fragment_bytes;
+}
+
+bool is_small(const GpuPolicyRow& row, int64_t bytes, int64_t descriptors) {
+  return descriptors >= row.min_count && bytes / std::max<int64_t>(descriptors, 1) < row.kernel_below_bytes;
+}
 
 std::optional<int64_t> override_bytes() {
   const char* value = std::getenv("KVKERNELS_KERNEL_BELOW_BYTES");
@@ -43,16 +60,44 @@ GpuPolicyRow gpu_policy(Direction direction, bool batches) {
   value_error("gpu_policy: direction must be h2d or d2h, got ", name_of(direction));
 }
 
+std::string bulk_refusal(const std::vector<Move>& moves, int capability) {
+  if (capability < kBulkCapability) {
+    return text("it needs compute capability 9.0 or later, and the device has ", capability / 10, '.', capability % 10);
+  }
+  const int64_t shortest = shortest_fragment(moves);
+  if (shortest >= kBulkMinBytes) return "";
+  return text("its fragments must have at least ", kBulkMinBytes, " bytes, and one has ", shortest);
+}
+
+bool bulk_pays(const std::vector<Move>& moves, int capability) {
+  return std::find(std::begin(kBulkPaysCapabilities), std::end(kBulkPaysCapabilities), capability) !=
+             std::end(kBulkPaysCapabilities) &&
+         shortest_fragment(moves) >= kBulkPaysBytes && is_vector_aligned(moves);
+}
+
+bool staging_may_pay(Direction direction, int64_t bytes, int64_t descriptors, const GpuFacts& facts) {
+  // A kernel's stores to the host are the slower of its two ways; its loads are as good as the ring's.
+  if (direction == Direction::kDeviceToDevice) return false;
+  if (direction == Direction::kHostToDevice && facts.kernel_refusal.empty()) return false;
+  return is_small(gpu_policy(direction, facts.batches), bytes, descriptors);
+}
+
 GpuChoice choose_on_gpu(Direction direction, int64_t bytes, int64_t descriptors, const GpuFacts& facts) {
   if (direction == Direction::kDeviceToDevice) return {Executor::kKernel, "both sides are on the device"};
-  if (!facts.kernel_refusal.empty()) return {Executor::kDma, "the kernel cannot: " + facts.kernel_refusal};
   const GpuPolicyRow row = gpu_policy(direction, facts.batches);
   const int64_t mean_bytes = descriptors > 0 ? bytes / descriptors : 0;
-  const bool small = mean_bytes < row.kernel_below_bytes && descriptors >= row.min_count;
-  return {small ? Executor::kKernel : Executor::kDma,
-          text(descriptors, " fragments of ", mean_bytes, " bytes on average; the kernel takes at least ",
-               row.min_count, " below ", row.kernel_below_bytes,
-               facts.batches ? " where copies are batched" : " where copies go one by one")};
+  if (staging_may_pay(direction, bytes, descriptors, facts) && facts.staged_bytes >= row.kernel_below_bytes) {
+    return {Executor::kStaged,
+            text(descriptors, " fragments of ", mean_bytes, " bytes on average, and on the host ", facts.staged_bytes,
+                 " together; from ", row.kernel_below_bytes, " on they are worth a ring on the device")};
+  }
+  if (!facts.kernel_refusal.empty()) return {Executor::kDma, "the kernel cannot: " + facts.kernel_refusal};
+  const std::string reason = text(
+      descriptors, " fragments of ", mean_bytes, " bytes on average; the kernel takes at least ", row.min_count,
+      " below ", row.kernel_below_bytes, facts.batches ? " where copies are batched" : " where copies go one by one");
+  if (!is_small(row, bytes, descriptors)) return {Executor::kDma, reason};
+  if (facts.bulk_pays) return {Executor::kBulk, reason + ", by bulk copies where all are aligned and long enough"};
+  return {Executor::kKernel, reason};
 }
 
 }  // namespace kvkernels

@@ -1,4 +1,4 @@
-// Which executor `auto` takes for a call with a tensor on a GPU: a table of four rows.
+// Which executor `auto` takes for a call with a tensor on a GPU: a table of four rows, and who takes small fragments.
 #pragma once
 
 #include <cstdint>
@@ -12,6 +12,8 @@ namespace kvkernels {
 struct GpuFacts {
   bool batches = false;        // the stream and the memory allow batched copies
   std::string kernel_refusal;  // why a kernel cannot reach the host side; empty where it can
+  bool bulk_pays = false;
+  int64_t staged_bytes = 0;  // of a copy over the link by way of a ring, on average; 0 where the ring cannot serve
 };
 
 struct GpuChoice {
@@ -30,6 +32,19 @@ struct GpuPolicyRow {
 // KVKERNELS_KERNEL_BELOW_BYTES, where set, replaces every row's limit. Never measured by this project on a GPU: the
 // figures are published ones (docs/design.md names them).
 GpuPolicyRow gpu_policy(Direction direction, bool batches);
+
+// Bulk copies need a device of this compute capability (in tens of a major version) and fragments that are worth one.
+constexpr int kBulkCapability = 90;
+constexpr int64_t kBulkMinBytes = 512;
+
+// Why the executor bulk cannot serve the call; empty where it can.
+std::string bulk_refusal(const std::vector<Move>& moves, int capability);
+
+// Whether bulk copies are worth more than the kernel's: on devices of the data centre, for long aligned fragments.
+bool bulk_pays(const std::vector<Move>& moves, int capability);
+
+// Whether it is worth finding out what staging comes to.
+bool staging_may_pay(Direction direction, int64_t bytes, int64_t descriptors, const GpuFacts& facts);
 
 GpuChoice choose_on_gpu(Direction direction, int64_t bytes, int64_t descriptors, const GpuFacts& facts);
 

@@ -1,5 +1,6 @@
 #include "core/lower.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <utility>
 
@@ -15,8 +16,12 @@ std::string_view name_of(Executor executor) {
       return "cpu";
     case Executor::kKernel:
       return "kernel";
+    case Executor::kBulk:
+      return "bulk";
     case Executor::kDma:
       return "dma";
+    case Executor::kStaged:
+      return "staged";
     case Executor::kReference:
       return "reference";
   }
@@ -139,13 +144,15 @@ bool side_is_aligned(const Side& side) {
          (side.subblocks == 1 || is_vector_multiple(side.subblock_stride));
 }
 
-bool is_row(const Move& move) {
+bool is_aligned(const Move& move) {
   bool aligned = side_is_aligned(move.src) && side_is_aligned(move.dst) && is_vector_multiple(move.fragment_bytes);
   for (int i = 0; i < move.loop_count; ++i) {
     aligned &= is_vector_multiple(move.loops[i].src_stride) && is_vector_multiple(move.loops[i].dst_stride);
   }
-  return aligned && move.fragment_bytes <= kRowMaxBytes;
+  return aligned;
 }
+
+bool is_row(const Move& move) { return is_aligned(move) && move.fragment_bytes <= kRowMaxBytes; }
 
 Shape shape_of(const std::vector<Move>& moves) {
   bool rows = true;
@@ -247,6 +254,8 @@ std::optional<Work> addresses_as_ids(const Work& listed) {
   }
   return work;
 }
+
+bool is_vector_aligned(const std::vector<Move>& moves) { return std::all_of(moves.begin(), moves.end(), is_aligned); }
 
 Work lower_device_ids(std::vector<Move> moves, int64_t rows, Direction direction) {
   Work work;

@@ -12,7 +12,7 @@
 
 namespace kvkernels {
 
-enum class Executor { kAuto, kCpu, kKernel, kDma, kReference };
+enum class Executor { kAuto, kCpu, kKernel, kBulk, kDma, kStaged, kReference };
 enum class Direction { kHostToHost, kHostToDevice, kDeviceToHost, kDeviceToDevice };
 
 // page:  one fragment a pair and no loop, any size and alignment; a device cuts it into tiles
@@ -76,6 +76,9 @@ struct Work {
 // The runs bound to their pools. `slow_side_is_dst`: the side slower to reach gets the smallest stride innermost.
 std::vector<Move> bind_runs(const std::vector<Run>& runs, const std::vector<Pool>& src, const std::vector<Pool>& dst,
                             int64_t src_subblocks, int64_t dst_subblocks, Direction direction);
+
+// Whether every fragment of the moves begins at a multiple of 16 bytes on both sides, and its size is one.
+bool is_vector_aligned(const std::vector<Move>& moves);
 
 struct LowerOptions {
   Executor executor = Executor::kCpu;  // already chosen

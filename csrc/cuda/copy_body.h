@@ -79,9 +79,9 @@ struct Head {
   uint32_t moves;
   uint32_t pairs;
   uint32_t tiles;
-  uint32_t id_width;     // of the pairs in the tables; 0 where ids are on the device
-  uint32_t chunk_width;  // 16, 8, 4, 2 or 1; 0 in the tile kernels
-  uint32_t cut_on_src;   // tiles begin on cache lines of the source, not of the destination
+  uint32_t id_width;    // of the pairs in the tables; 0 where ids are on the device
+  uint32_t unit_bytes;  // of a chunk: 16, 8, 4, 2 or 1; of a tile of the bulk kernel; 0 in the tile kernels
+  uint32_t cut_on_src;  // tiles begin on cache lines of the source, not of the destination
   IdColumn src_ids;
   IdColumn dst_ids;
   int64_t first_row;
@@ -228,6 +228,19 @@ KVKERNELS_HOST_DEVICE uint32_t unwind_loops(const Form& form, uint32_t index, in
   return index;
 }
 
+// The first `head` and the last `tail` bytes of a span, a lane a byte: fewer than 16 each.
+template <class Access>
+KVKERNELS_HOST_DEVICE void copy_ends(const std::byte* src, std::byte* dst, uint32_t bytes, uint32_t head, uint32_t tail,
+                                     uint32_t lane) {
+  const uint32_t tail_at = bytes - tail;
+  uint8_t first = 0;
+  uint8_t last = 0;
+  if (lane < head) Access::load(first, src + lane);
+  if (lane < tail) Access::load(last, src + tail_at + lane);
+  if (lane < head) Access::store(dst + lane, first);
+  if (lane < tail) Access::store(dst + tail_at + lane, last);
+}
+
 // One warp's copy in elements of V, which divides (src ^ dst): bytes up to the first whole element of the destination,
 // elements, and the bytes left. kDepth loads are in flight before the first store.
 template <class Access, class V, int kDepth>
@@ -266,15 +279,7 @@ KVKERNELS_HOST_DEVICE void copy_as(const std::byte* src, std::byte* dst, uint32_
     from += kRestDepth * kStep;
     to += kRestDepth * kStep;
   }
-  if (kWidth > 1) {
-    const uint32_t tail_at = bytes - tail;
-    uint8_t first = 0;
-    uint8_t last = 0;
-    if (lane < head) Access::load(first, src + lane);
-    if (lane < tail) Access::load(last, src + tail_at + lane);
-    if (lane < head) Access::store(dst + lane, first);
-    if (lane < tail) Access::store(dst + tail_at + lane, last);
-  }
+  if (kWidth > 1) copy_ends<Access>(src, dst, bytes, head, tail, lane);
 }
 
 template <class Access>
@@ -288,38 +293,53 @@ KVKERNELS_HOST_DEVICE void copy_span(const std::byte* src, std::byte* dst, uint3
   copy_as<Access, uint8_t, kRestDepth>(src, dst, bytes, lane);
 }
 
-// A warp a tile, any size and alignment. Tiles are cut at cache lines, so only a fragment's own ends are ragged.
+// What one warp copies.
+struct Span {
+  const std::byte* src;
+  std::byte* dst;
+  uint32_t bytes;  // 0 where the pair is bad, or the fragment needs fewer tiles than it was given
+};
+
+// A tile's span. Tiles are cut at cache lines, so only a fragment's own ends are ragged.
 template <class Access, bool kLoops>
-KVKERNELS_HOST_DEVICE void copy_tiles(const Head& head, const std::byte* tables, uint32_t thread, uint32_t threads) {
+KVKERNELS_HOST_DEVICE Span find_span(const Head& head, const std::byte* tables, uint32_t tile, uint32_t lane,
+                                     uint32_t tile_bytes) {
   const Form* forms = reinterpret_cast<const Form*>(tables);
   const MoveEntry* moves = reinterpret_cast<const MoveEntry*>(tables + head.moves_offset);
+  const uint32_t m = find_move(head, moves, tile);
+  const Form& form = forms[moves[m].form];
+  const uint32_t unit = tile - moves[m].first_tile;
+  uint32_t index = form.parts.divide(unit);
+  const uint32_t part = unit - index * form.parts.divisor;
+  bool first = m == 0 && part == 0 && lane == 0;
+  int64_t src_offset = 0;
+  int64_t dst_offset = 0;
+  if (kLoops) index = unwind_loops(form, index, src_offset, dst_offset, first);
+  Pair pair;
+  if (!find_pair<Access>(head, tables, index, first, pair)) return {nullptr, nullptr, 0};
+  const std::byte* src = moves[m].src + form.src.offset(pair.src) + src_offset;
+  std::byte* dst = moves[m].dst + form.dst.offset(pair.dst) + dst_offset;
+  int64_t begin = 0;
+  int64_t end = form.fragment_bytes;
+  if (form.parts.divisor > 1) {
+    const uintptr_t cut = head.cut_on_src ? reinterpret_cast<uintptr_t>(src) : reinterpret_cast<uintptr_t>(dst);
+    const int64_t phase = static_cast<int64_t>(cut & (kLineBytes - 1));
+    const int64_t at = static_cast<int64_t>(part) * tile_bytes - phase;
+    begin = at < 0 ? 0 : at;
+    end = at + tile_bytes < end ? at + tile_bytes : end;
+    if (begin >= end) return {nullptr, nullptr, 0};
+  }
+  return {src + begin, dst + begin, static_cast<uint32_t>(end - begin)};
+}
+
+// A warp a tile, any size and alignment.
+template <class Access, bool kLoops>
+KVKERNELS_HOST_DEVICE void copy_tiles(const Head& head, const std::byte* tables, uint32_t thread, uint32_t threads) {
   const uint32_t lane = thread & (kWarpLanes - 1);
   KVKERNELS_UNROLL(1)
   for (uint32_t tile = thread / kWarpLanes; tile < head.tiles; tile += threads / kWarpLanes) {
-    const uint32_t m = find_move(head, moves, tile);
-    const Form& form = forms[moves[m].form];
-    const uint32_t unit = tile - moves[m].first_tile;
-    uint32_t index = form.parts.divide(unit);
-    const uint32_t part = unit - index * form.parts.divisor;
-    bool first = m == 0 && part == 0 && lane == 0;
-    int64_t src_offset = 0;
-    int64_t dst_offset = 0;
-    if (kLoops) index = unwind_loops(form, index, src_offset, dst_offset, first);
-    Pair pair;
-    if (!find_pair<Access>(head, tables, index, first, pair)) continue;
-    const std::byte* src = moves[m].src + form.src.offset(pair.src) + src_offset;
-    std::byte* dst = moves[m].dst + form.dst.offset(pair.dst) + dst_offset;
-    int64_t begin = 0;
-    int64_t end = form.fragment_bytes;
-    if (form.parts.divisor > 1) {
-      const uintptr_t cut = head.cut_on_src ? reinterpret_cast<uintptr_t>(src) : reinterpret_cast<uintptr_t>(dst);
-      const int64_t phase = static_cast<int64_t>(cut & (kLineBytes - 1));
-      const int64_t at = static_cast<int64_t>(part) * kTileBytes - phase;
-      begin = at < 0 ? 0 : at;
-      end = at + kTileBytes < end ? at + kTileBytes : end;
-      if (begin >= end) continue;
-    }
-    copy_span<Access>(src + begin, dst + begin, static_cast<uint32_t>(end - begin), lane);
+    const Span span = find_span<Access, kLoops>(head, tables, tile, lane, kTileBytes);
+    if (span.bytes > 0) copy_span<Access>(span.src, span.dst, span.bytes, lane);
   }
 }
 
@@ -377,10 +397,10 @@ KVKERNELS_HOST_DEVICE void copy_row(const Head& head, const std::byte* tables, u
 
 template <class Access>
 KVKERNELS_HOST_DEVICE void copy_bytes(const Head& head, const std::byte* tables, uint32_t thread, uint32_t threads) {
-  if (head.chunk_width == 8) return copy_chunks<Access, uint64_t>(head, tables, thread, threads);
-  if (head.chunk_width == 4) return copy_chunks<Access, uint32_t>(head, tables, thread, threads);
-  if (head.chunk_width == 2) return copy_chunks<Access, uint16_t>(head, tables, thread, threads);
-  if (head.chunk_width == 1) return copy_chunks<Access, uint8_t>(head, tables, thread, threads);
+  if (head.unit_bytes == 8) return copy_chunks<Access, uint64_t>(head, tables, thread, threads);
+  if (head.unit_bytes == 4) return copy_chunks<Access, uint32_t>(head, tables, thread, threads);
+  if (head.unit_bytes == 2) return copy_chunks<Access, uint16_t>(head, tables, thread, threads);
+  if (head.unit_bytes == 1) return copy_chunks<Access, uint8_t>(head, tables, thread, threads);
   copy_tiles<Access, true>(head, tables, thread, threads);
 }
 

@@ -1,16 +1,8 @@
-#include <cstring>
-
 #include "cuda/copy_kernel.h"
+#include "cuda/launch.h"
 
 namespace kvkernels {
 namespace {
-
-struct HeadOnly {
-  Head head;
-};
-
-static_assert(sizeof(Params<kSmallParams>) == kSmallParams && sizeof(Params<kLargeParams>) == kLargeParams,
-              "parameters must have no padding");
 
 __device__ __forceinline__ uint32_t global_thread() { return blockIdx.x * blockDim.x + threadIdx.x; }
 __device__ __forceinline__ uint32_t grid_threads() { return gridDim.x * blockDim.x; }
@@ -39,57 +31,25 @@ KVKERNELS_COPY_KERNEL(bytes)
 
 namespace {
 
-constexpr int kSmall = 0;
-constexpr int kLarge = 1;
-constexpr int kTable = 2;
-
-const void* kernel_of(KernelVariant variant, int tables) {
-  static const void* const kernels[3][3] = {
-      {reinterpret_cast<const void*>(kvkernels_copy_page_small),
-       reinterpret_cast<const void*>(kvkernels_copy_page_large),
-       reinterpret_cast<const void*>(kvkernels_copy_page_table)},
-      {reinterpret_cast<const void*>(kvkernels_copy_row_small), reinterpret_cast<const void*>(kvkernels_copy_row_large),
-       reinterpret_cast<const void*>(kvkernels_copy_row_table)},
-      {reinterpret_cast<const void*>(kvkernels_copy_bytes_small),
-       reinterpret_cast<const void*>(kvkernels_copy_bytes_large),
-       reinterpret_cast<const void*>(kvkernels_copy_bytes_table)},
-  };
-  return kernels[static_cast<int>(variant)][tables];
-}
-
-// cudaLaunchKernelExC returns this launch's own error; <<<>>> would leave it to whoever asks next.
-cudaError_t launch(const void* kernel, void* params, int ctas, int threads, cudaStream_t stream) {
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(ctas));
-  config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.stream = stream;
-  void* arguments[] = {params};
-  return cudaLaunchKernelExC(&config, kernel, arguments);
-}
-
-template <size_t kBytes>
-cudaError_t launch_inline(const void* kernel, const Head& head, const std::byte* tables, size_t table_bytes, int ctas,
-                          int threads, cudaStream_t stream) {
-  Params<kBytes> params;
-  params.head = head;
-  std::memcpy(params.tables, tables, table_bytes);
-  std::memset(params.tables + table_bytes, 0, sizeof(params.tables) - table_bytes);
-  return launch(kernel, &params, ctas, threads, stream);
+KernelTrio kernels_of(KernelVariant variant) {
+  const auto address = [](auto* kernel) { return reinterpret_cast<const void*>(kernel); };
+  switch (variant) {
+    case KernelVariant::kPage:
+      return {address(kvkernels_copy_page_small), address(kvkernels_copy_page_large),
+              address(kvkernels_copy_page_table)};
+    case KernelVariant::kRow:
+      return {address(kvkernels_copy_row_small), address(kvkernels_copy_row_large), address(kvkernels_copy_row_table)};
+    default:
+      return {address(kvkernels_copy_bytes_small), address(kvkernels_copy_bytes_large),
+              address(kvkernels_copy_bytes_table)};
+  }
 }
 
 }  // namespace
 
 cudaError_t launch_copy(KernelVariant variant, const Head& head, const std::byte* tables, size_t table_bytes, int ctas,
                         int threads, cudaStream_t stream) {
-  if (tables == nullptr) {
-    HeadOnly params{head};
-    return launch(kernel_of(variant, kTable), &params, ctas, threads, stream);
-  }
-  if (table_bytes > kLargeTables) return cudaErrorInvalidValue;
-  return table_bytes <= kSmallTables
-             ? launch_inline<kSmallParams>(kernel_of(variant, kSmall), head, tables, table_bytes, ctas, threads, stream)
-             : launch_inline<kLargeParams>(kernel_of(variant, kLarge), head, tables, table_bytes, ctas, threads,
-                                           stream);
+  return launch(kernels_of(variant), head, tables, table_bytes, {ctas, threads, 0}, stream);
 }
 
 }  // namespace kvkernels

@@ -9,23 +9,9 @@
 
 namespace kvkernels {
 
-enum class KernelVariant { kPage, kRow, kBytes };
+enum class KernelVariant { kPage, kRow, kBytes, kBulk };  // kBulk is bulk_kernel.h's
 
 constexpr int kMaxThreads = 1024;
-
-// Bytes of tables that ride in a launch's parameters: drivers before 12.1 take 4 KB, and 32,000 bytes compile for every
-// target.
-constexpr size_t kSmallParams = 4096;
-constexpr size_t kLargeParams = 32000;
-
-template <size_t kBytes>
-struct Params {
-  Head head;
-  alignas(16) std::byte tables[kBytes - sizeof(Head)];
-};
-
-constexpr size_t kSmallTables = sizeof(Params<kSmallParams>::tables);
-constexpr size_t kLargeTables = sizeof(Params<kLargeParams>::tables);
 
 // `tables` (host memory, at most kLargeTables bytes, read before the call returns) ride in the parameters; null means
 // that head.tables is their address on the device.

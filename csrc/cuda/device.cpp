@@ -19,9 +19,14 @@ DeviceLimits device_limits(int device) {
   if (found != known.end()) return found->second;
   DeviceLimits limits;
   int reads_pageable = 0;
+  int major = 0;
+  int minor = 0;
   check(cudaDeviceGetAttribute(&limits.sm_count, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
   check(cudaDeviceGetAttribute(&reads_pageable, cudaDevAttrPageableMemoryAccess, device), "cudaDeviceGetAttribute");
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
+  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "cudaDeviceGetAttribute");
   limits.reads_pageable = reads_pageable != 0;
+  limits.capability = 10 * major + minor;
   return known[device] = limits;
 }
 

@@ -7,6 +7,7 @@ namespace kvkernels {
 
 struct DeviceLimits {
   int sm_count = 1;
+  int capability = 0;                     // 90 for compute capability 9.0
   bool reads_pageable = false;            // kernels may read and write pageable host memory
   int64_t max_items = (1ll << 31) - 256;  // tiles or chunks of one launch: indices are 32-bit and divided by magic
 };

@@ -9,7 +9,6 @@
 
 #include "cuda/device.h"
 #include "cuda/error.h"
-#include "cuda/pointers.h"
 #include "cuda/stream.h"
 
 namespace kvkernels {
@@ -46,6 +45,8 @@ class Copier {
       fragment.bytes -= bytes;
     }
   }
+
+  void assume(const Range& range) { pointers_.assume(range); }
 
   Issued finish() {
     flush();
@@ -142,8 +143,10 @@ Issued walk(const Work& work, bool any_source_order, bool issues, cudaStream_t s
   return copier.finish();
 }
 
-Issued walk(const Fragment* fragments, int64_t count, bool any_source_order, bool issues, cudaStream_t stream) {
+Issued walk(const Fragment* fragments, int64_t count, bool any_source_order, bool issues, cudaStream_t stream,
+            const Range* assumed = nullptr) {
   Copier copier(count, any_source_order, issues, stream);
+  if (assumed != nullptr) copier.assume(*assumed);
   for (int64_t i = 0; i < count; ++i) copier.add(fragments[i]);
   return copier.finish();
 }
@@ -160,8 +163,8 @@ Issued dma_copy(const Fragment* fragments, int64_t count, bool any_source_order,
 
 Issued plan_dma(const Work& work, cudaStream_t stream) { return walk(work, false, false, stream); }
 
-Issued plan_dma(const Fragment* fragments, int64_t count, cudaStream_t stream) {
-  return walk(fragments, count, false, false, stream);
+Issued plan_dma(const Fragment* fragments, int64_t count, cudaStream_t stream, const Range* assumed) {
+  return walk(fragments, count, false, false, stream, assumed);
 }
 
 }  // namespace kvkernels

@@ -8,6 +8,7 @@
 #include "core/fragments.h"
 #include "core/lower.h"
 #include "cuda/issued.h"
+#include "cuda/pointers.h"
 
 namespace kvkernels {
 
@@ -23,8 +24,8 @@ constexpr int64_t kBatchDescriptors = 2048;
 Issued dma_copy(const Work& work, bool any_source_order, cudaStream_t stream);
 Issued dma_copy(const Fragment* fragments, int64_t count, bool any_source_order, cudaStream_t stream);
 
-// What dma_copy will issue, as long as the driver does not refuse a batch.
+// What dma_copy will issue, as long as the driver does not refuse a batch; `assumed` is memory that is not there yet.
 Issued plan_dma(const Work& work, cudaStream_t stream);
-Issued plan_dma(const Fragment* fragments, int64_t count, cudaStream_t stream);
+Issued plan_dma(const Fragment* fragments, int64_t count, cudaStream_t stream, const Range* assumed = nullptr);
 
 }  // namespace kvkernels

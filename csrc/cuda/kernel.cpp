@@ -6,6 +6,8 @@
 #include <span>
 #include <type_traits>
 
+#include "cuda/bulk_body.h"
+#include "cuda/bulk_kernel.h"
 #include "cuda/error.h"
 #include "cuda/fault.h"
 
@@ -13,7 +15,7 @@ namespace kvkernels {
 namespace {
 
 constexpr int64_t kMaxLanes = 64;  // of a fragment in the chunk kernels: 1 KiB in 16-byte chunks
-constexpr int64_t kWarpsPerCta = kMaxThreads / kWarpLanes;
+constexpr int64_t kWarpsPerCta = kMaxThreads / kWarpLanes;  // at most
 constexpr int64_t kMinWarpsPerCta = 4;  // small copies are spread over the budget's SMs rather than packed into one
 
 // Bits set in any distance between two of a side's fragments. `id_scale` divides every id, so raw addresses that stand
@@ -45,7 +47,8 @@ class Cutter {
   explicit Cutter(const Work& work)
       : cut_on_src_(work.direction == Direction::kHostToDevice),
         src_scale_(id_scale(work, &Segment::src)),
-        dst_scale_(id_scale(work, &Segment::dst)) {
+        dst_scale_(id_scale(work, &Segment::dst)),
+        is_bulk_(work.executor == Executor::kBulk) {
     uint64_t bits = kVectorBytes;
     int64_t largest = 0;
     for (const Move& move : work.moves) {
@@ -55,13 +58,20 @@ class Cutter {
       has_loops_ = has_loops_ || move.loop_count > 0;
     }
     const int64_t width = 1ll << std::countr_zero(bits);
-    if (largest <= kMaxLanes * width) chunk_width_ = width;
+    if (is_bulk_) {
+      tile_bytes_ = bulk_tile_bytes(largest);
+    } else if (largest <= kMaxLanes * width) {
+      chunk_width_ = width;
+    }
   }
 
   bool cut_on_src() const { return cut_on_src_; }
   int64_t chunk_width() const { return chunk_width_; }
+  int64_t tile_bytes() const { return tile_bytes_; }
+  int64_t unit_bytes() const { return is_bulk_ ? tile_bytes_ : chunk_width_; }  // as Head has it
 
   KernelVariant variant() const {
+    if (is_bulk_) return KernelVariant::kBulk;
     if (chunk_width_ == kVectorBytes) return KernelVariant::kRow;
     return chunk_width_ > 0 || has_loops_ ? KernelVariant::kBytes : KernelVariant::kPage;
   }
@@ -70,12 +80,12 @@ class Cutter {
   // fragments differ in alignment, each gets as many as the worst.
   int64_t parts(const Move& move) const {
     if (chunk_width_ > 0) return move.fragment_bytes / chunk_width_;
-    if (move.fragment_bytes <= kTileBytes) return 1;
+    if (move.fragment_bytes <= tile_bytes_) return 1;
     const Side& side = cut_on_src_ ? move.src : move.dst;
     const bool varies = (cut_on_src_ ? src_bits(move) : dst_bits(move)) % kLineBytes != 0;
     const int64_t phase =
         varies ? kLineBytes - 1 : static_cast<int64_t>(reinterpret_cast<uintptr_t>(side.base) % kLineBytes);
-    return (move.fragment_bytes + phase + kTileBytes - 1) / kTileBytes;
+    return (move.fragment_bytes + phase + tile_bytes_ - 1) / tile_bytes_;
   }
 
   int64_t units_per_pair(const Move& move) const { return parts(move) * move.fragments_per_pair(); }
@@ -92,8 +102,10 @@ class Cutter {
   bool cut_on_src_;
   uint64_t src_scale_;
   uint64_t dst_scale_;
+  bool is_bulk_;
   bool has_loops_ = false;
   int64_t chunk_width_ = 0;
+  int64_t tile_bytes_ = kTileBytes;
 };
 
 // Splits a move until one pair of it has at most `limit` units.
@@ -109,7 +121,7 @@ void split(const Move& move, const Cutter& cutter, int64_t limit, std::vector<Mo
     high.src.base += half * loop->src_stride;
     high.dst.base += half * loop->dst_stride;
   } else {
-    const int64_t grain = cutter.chunk_width() > 0 ? cutter.chunk_width() : kTileBytes;
+    const int64_t grain = cutter.chunk_width() > 0 ? cutter.chunk_width() : cutter.tile_bytes();
     const int64_t half = (move.fragment_bytes / grain + 1) / 2 * grain;
     if (half == 0 || half >= move.fragment_bytes) return out.push_back(move);
     low.fragment_bytes = half;
@@ -196,7 +208,8 @@ class Planner {
   Planner(const Work& work, const DeviceIds* device_ids, int sm_budget, const DeviceLimits& limits, bool capturing)
       : work_(work), device_ids_(device_ids), limits_(limits), capturing_(capturing), cutter_(work), ids_(work) {
     const bool links_host = work.direction != Direction::kDeviceToDevice;
-    budget_ = sm_budget > 0 ? sm_budget : links_host ? kHostLinkCtas : limits.sm_count;
+    const int host_link_ctas = is_bulk() ? kBulkHostLinkCtas : kHostLinkCtas;
+    budget_ = sm_budget > 0 ? sm_budget : links_host ? host_link_ctas : limits.sm_count;
     budget_ = std::min(budget_, limits.sm_count);
     id_width_ = device_ids ? 0 : ids_.width;
   }
@@ -204,6 +217,8 @@ class Planner {
   KernelPlan plan() {
     plan_.shape = work_.shape;
     plan_.variant = cutter_.variant();
+    if (is_bulk())
+      plan_.shared_bytes = static_cast<int64_t>(bulk_shared_bytes(static_cast<uint32_t>(cutter_.unit_bytes())));
     plan_.bytes = work_.bytes;
     if (work_.bytes == 0) return plan_;
     std::vector<Move> moves;
@@ -219,6 +234,8 @@ class Planner {
   }
 
  private:
+  bool is_bulk() const { return work_.executor == Executor::kBulk; }
+
   int64_t group_units(std::span<const Move> moves) const {
     int64_t units = 0;
     for (const Move& move : moves) units += cutter_.units_per_pair(move);
@@ -269,7 +286,7 @@ class Planner {
     head.pairs = static_cast<uint32_t>(pairs);
     head.tiles = static_cast<uint32_t>(tiles);
     head.id_width = id_width_;
-    head.chunk_width = static_cast<uint32_t>(cutter_.chunk_width());
+    head.unit_bytes = static_cast<uint32_t>(cutter_.unit_bytes());
     head.cut_on_src = cutter_.cut_on_src();
     head.first_row = begin;
     if (device_ids_) {
@@ -298,7 +315,8 @@ class Planner {
     int64_t most = 0;
     for (const KernelLaunch& launch : plan_.parts) most = std::max<int64_t>(most, launch.head.tiles);
     const int64_t spread = std::min<int64_t>(budget_, (most + kMinWarpsPerCta - 1) / kMinWarpsPerCta);
-    const int64_t warps = std::clamp((most + spread - 1) / spread, kMinWarpsPerCta, kWarpsPerCta);
+    const int64_t most_warps = is_bulk() ? kBulkWarps : kWarpsPerCta;
+    const int64_t warps = std::clamp((most + spread - 1) / spread, kMinWarpsPerCta, most_warps);
     plan_.threads = static_cast<int>(warps * kWarpLanes);
     for (KernelLaunch& launch : plan_.parts) {
       launch.ctas = static_cast<int>(std::min<int64_t>(budget_, (launch.head.tiles + warps - 1) / warps));
@@ -347,9 +365,13 @@ Issued run_kernel(const KernelPlan& plan, const Upload& upload, cudaStream_t str
       head.tables = uploaded + at;
       at += launch.tables.size();
     }
-    check_copy(launch_copy(plan.variant, head, plan.uploads ? nullptr : launch.tables.data(), launch.tables.size(),
-                           launch.ctas, plan.threads, stream),
-               "cudaLaunchKernelExC");
+    const std::byte* tables = plan.uploads ? nullptr : launch.tables.data();
+    if (plan.variant == KernelVariant::kBulk) {
+      launch_bulk(head, tables, launch.tables.size(), launch.ctas, stream);
+    } else {
+      check_copy(launch_copy(plan.variant, head, tables, launch.tables.size(), launch.ctas, plan.threads, stream),
+                 "cudaLaunchKernelExC");
+    }
     ++issued.launches;
     issued.descriptors += head.moves + head.pairs;
   }

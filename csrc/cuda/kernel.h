@@ -12,6 +12,7 @@
 #include "cuda/copy_kernel.h"
 #include "cuda/device.h"
 #include "cuda/issued.h"
+#include "cuda/launch.h"
 #include "cuda/pointers.h"
 
 namespace kvkernels {
@@ -40,8 +41,9 @@ struct KernelPlan {
   Shape shape = Shape::kPage;
   KernelVariant variant = KernelVariant::kPage;
   int64_t launches = 0;
-  int ctas = 0;     // of the largest launch
-  int threads = 0;  // of a CTA
+  int ctas = 0;              // of the largest launch
+  int threads = 0;           // of a CTA
+  int64_t shared_bytes = 0;  // of a CTA, asked for at the launch
   int64_t tiles = 0;
   int64_t descriptors = 0;  // entries of the tables: moves and pairs, over all launches
   int64_t bytes = 0;
@@ -53,8 +55,9 @@ struct KernelPlan {
 // Copies host bytes to the current device in the stream's order and returns where; valid until the stream has passed.
 using Upload = std::function<const void*(const void* host, size_t bytes)>;
 
-// One launch over all moves and pairs, with one upload where the tables exceed the parameters; while capturing nothing
-// is uploaded and there are several launches instead. `sm_budget` 0 is the policy's default. Calls no CUDA function.
+// For the executors kernel and bulk, by work.executor. One launch over all moves and pairs, with one upload where the
+// tables exceed the parameters; while capturing nothing is uploaded and there are several launches instead. `sm_budget`
+// 0 is the policy's default. Calls no CUDA function.
 KernelPlan plan_kernel(const Work& work, const DeviceIds* ids, int sm_budget, const DeviceLimits& limits,
                        bool capturing);
 

@@ -64,6 +64,12 @@ bool holds(const Range& range, uintptr_t address) { return range.begin <= addres
 
 }  // namespace
 
+void PointerMap::assume(const Range& range) {
+  const auto after = std::upper_bound(ranges_.begin(), ranges_.end(), range.begin,
+                                      [](uintptr_t wanted, const Range& known) { return wanted < known.begin; });
+  ranges_.insert(after, range);
+}
+
 Range PointerMap::find(const void* pointer) {
   const uintptr_t address = reinterpret_cast<uintptr_t>(pointer);
   if (holds(last_, address)) return last_;

@@ -24,6 +24,9 @@ class PointerMap {
   // Throws CudaError where the driver cannot say.
   Range find(const void* address);
 
+  // Memory that is known without asking, or not there yet; apart from what was found before.
+  void assume(const Range& range);
+
  private:
   std::vector<Range> ranges_;  // ordered by begin
   Range last_;

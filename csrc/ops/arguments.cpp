@@ -106,11 +106,12 @@ void check_ids_device(const char* op, const char* argument, const Ids& ids, cons
 }
 
 Executor checked_executor(const char* op, std::string_view executor) {
-  for (const Executor known :
-       {Executor::kAuto, Executor::kCpu, Executor::kKernel, Executor::kDma, Executor::kReference}) {
+  for (const Executor known : {Executor::kAuto, Executor::kCpu, Executor::kKernel, Executor::kBulk, Executor::kDma,
+                               Executor::kStaged, Executor::kReference}) {
     if (executor == name_of(known)) return known;
   }
-  value_error(op, ": executor must be one of 'auto', 'cpu', 'kernel', 'dma', 'reference', got '", executor, "'");
+  value_error(op, ": executor must be one of 'auto', 'cpu', 'kernel', 'bulk', 'dma', 'staged', 'reference', got '",
+              executor, "'");
 }
 
 void check_sm_budget(const char* op, int64_t sm_budget) {

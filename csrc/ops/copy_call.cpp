@@ -49,7 +49,7 @@ IdLimit limit_of(const char* list, const std::vector<Pool>& pools, int64_t subbl
 }
 
 Choice choose_on_host(const char* op, Executor asked) {
-  if (asked == Executor::kKernel || asked == Executor::kDma) {
+  if (asked != Executor::kAuto && asked != Executor::kCpu) {
     value_error(op, ": executor '", name_of(asked), "' cannot serve this call: it needs a tensor on a cuda device");
   }
   return {Executor::kCpu, asked == Executor::kAuto ? "both sides are in host memory" : "named by the caller"};

@@ -5,12 +5,14 @@
 #include <utility>
 
 #include "core/gpu_policy.h"
+#include "core/staged.h"
 #include "cuda/device.h"
 #include "cuda/dma.h"
 #include "cuda/error.h"
 #include "cuda/fault.h"
 #include "cuda/kernel.h"
 #include "cuda/pointers.h"
+#include "cuda/staged.h"
 #include "cuda/stream.h"
 #include "ops/counters.h"
 #include "ops/explain.h"
@@ -73,29 +75,42 @@ auto named_errors(const char* op, Body&& body) {
   value_error(op, ": executor '", name_of(executor), "' cannot serve this call: ", reason);
 }
 
+// Freed after the launches: the allocator hands the memory out again on this stream only, behind the kernels.
+class Uploads {
+ public:
+  explicit Uploads(int device) : device_(device) {}
+  Upload function() {
+    return [this](const void* host, size_t bytes) {
+      tensors_.push_back(upload_bytes(host, bytes, device_));
+      return tensors_.back().const_data_ptr();
+    };
+  }
+
+ private:
+  int device_;
+  std::vector<Tensor> tensors_;
+};
+
+int grid_budget(int64_t sm_budget) { return static_cast<int>(std::min<int64_t>(sm_budget, 1 << 20)); }
+
+// The executors kernel and bulk.
 void run_kernel_executor(const char* op, const Work& work, const DeviceIds* ids, int64_t sm_budget,
                          const Context& context, const std::string& reason) {
-  const int budget = static_cast<int>(std::min<int64_t>(sm_budget, 1 << 20));
-  const KernelPlan plan = plan_kernel(work, ids, budget, context.limits(), context.is_capturing());
+  const KernelPlan plan = plan_kernel(work, ids, grid_budget(sm_budget), context.limits(), context.is_capturing());
   if (explaining()) {
     Explanation explanation = explanation_of(op, work, reason);
-    explanation.executor = Executor::kKernel;
     explanation.shape = std::string(name_of(plan.shape));
     explanation.launches = plan.launches;
     explanation.descriptors = plan.descriptors;
-    explanation.device = text('{', context.json(), ", \"ctas\": ", plan.ctas, ", \"threads\": ", plan.threads,
-                              ", \"tiles\": ", plan.tiles, ", \"table_bytes\": ", plan.table_bytes,
-                              ", \"uploads\": ", plan.uploads ? "true" : "false", '}');
+    explanation.device =
+        text('{', context.json(), ", \"ctas\": ", plan.ctas, ", \"threads\": ", plan.threads,
+             ", \"shared_bytes\": ", plan.shared_bytes, ", \"tiles\": ", plan.tiles,
+             ", \"table_bytes\": ", plan.table_bytes, ", \"uploads\": ", plan.uploads ? "true" : "false", '}');
     return record(explanation);
   }
-  // Freed after the launch: the allocator hands the memory out again on this stream only, behind the kernel.
-  std::vector<Tensor> uploads;
-  const Upload upload = [&](const void* host, size_t bytes) {
-    uploads.push_back(upload_bytes(host, bytes, context.device()));
-    return uploads.back().const_data_ptr();
-  };
-  const Issued issued = run_kernel(plan, upload, context.stream());
-  count_issued(Executor::kKernel, issued.launches, issued.descriptors, issued.bytes);
+  Uploads uploads(context.device());
+  const Issued issued = run_kernel(plan, uploads.function(), context.stream());
+  count_issued(work.executor, issued.launches, issued.descriptors, issued.bytes);
 }
 
 void run_dma_executor(const char* op, const Work& work, bool any_source_order, const Context& context,
@@ -113,6 +128,26 @@ void run_dma_executor(const char* op, const Work& work, bool any_source_order, c
   count_issued(Executor::kDma, issued.launches, issued.descriptors, issued.bytes);
 }
 
+void run_staged_executor(const char* op, const Work& work, const Staging& staging, int64_t sm_budget,
+                         const Context& context, const std::string& reason) {
+  const int budget = grid_budget(sm_budget);
+  if (explaining()) {
+    const Issued planned = plan_staged(work, staging, budget, context.limits(), context.stream());
+    Explanation explanation = explanation_of(op, work, reason);
+    explanation.launches = planned.launches;
+    explanation.descriptors = planned.descriptors;
+    explanation.device =
+        text('{', context.json(), ", \"ring_bytes\": ", staging.ring_bytes, ", \"chunks\": ", staging.chunks(), '}');
+    return record(explanation);
+  }
+  // Both are freed after the last launch, like run_kernel_executor's uploads.
+  const Tensor ring = device_bytes(static_cast<size_t>(staging.ring_bytes), context.device());
+  Uploads uploads(context.device());
+  const Issued issued = run_staged(work, staging, static_cast<std::byte*>(ring.mutable_data_ptr()), budget,
+                                   context.limits(), uploads.function(), context.stream());
+  count_issued(Executor::kStaged, issued.launches, issued.descriptors, issued.bytes);
+}
+
 // Makes `work` reachable for a kernel, or says why it is not.
 std::string map_or_refuse(Work& work, const DeviceIds* ids, const Context& context) {
   PointerMap pointers;
@@ -126,24 +161,52 @@ std::string map_or_refuse(Work& work, const DeviceIds* ids, const Context& conte
 
 void carry_out_device_ids(const CopyCall& call, std::vector<Move> moves, Direction direction, const Context& context) {
   const std::string reason = "the ids are on the device";
-  if (call.executor != Executor::kAuto && call.executor != Executor::kKernel) refuse(call.op, call.executor, reason);
+  const bool is_bulk = call.executor == Executor::kBulk;
+  if (call.executor != Executor::kAuto && call.executor != Executor::kKernel && !is_bulk) {
+    refuse(call.op, call.executor, reason);
+  }
   Work work = lower_device_ids(std::move(moves), call.rows, direction);
+  if (is_bulk) work.executor = Executor::kBulk;
   if (work.bytes == 0) {
     if (explaining()) record(explanation_of(call.op, work, reason));
     return;
   }
   const DeviceIds ids{call.src_ids,         call.dst_ids,       call.rows,          call.src_limit.ids(),
                       call.dst_limit.ids(), call.skip_negative, fault_code(call.op)};
-  const std::string refusal = map_or_refuse(work, &ids, context);
-  if (!refusal.empty()) refuse(call.op, Executor::kKernel, refusal);
+  std::string refusal = map_or_refuse(work, &ids, context);
+  if (refusal.empty() && is_bulk) refusal = bulk_refusal(work.moves, context.limits().capability);
+  if (!refusal.empty()) refuse(call.op, work.executor, refusal);
   run_kernel_executor(call.op, work, &ids, call.sm_budget, context, reason);
 }
 
-GpuChoice choose(const char* op, Executor asked, const Work& work, const Context& context, const std::string& refusal) {
+Staging stage(const Work& work, const Context& context) {
+  if (!context.is_capturing()) return plan_staging(work);
+  Staging staging;
+  staging.refusal = "its stream is captured, and its ring on the device ends with the call";
+  return staging;
+}
+
+// `staging` is set where the executor is staged.
+GpuChoice choose(const char* op, Executor asked, const Work& work, const Context& context, const std::string& refusal,
+                 Staging& staging) {
   if (asked == Executor::kCpu) refuse(op, asked, "a tensor is on a cuda device");
-  if (asked == Executor::kKernel && !refusal.empty()) refuse(op, asked, refusal);
+  if ((asked == Executor::kKernel || asked == Executor::kBulk) && !refusal.empty()) refuse(op, asked, refusal);
+  const int capability = context.limits().capability;
+  if (asked == Executor::kBulk && work.bytes > 0) {
+    const std::string reason = bulk_refusal(work.moves, capability);
+    if (!reason.empty()) refuse(op, asked, reason);
+  }
+  if (asked == Executor::kStaged && work.bytes > 0) {
+    staging = stage(work, context);
+    if (!staging.refusal.empty()) refuse(op, asked, staging.refusal);
+  }
   if (asked != Executor::kAuto) return {asked, "named by the caller"};
-  return choose_on_gpu(work.direction, work.bytes, work.descriptors, {context.allows_batches(), refusal});
+  GpuFacts facts{context.allows_batches(), refusal, bulk_pays(work.moves, capability)};
+  if (staging_may_pay(work.direction, work.bytes, work.descriptors, facts)) {
+    staging = stage(work, context);
+    facts.staged_bytes = staging.mean_copy_bytes();
+  }
+  return choose_on_gpu(work.direction, work.bytes, work.descriptors, facts);
 }
 
 void carry_out_host_ids(const CopyCall& call, std::vector<Move> moves, PairList list, Direction direction,
@@ -153,13 +216,15 @@ void carry_out_host_ids(const CopyCall& call, std::vector<Move> moves, PairList 
       lower(std::move(moves), std::move(list), call.src_limit.ids(), direction, {Executor::kDma, 1, call.soon_read});
   Work mapped = work;
   const std::string refusal = work.bytes > 0 ? map_or_refuse(mapped, nullptr, context) : "";
-  const GpuChoice choice = choose(call.op, call.executor, work, context, refusal);
-  const bool is_kernel = choice.executor == Executor::kKernel;
+  Staging staging;
+  const GpuChoice choice = choose(call.op, call.executor, work, context, refusal, staging);
+  work.executor = mapped.executor = choice.executor;
   if (work.bytes == 0) {
-    work.executor = choice.executor;
     if (explaining()) record(explanation_of(call.op, work, choice.reason));
-  } else if (is_kernel) {
+  } else if (choice.executor == Executor::kKernel || choice.executor == Executor::kBulk) {
     run_kernel_executor(call.op, mapped, nullptr, call.sm_budget, context, choice.reason);
+  } else if (choice.executor == Executor::kStaged) {
+    run_staged_executor(call.op, work, staging, call.sm_budget, context, choice.reason);
   } else {
     run_dma_executor(call.op, work, false, context, choice.reason);
   }
@@ -226,12 +291,13 @@ bool carry_out_fragments_on_cuda(const char* op, const std::vector<Fragment>& fr
     if (facts.device < 0) return false;
     const Context context(facts.device);
     const Work work = lower_fragments(fragments, direction_of(facts), {Executor::kDma, 1, false});
-    const std::optional<Work> as_ids = facts.kernel_reaches ? addresses_as_ids(work) : std::nullopt;
+    std::optional<Work> as_ids = facts.kernel_reaches ? addresses_as_ids(work) : std::nullopt;
     const std::string refusal = as_ids ? "" : "its fragments differ in size, or it cannot reach them";
     // A copy engine serves every direction, so only small fragments are worth a kernel's launch here.
     const GpuChoice choice =
         choose_on_gpu(work.direction, work.bytes, work.descriptors, {context.allows_batches(), refusal});
     if (choice.executor == Executor::kKernel && as_ids) {
+      as_ids->executor = Executor::kKernel;
       run_kernel_executor(op, *as_ids, nullptr, 0, context, choice.reason);
     } else {
       run_dma_executor(op, work, any_source_order, context, choice.reason);

@@ -180,6 +180,11 @@ Tensor int64_tensor(const std::vector<int64_t>& sizes, const int64_t* values) {
 
 void* current_stream(int device) { return torch::stable::accelerator::getCurrentStream(device).nativeHandle(); }
 
+Tensor device_bytes(size_t bytes, int device) {
+  return torch::stable::empty({static_cast<int64_t>(bytes)}, torch::headeronly::ScalarType::Byte, std::nullopt,
+                              torch::stable::Device(torch::headeronly::DeviceType::CUDA, device));
+}
+
 Tensor upload_bytes(const void* host, size_t bytes, int device) {
   using torch::headeronly::DeviceType;
   using torch::headeronly::ScalarType;
@@ -187,8 +192,7 @@ Tensor upload_bytes(const void* host, size_t bytes, int device) {
   const Tensor pinned =
       torch::stable::empty(size, ScalarType::Byte, std::nullopt, torch::stable::Device(DeviceType::CPU), true);
   std::memcpy(pinned.mutable_data_ptr(), host, bytes);
-  Tensor uploaded =
-      torch::stable::empty(size, ScalarType::Byte, std::nullopt, torch::stable::Device(DeviceType::CUDA, device));
+  Tensor uploaded = device_bytes(bytes, device);
   torch::stable::copy_(uploaded, pinned, true);
   return uploaded;
 }

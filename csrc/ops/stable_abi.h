@@ -76,6 +76,9 @@ Tensor int64_tensor(const std::vector<int64_t>& sizes, const int64_t* values);
 // The current stream of a CUDA device as a cudaStream_t. (Stream::id() is not one.)
 void* current_stream(int device);
 
+// Uninitialised bytes on `device`, of the current stream's: given back, they are handed out again behind its work.
+Tensor device_bytes(size_t bytes, int device);
+
 // Host bytes in pinned memory copied to `device` in its current stream's order. torch's host allocator frees the pinned
 // side once the copy has passed; a raw copy from a temporary would race with it.
 Tensor upload_bytes(const void* host, size_t bytes, int device);

@@ -67,7 +67,7 @@ bool follows(int64_t bytes) {
 }
 
 Executor chosen(Direction direction, int64_t bytes, int64_t count, bool batches, const char* refusal = "") {
-  return choose_on_gpu(direction, bytes * count, count, {batches, refusal}).executor;
+  return choose_on_gpu(direction, bytes * count, count, {batches, refusal, false, 0}).executor;
 }
 
 void check_gpu_table() {
@@ -83,7 +83,22 @@ void check_gpu_table() {
     expect(chosen(link, 0, 0, true) == Executor::kDma, "nothing to copy divides by nothing");
   }
   expect(chosen(Direction::kDeviceToDevice, int64_t{1} << 30, 1, true) == Executor::kKernel, "on a device, the kernel");
-  const GpuChoice refused = choose_on_gpu(Direction::kHostToDevice, 16, 1, {true, "its memory is pageable"});
+  const auto small = [](Direction direction, GpuFacts facts) {
+    return choose_on_gpu(direction, 64 * 4 * kKiB, 64, facts).executor;
+  };
+  const Direction to_host = Direction::kDeviceToHost;
+  const Direction to_device = Direction::kHostToDevice;
+  expect(small(to_device, {true, "", true, 0}) == Executor::kBulk, "aligned fragments take bulk copies");
+  expect(small(to_device, {true, "", true, 1 << 20}) == Executor::kBulk, "loads need no ring");
+  expect(small(to_device, {true, "pageable", true, 28 * kKiB}) == Executor::kStaged, "but where a kernel cannot load");
+  expect(small(to_host, {true, "", true, 28 * kKiB}) == Executor::kStaged, "long host runs take the ring");
+  expect(small(to_host, {true, "", true, 28 * kKiB - 1}) == Executor::kBulk, "short ones do not");
+  expect(small(to_host, {true, "pageable", false, 28 * kKiB - 1}) == Executor::kDma, "nor the kernel");
+  expect(small(Direction::kDeviceToDevice, {true, "", true, 1 << 20}) == Executor::kKernel, "no link, no ring");
+  expect(chosen(to_device, 28 * kKiB, 16, true) == Executor::kDma &&
+             bulk_refusal({}, 89) == "it needs compute capability 9.0 or later, and the device has 8.9",
+         "older devices are named");
+  const GpuChoice refused = choose_on_gpu(Direction::kHostToDevice, 16, 1, {true, "its memory is pageable", false, 0});
   expect(refused.reason == "the kernel cannot: its memory is pageable", "the reason is told");
 }
 

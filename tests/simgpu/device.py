@@ -8,18 +8,21 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .ptx import LoadedModule, Report, load
+from .ptx import LoadedKernel, LoadedModule, Report, load
 from .ptx.memory import Area
 
 ILLEGAL_ADDRESS = 700
 UNKNOWN = 999
 PINNED_MEMORY = 1
-_Runner = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p, ctypes.POINTER(ctypes.c_void_p), ctypes.c_uint, ctypes.c_uint)
+_Runner = ctypes.CFUNCTYPE(
+    ctypes.c_int, ctypes.c_char_p, ctypes.POINTER(ctypes.c_void_p), ctypes.c_uint, ctypes.c_uint, ctypes.c_size_t
+)
 _ParameterBytes = ctypes.CFUNCTYPE(ctypes.c_size_t, ctypes.c_char_p, ctypes.c_size_t)
 
 
@@ -32,26 +35,44 @@ def find_cuobjdump() -> str | None:
     return found
 
 
-def ptx_of(library: Path) -> dict[str, LoadedModule]:
+class Modules:
+    """The kernels of a library, of which each source file has its own module."""
+
+    def __init__(self, modules: Sequence[LoadedModule]) -> None:
+        self.of = {name: module for module in modules for name in module.kernels}
+
+    @property
+    def kernels(self) -> list[str]:
+        return list(self.of)
+
+    def __getitem__(self, name: str) -> LoadedKernel:
+        return self.of[name][name]
+
+
+def ptx_of(library: Path) -> dict[str, Modules]:
     """The PTX that a library holds, by architecture."""
     tool = find_cuobjdump()
     if tool is None:
         raise RuntimeError("cuobjdump was not found: install a CUDA toolkit, or pip install triton")
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([tool, "-xptx", "all", str(library.resolve())], cwd=folder, check=True, capture_output=True)
-        texts = {re.search(r"sm_\w+?(?=\.ptx)", p.name)[0]: p.read_text() for p in Path(folder).glob("*.ptx")}  # type: ignore[index]
-    if not texts:
+        modules: dict[str, list[LoadedModule]] = {}
+        for path in sorted(Path(folder).glob("*.ptx")):
+            architecture = re.search(r"sm_\w+?(?=\.ptx)", path.name)[0]  # type: ignore[index]
+            modules.setdefault(architecture, []).append(load(path.read_text()))
+    if not modules:
         raise RuntimeError(f"{library} holds no PTX")
-    return {architecture: load(text) for architecture, text in sorted(texts.items())}
+    return {architecture: Modules(found) for architecture, found in sorted(modules.items())}
 
 
 class Device:
     """Takes over the launches of a stand-in: ``cuda`` is its loaded libcuda."""
 
-    def __init__(self, cuda: Any, module: LoadedModule) -> None:
+    def __init__(self, cuda: Any, module: Modules) -> None:
         self.cuda = cuda
         self.module = module
         self.counts_sectors = False
+        self.copies_early = False  # asynchronous copies run when they are issued, not as late as they may
         self.reports: list[Report] = []
         self.last_reports: list[Report] = []
         self.failure: Exception | None = None
@@ -68,13 +89,14 @@ class Device:
         parameters = self.module[name].kernel.parameters if name in self.module.kernels else []
         return parameters[index].bytes if index < len(parameters) else 0
 
-    def _run(self, kernel: bytes, arguments: Any, ctas: int, threads: int) -> int:
+    def _run(self, kernel: bytes, arguments: Any, ctas: int, threads: int, shared_bytes: int) -> int:
         try:
             found = self.module[kernel.decode()]
             given = [ctypes.string_at(arguments[i], p.bytes) for i, p in enumerate(found.kernel.parameters)]
             report = found.launch_raw(
-                ctas, threads, found.pack(given), self._areas(), counts_sectors=self.counts_sectors
-            )
+                ctas, threads, found.pack(given), self._areas(), counts_sectors=self.counts_sectors,
+                dynamic_shared_bytes=shared_bytes, copies_early=self.copies_early,
+            )  # fmt: skip
         except Exception as error:  # it must not cross C
             self.failure = error
             return UNKNOWN

@@ -6,6 +6,8 @@
 #include <vector>
 
 #include "core/lower.h"
+#include "cuda/bulk_body.h"
+#include "cuda/bulk_kernel.h"
 #include "cuda/copy_body.h"
 #include "cuda/copy_kernel.h"
 #include "cuda/device.h"
@@ -14,6 +16,7 @@
 #include "cuda/fault.h"
 #include "cuda/kernel.h"
 #include "cuda/pointers.h"
+#include "cuda/staged.h"
 #include "cuda/stream.h"
 #include "fake.h"
 
@@ -86,12 +89,33 @@ struct CheckedAccess {
   static inline bool is_new_launch = true;
 };
 
+// What a bulk copy refuses, done at once.
+struct CheckedRing {
+  uint32_t stage_bytes;
+
+  void copy(const std::byte* src, std::byte* dst, uint32_t bytes) {
+    if (bytes % 16 != 0 || bytes > stage_bytes) CheckedAccess::fail("a bulk copy's size", bytes, bytes);
+    for (uint32_t at = 0; at < bytes; at += 16) {
+      Bytes16 v;
+      CheckedAccess::load(v, src + at);
+      CheckedAccess::store(dst + at, v);
+    }
+  }
+  void finish() {}
+};
+
+void copy_bulk(const Head& head, const std::byte* tables, uint32_t thread, uint32_t threads) {
+  CheckedRing ring{head.unit_bytes};
+  kvkernels::copy_bulk<CheckedAccess>(head, tables, ring, thread, threads);
+}
+
 using Body = void (*)(const Head&, const std::byte*, uint32_t, uint32_t);
 
 Body body_of(const std::string& kernel) {
   if (kernel.starts_with("kvkernels_copy_page_")) return copy_page<CheckedAccess>;
   if (kernel.starts_with("kvkernels_copy_row_")) return copy_row<CheckedAccess>;
   if (kernel.starts_with("kvkernels_copy_bytes_")) return copy_bytes<CheckedAccess>;
+  if (kernel.starts_with("kvkernels_copy_bulk_")) return copy_bulk;
   return nullptr;
 }
 
@@ -103,7 +127,7 @@ size_t parameter_bytes(const char* kernel, size_t index) {
 }
 
 // The parameters are copied to where nothing else is, as a launch does: what it needs must be inside them.
-int run(const char* kernel, void** arguments, unsigned ctas, unsigned threads) {
+int run(const char* kernel, void** arguments, unsigned ctas, unsigned threads, size_t shared_bytes) {
   const Body body = body_of(kernel);
   if (body == nullptr) return cudaErrorInvalidDeviceFunction;
   const size_t bytes = parameter_bytes(kernel, 0);
@@ -115,6 +139,7 @@ int run(const char* kernel, void** arguments, unsigned ctas, unsigned threads) {
     tables = reinterpret_cast<const std::byte*>(parameters.data()) + offsetof(Params<kSmallParams>, tables);
   }
   violation.clear();
+  if (body == copy_bulk && shared_bytes != bulk_shared_bytes(head.unit_bytes)) return cudaErrorInvalidValue;
   CheckedAccess::is_new_launch = true;
   for (uint32_t thread = 0; thread < ctas * threads; ++thread) {
     loads_in_flight = 0;
@@ -242,7 +267,8 @@ EXPORT int drive_fragments(const int64_t* rows, int64_t count, int any_order, in
 }
 
 // `ids` is null or: source data, stride, width; destination data, stride, width; rows; limits; skip_negative; op.
-// `options`: direction, sm_budget, items of a launch (0: the default), whether it captures, whether to map, to run.
+// `options`: direction, sm_budget, items of a launch (0: the default), whether it captures, whether to map, to run, and
+// to use bulk copies.
 // `out`: launches, ctas, threads, tiles, descriptors, bytes, table bytes, uploads, variant; then what was issued.
 EXPORT int drive_kernel(const int64_t* moves, int64_t move_count, const int64_t* segments, int64_t segment_count,
                         const int64_t* ids, const int64_t* options, void* stream, int64_t* out) {
@@ -261,6 +287,7 @@ EXPORT int drive_kernel(const int64_t* moves, int64_t move_count, const int64_t*
     const DeviceIds* on_device = ids ? &device_ids : nullptr;
     Work work =
         read_work(moves, move_count, segments, segment_count, static_cast<int>(options[0]), ids ? device_ids.n : 0);
+    work.executor = options[6] != 0 ? Executor::kBulk : Executor::kKernel;
     DeviceLimits limits = device_limits(current_device());
     if (options[2] > 0) limits.max_items = options[2];
     limits.reads_pageable = fake::setting("pageable_access") != 0;
@@ -275,6 +302,29 @@ EXPORT int drive_kernel(const int64_t* moves, int64_t move_count, const int64_t*
     const auto on = static_cast<cudaStream_t>(stream);
     const auto send = [&](const void* host, size_t bytes) { return upload(host, bytes, on); };
     write_issued(run_kernel(plan, send, on), out + 9);
+  });
+}
+
+// `options`: direction, sm_budget, bytes of the ring (0: the default), whether only to plan. `out`: what was issued,
+// the chunks, and the ring's bytes.
+EXPORT int drive_staged(const int64_t* moves, int64_t move_count, const int64_t* segments, int64_t segment_count,
+                        const int64_t* options, void* stream, int64_t* out) {
+  return guarded([&] {
+    message.clear();
+    const Work work = read_work(moves, move_count, segments, segment_count, static_cast<int>(options[0]), 0);
+    const Staging staging = plan_staging(work, options[2] > 0 ? options[2] : kStagingRingBytes);
+    if (!staging.refusal.empty()) throw std::invalid_argument(staging.refusal);
+    const auto on = static_cast<cudaStream_t>(stream);
+    const auto budget = static_cast<int>(options[1]);
+    const DeviceLimits limits = device_limits(current_device());
+    out[3] = staging.chunks();
+    out[4] = staging.ring_bytes;
+    if (options[3] != 0) return write_issued(plan_staged(work, staging, budget, limits, on), out);
+    void* ring = nullptr;
+    check(cudaMalloc(&ring, static_cast<size_t>(staging.ring_bytes)), "cudaMalloc");
+    uploads.push_back(ring);
+    const auto send = [&](const void* host, size_t bytes) { return upload(host, bytes, on); };
+    write_issued(run_staged(work, staging, static_cast<std::byte*>(ring), budget, limits, send, on), out);
   });
 }
 

@@ -82,10 +82,11 @@ void count_copy(uintptr_t dst, uintptr_t src, size_t bytes);
 // A second mapping of shared memory, so that the device's address of it differs from the host's.
 uintptr_t map_again(uintptr_t begin, size_t bytes);
 
-// Runs a kernel; and says how many bytes its parameter number `index` has, 0 past the last.
-using Runner = int (*)(const char* kernel, void** arguments, unsigned ctas, unsigned threads);
+// Runs a kernel with so many bytes of dynamic shared memory; and says how many bytes its parameter number `index` has,
+// 0 past the last.
+using Runner = int (*)(const char* kernel, void** arguments, unsigned ctas, unsigned threads, size_t shared_bytes);
 using ParameterBytes = size_t (*)(const char* kernel, size_t index);
-int launch(const char* kernel, void** arguments, unsigned ctas, unsigned threads, void* stream);
+int launch(const char* kernel, void** arguments, unsigned ctas, unsigned threads, size_t shared_bytes, void* stream);
 
 }  // namespace fake
 #pragma GCC visibility pop

@@ -36,6 +36,15 @@ std::map<const void*, std::string>& kernels() {
   return *instance;
 }
 
+// Dynamic shared memory that a launch may have: more than the first only by a kernel's attribute on each device.
+constexpr size_t kSharedBytes = 48 << 10;
+constexpr size_t kMostSharedBytes = 227 << 10;
+
+std::map<std::pair<const void*, int>, size_t>& shared_limits() {
+  static auto* const instance = new std::map<std::pair<const void*, int>, size_t>;
+  return *instance;
+}
+
 // Calls that no thread may make while a stream captures, unless the thread said that it knows.
 bool breaks_capture() { return fake::forbids_unsafe_call(capture_mode); }
 
@@ -293,6 +302,18 @@ EXPORT cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void* stub) {
   return cudaSuccess;
 }
 
+EXPORT cudaError_t cudaFuncSetAttribute(const void* stub, cudaFuncAttribute attribute, int value) {
+  Lock lock(fake::mutex());
+  if (const int code = fake::enter("cudaFuncSetAttribute")) return done(code);
+  if (kernels().count(stub) == 0) return done(cudaErrorInvalidDeviceFunction);
+  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) {
+    return static_cast<cudaError_t>(fake::refuse_runtime_call("another attribute of a kernel"));
+  }
+  if (value < 0 || static_cast<size_t>(value) > kMostSharedBytes) return done(cudaErrorInvalidValue);
+  shared_limits()[{stub, current_device()}] = static_cast<size_t>(value);
+  return done(0);
+}
+
 EXPORT cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* stub, void** arguments) {
   if (const int code = fake::enter("cudaLaunchKernelExC")) return done(code);
   const auto found = kernels().find(stub);
@@ -302,11 +323,16 @@ EXPORT cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const v
     return static_cast<cudaError_t>(fake::refuse_runtime_call(("kernel " + found->second).c_str()));
   }
   const bool is_flat = config->gridDim.y == 1 && config->gridDim.z == 1 && config->blockDim.y == 1 &&
-                       config->blockDim.z == 1 && config->dynamicSmemBytes == 0 && config->numAttrs == 0;
+                       config->blockDim.z == 1 && config->numAttrs == 0;
+  const auto allowed = shared_limits().find({stub, current_device()});
+  if (config->dynamicSmemBytes > (allowed == shared_limits().end() ? kSharedBytes : allowed->second)) {
+    return done(cudaErrorInvalidValue);
+  }
   if (!is_flat || config->gridDim.x == 0 || config->blockDim.x == 0 || config->blockDim.x > 1024) {
     return done(cudaErrorInvalidConfiguration);
   }
-  return done(fake::launch(found->second.c_str(), arguments, config->gridDim.x, config->blockDim.x, config->stream));
+  return done(fake::launch(found->second.c_str(), arguments, config->gridDim.x, config->blockDim.x,
+                           config->dynamicSmemBytes, config->stream));
 }
 
 EXPORT cudaError_t cudaLaunchKernel(const void* stub, dim3 grid, dim3 block, void** arguments, size_t shared_bytes,

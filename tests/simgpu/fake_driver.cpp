@@ -172,7 +172,7 @@ uintptr_t map_again(uintptr_t begin, size_t bytes) {
   return second == MAP_FAILED ? 0 : reinterpret_cast<uintptr_t>(second);
 }
 
-int launch(const char* kernel, void** arguments, unsigned ctas, unsigned threads, void* stream) {
+int launch(const char* kernel, void** arguments, unsigned ctas, unsigned threads, size_t shared_bytes, void* stream) {
   Lock lock(mutex());
   State& s = state();
   Stream* const found = find_stream(stream);
@@ -186,14 +186,15 @@ int launch(const char* kernel, void** arguments, unsigned ctas, unsigned threads
   }
   s.parameters.push_back(values.empty() ? "" : values[0]);
   ++s.counters.launches;
-  const auto run = [name = std::string(kernel), values, ctas, threads, runner = s.runner]() mutable {
+  const auto run = [name = std::string(kernel), values, ctas, threads, shared_bytes, runner = s.runner]() mutable {
     std::vector<void*> pointers;
     for (std::string& value : values) pointers.push_back(value.data());
-    return runner == nullptr ? 0 : runner(name.c_str(), pointers.data(), ctas, threads);
+    return runner == nullptr ? 0 : runner(name.c_str(), pointers.data(), ctas, threads, shared_bytes);
   };
   log("launch",
       {{"ctas", ctas},
        {"threads", threads},
+       {"shared_bytes", static_cast<int64_t>(shared_bytes)},
        {"device", current_device()},
        {"stream", reinterpret_cast<intptr_t>(stream)},
        {"capturing", is_capturing(*found)},

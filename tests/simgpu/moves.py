@@ -45,7 +45,8 @@ def random_case(rng, shape):
     """Moves over disjoint parts of both buffers, pairs, both sizes, and the ids there are on each side.
 
     ``shape`` is page, row, bytes, or those of the last that a kernel treats alike: "chunks 8" (also 4, 2 and 1), which
-    are as wide as all addresses and sizes allow, and "tiles".
+    are as wide as all addresses and sizes allow, and "tiles"; or "bulk", whose fragments mostly begin at the same
+    distance from a multiple of 16 on both sides.
     """
     kind, _, width = shape.partition(" ")
     fragment_bytes = {
@@ -54,16 +55,25 @@ def random_case(rng, shape):
         "bytes": lambda: int(rng.choice([rng.integers(1, 70), rng.integers(70, 1200), rng.integers(4000, 9000)])),
         "chunks": lambda: int(width) * (2 * int(rng.integers(0, 120 // int(width))) + 1),
         "tiles": lambda: int(rng.choice([rng.integers(257, 1300), rng.integers(4000, 9000)])) | 1,
+        "bulk": lambda: int(
+            rng.choice([16 * rng.integers(32, 100), rng.integers(512, 3000), rng.integers(8000, 18000)])
+        ),
     }[kind]()
     unit = {"row": 16, "chunks": int(width or 1)}.get(kind, int(rng.choice([1, 2, 4, 8, 16])))
     if shape == "bytes" and rng.integers(2):
         fragment_bytes = max(unit, fragment_bytes // unit * unit)
+    both_begin = 0
+    if shape == "bulk":
+        unit = int(rng.choice([16, 16, 16, 1]))
+        both_begin = int(rng.choice([0, rng.integers(16)]))
     loop_count = 0 if shape == "page" else int(rng.integers(kind == "tiles", 4))
     budget = max(1, 60000 // fragment_bytes)
     subblocks = [1, 1]
     if rng.integers(3) == 0:
         subblocks = [int(rng.choice([1, 2, 3, 7, 16])) for _ in range(2)]
-    blocks = [max(2, int(rng.integers(2, 12)) // s) for s in subblocks]
+    # A tile of the bulk kernel takes the simulator long.
+    most_blocks = 4 if shape == "bulk" else 12
+    blocks = [max(2, int(rng.integers(2, most_blocks)) // s) for s in subblocks]
     id_counts = [b * s for b, s in zip(blocks, subblocks, strict=True)]
     moves, ends = [], [0, 0]
     same_form = bool(rng.integers(2))
@@ -77,6 +87,7 @@ def random_case(rng, shape):
         for s in range(2):
             strides, size = _nest(rng, [*extents, subblocks[s]], fragment_bytes, unit)
             offset = (ends[s] + 15) // 16 * 16 + (0 if shape == "row" else unit * int(rng.integers(0, 17)))
+            offset += both_begin
             block_stride = size + unit * int(rng.integers(0, 4))
             sides.append(Side(offset, block_stride, strides[-1], subblocks[s]))
             all_strides.append(strides[:-1])
@@ -121,7 +132,7 @@ FAR = 1 << 33
 
 def _grain(shape):
     """Bytes of the smallest move that leaves the shape as it is."""
-    return 272 if shape == "page" else int(shape.partition(" ")[2] or 16)
+    return {"page": 272, "bulk": 512}.get(shape) or int(shape.partition(" ")[2] or 16)
 
 
 def _add_small_moves(moves, count, bytes_, ends, most_ids):
@@ -144,6 +155,7 @@ def random_call(sim: Sim, rng, shape, tables, ids):
     src, dst = sim.memory(DEVICE, src_bytes + 64), sim.memory(DEVICE, dst_bytes + 64)
     options = {"sm_budget": int(rng.choice([1, 3, 12])), "direction": int(rng.choice([H2D, D2H]))}
     options["max_items"] = int(rng.choice([0, 0, 0, 4000]))
+    options["bulk"] = shape == "bulk"
     if ids.startswith("host"):
         moves, pairs = _with_far_ids(rng, moves, pairs) if "64" in ids else (moves, pairs)
         return check(sim, moves, pairs, src, dst, **options)
@@ -163,8 +175,8 @@ def full_call(sim: Sim, rng, shape, tables, ids, captures=False, has_earlier=Fal
     While capturing, large tables become several launches, of which the first records bad ids.
     """
     # Five chunks a pair, and more than a tile of them, so that each of a lane's chunks meets a bad pair.
-    count = 8 if shape in ("page", "tiles") else 40
-    bytes_ = {"page": 301, "tiles": 261}.get(shape, 5 * _grain(shape))
+    count = 8 if shape in ("page", "tiles", "bulk") else 40
+    bytes_ = {"page": 301, "tiles": 261, "bulk": 528}.get(shape, 5 * _grain(shape))
     loops = () if shape == "page" else ((2, 6 * bytes_, 6 * bytes_), (3, bytes_, 2 * bytes_), (2, 3 * bytes_, bytes_))
     page = 12 * bytes_ if loops else bytes_
     moves, ends = [], [0, 0]
@@ -180,7 +192,7 @@ def full_call(sim: Sim, rng, shape, tables, ids, captures=False, has_earlier=Fal
     moves, src_bytes, dst_bytes = _add_small_moves(moves, extra, _grain(shape), ends, count)
     src, dst = sim.memory(DEVICE, src_bytes + 64), sim.memory(DEVICE, dst_bytes + 64)
     pairs = list(zip(rng.permutation(count).tolist(), rng.permutation(count).tolist(), strict=True))
-    options = {"capturing": captures, "sm_budget": 1 if captures else 8}
+    options = {"capturing": captures, "sm_budget": 1 if captures else 8, "bulk": shape == "bulk"}
     if ids.startswith("host"):
         moves, pairs = _with_far_ids(rng, moves, pairs) if "64" in ids else (moves, pairs)
         return check(sim, moves, pairs, src, dst, **options)

@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .device import Device, ptx_of
-from .ptx import LoadedModule
+from .device import Device, Modules, ptx_of
 
 PAGEABLE, PINNED, DEVICE, MANAGED = range(4)
 H2H, H2D, D2H, D2D = range(4)
@@ -199,7 +198,7 @@ class Sim:
     host_functions: list[Any] = field(default_factory=list)
 
     _loaded = None
-    _modules: dict[str, LoadedModule] | None = None
+    _modules: dict[str, Modules] | None = None
 
     @classmethod
     def of(cls, build: str) -> Sim:
@@ -512,11 +511,12 @@ class Sim:
         capturing: bool = False,
         maps: bool = False,
         runs: bool = True,
+        bulk: bool = False,
     ) -> KernelRun:
         rows = _int64([move.row(address(src), address(dst)) for move in moves])
         segments = _int64([] if ids else segments_of(pairs))
         numbers = _int64(ids.numbers()) if ids else None
-        options = _int64([direction, sm_budget, max_items, int(capturing), int(maps), int(runs)])
+        options = _int64([direction, sm_budget, max_items, int(capturing), int(maps), int(runs), int(bulk)])
         out = np.zeros(12, np.int64)
         status = self.drive.drive_kernel(
             _data(rows), ctypes.c_int64(len(rows)), _data(segments), ctypes.c_int64(len(segments)),
@@ -524,8 +524,34 @@ class Sim:
         )  # fmt: skip
         self._checked(status)
         found = out.tolist()
-        variant = ("page", "row", "bytes")[found[8]]
+        variant = ("page", "row", "bytes", "bulk")[found[8]]
         return KernelRun(*found[:7], bool(found[7]), variant, Issued(*found[9:]))
+
+    def staged(
+        self,
+        moves: Sequence[Move],
+        pairs: Sequence[tuple[int, int]],
+        src: np.ndarray,
+        dst: np.ndarray,
+        stream: int = 0,
+        *,
+        direction: int = D2H,
+        sm_budget: int = 0,
+        ring_bytes: int = 0,
+        plans_only: bool = False,
+    ) -> tuple[Issued, int, int]:
+        """What was issued, the chunks and the ring's bytes."""
+        rows = _int64([move.row(address(src), address(dst)) for move in moves])
+        segments = _int64(segments_of(pairs))
+        options = _int64([direction, sm_budget, ring_bytes, int(plans_only)])
+        out = np.zeros(5, np.int64)
+        status = self.drive.drive_staged(
+            _data(rows), ctypes.c_int64(len(rows)), _data(segments), ctypes.c_int64(len(segments)), _data(options),
+            ctypes.c_void_p(stream), _data(out),
+        )  # fmt: skip
+        self._checked(status)
+        found = out.tolist()
+        return Issued(*found[:3]), found[3], found[4]
 
     def take_fault(self, device: int = 0) -> tuple[int, int, int] | None:
         """Count, first row and op."""

@@ -1,0 +1,22 @@
+// Launches the bulk copy kernel: compute capability 9.0 and later. Torch-free.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+
+#include "cuda/copy_body.h"
+
+namespace kvkernels {
+
+// CTAs on a host link where the caller names none. Each has 128 KiB of loads on their way where fragments are long, and
+// published work came within 10% of a coherent link's ceiling with as many.
+constexpr int kBulkHostLinkCtas = 4;
+
+// Bytes of shared memory that a launch with tiles of this size needs.
+size_t bulk_shared_bytes(uint32_t tile_bytes);
+
+// As launch_copy(), with head.unit_bytes as the size of a tile. Throws CudaError.
+void launch_bulk(const Head& head, const std::byte* tables, size_t table_bytes, int ctas, cudaStream_t stream);
+
+}  // namespace kvkernels

@@ -1,0 +1,132 @@
+"""The compiled bulk kernel on the simulator: every byte, every finding, every line, and the bugs it could have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import pytest
+from simgpu.compile import compile_ptx
+from simgpu.device import Device, Modules
+from simgpu.moves import IDS, check, full_call, random_call
+from simgpu.ptx import load
+from simgpu.sim import D2H, DEVICE, H2D, Move, Side, copy_naively
+from simgpu.worker import on_stand_in
+
+# Compute capability 9.0 is the first that has bulk copies.
+ARCHITECTURES = ("sm_90", "sm_100")
+CSRC = Path(__file__).resolve().parents[1] / "csrc"
+SIZES = (1, 15, 16, 17, 31, 48, 100, 512, 1000, 1024, 8191, 8192, 8193, 9001, 20000)
+
+each_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
+early_or_late = pytest.mark.parametrize("copies_early", [False, True], ids=["late", "early"])
+
+
+@pytest.mark.parametrize("direction", [H2D, D2H], ids=["cut-on-src", "cut-on-dst"])
+@pytest.mark.parametrize("difference", [0, 0, 1, 4, 8])
+@each_architecture
+@on_stand_in
+def test_every_alignment_and_size(sim, architecture, difference, direction):
+    """One launch for all offsets of one difference: a move for each. Where it is 0 the middle goes by bulk copies."""
+    sim.use_ptx(architecture)
+    moves, at = [], [0, 0]
+    for src_offset in (0, 1, 8, 15):
+        for fragment_bytes in SIZES:
+            stride = fragment_bytes + 16 - fragment_bytes % 16
+            sides = Side(at[0] + src_offset, stride), Side(at[1] + src_offset + difference, stride + 16)
+            moves.append(Move(*sides, fragment_bytes))
+            at = [at[0] + 3 * stride + 48, at[1] + 3 * (stride + 16) + 48]
+    src, dst = sim.memory(DEVICE, at[0] + 64), sim.memory(DEVICE, at[1] + 64)
+    run = check(sim, moves, [(0, 1), (2, 0), (2, 2)], src, dst, direction=direction, bulk=True)
+    assert run.variant == "bulk"
+
+
+@on_stand_in
+def test_older_images_have_an_empty_kernel(sim):
+    module = sim.use_ptx("sm_80").module
+    for tables in ("small", "large", "table"):
+        assert [text.strip(" ;") for text in module[f"kvkernels_copy_bulk_{tables}"].kernel.lines().values()] == ["ret"]
+
+
+@early_or_late
+@each_architecture
+@on_stand_in
+def test_random_cases(sim, architecture, copies_early):
+    """Random moves, pools, loops and sub-blocks; tables and ids in every place."""
+    rng = np.random.default_rng([ARCHITECTURES.index(architecture), copies_early])
+
+    def run(call, *arguments):
+        sim.use_ptx(architecture).copies_early = copies_early
+        call(sim, rng, "bulk", *arguments)
+        sim.reset()
+
+    for ids in IDS:
+        run(random_call, "small", ids)
+    run(random_call, "large", "device 64-bit")
+    run(random_call, "table", "host 32-bit")
+    run(full_call, "small", "device 32-bit", True, False)
+    run(full_call, "small", "device 64-bit", True, True)
+
+
+@each_architecture
+@early_or_late
+@on_stand_in
+def test_a_ring_that_goes_round(sim, architecture, copies_early):
+    """Each stage is used several times, whatever the size of a tile makes of their number; and under capture."""
+    missed = []
+    for fragment_bytes, count in ((512, 300), (8192, 60), (8200, 60)):
+        device = sim.use_ptx(architecture)
+        device.copies_early = copies_early
+        move = Move(Side(8, fragment_bytes + 8), Side(8, fragment_bytes + 8), fragment_bytes - 8)
+        src, dst = (sim.memory(DEVICE, (fragment_bytes + 8) * count + 16) for _ in range(2))
+        stream = sim.stream(capturing=copies_early)
+        pairs = [(i, count - 1 - i) for i in range(count)]
+        run = check(sim, [move], pairs, src, dst, stream=stream, sm_budget=1, bulk=True, capturing=copies_early)
+        assert run.tiles >= 2 * 4 * min(32, (48 << 10) // min(8192, -(-fragment_bytes // 128) * 128)), run
+        missed.append({text for lines in device.unexecuted.values() for text in lines.values()})
+        sim.reset()
+    assert not [text for text in set.intersection(*missed) if "bulk" in text or "mbarrier" in text]
+
+
+# What is changed in bulk_body.h, and what tells: a kind of finding, or the bytes.
+BUGS = {
+    "no wait for the load": ("    wait_until_full();\n", "", "read of unwritten bytes"),
+    "wrong parity": ("parity_ = 0;", "parity_ = 1;", "read of unwritten bytes"),
+    "parity never changes": ("parity_ ^= 1;", "", "read of unwritten bytes"),
+    "no wait for the reads": ('"cp.async.bulk.wait_group.read %0;"', '"// %0"', "race"),
+    "one read too many": ('"n"(kUnreadStores)', '"n"(kUnreadStores + 1)', "race"),
+    "one stage too many": ("== stage_count_ - kUnreadStores", "== stage_count_ - kUnreadStores + 1", "race"),
+    "no wait at the end": ('asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");', "", "copy not waited for"),
+    "the last stage is not stored": ("while (loading_ > 0)", "while (loading_ > 1)", "differ"),
+    "wrong bytes expected": ('"r"(bytes)\n                 :', '"r"(bytes + 16)\n                 :', "never goes on"),
+    "no tail": ("span.bytes - first - middle, lane", "0, lane", "differ"),
+    "no head": ("uint32_t first = (0u - dst) & 15;", "uint32_t first = 0;", "misaligned access"),
+    "another stage": ("stages_ + oldest_ *", "stages_ + newest_ *", "unwritten|race|differ"),
+}
+
+
+@pytest.mark.parametrize("bug", BUGS)
+@on_stand_in
+def test_a_broken_kernel_is_found(sim, bug):
+    with TemporaryDirectory() as folder:
+        old, new, told = BUGS[bug]
+        body = (CSRC / "cuda" / "bulk_body.h").read_text()
+        assert body.count(old) == 1, bug
+        (Path(folder) / "cuda").mkdir()
+        (Path(folder) / "cuda" / "bulk_body.h").write_text(body.replace(old, new))
+        flags = (f"-I{folder}", f"-I{CSRC}")
+        text = compile_ptx(CSRC / "cuda" / "bulk_kernel.cu", "sm_90", Path(folder) / "broken.ptx", flags)
+    sim.device = Device(sim.cuda, Modules([load(text)]))
+    # Of 8 bytes before, 12 after the part that bulk copies take.
+    count, stride = 60, 8192
+    move = Move(Side(8, stride), Side(8, stride), stride - 12)
+    src, dst = (sim.memory(DEVICE, stride * count + 16) for _ in range(2))
+    dst ^= 0xFF
+    expected = dst.copy()
+    pairs = [(i, count - 1 - i) for i in range(count)]
+    copy_naively([move], pairs, src, expected)
+    with pytest.raises(AssertionError, match=told):
+        sim.kernel([move], pairs, src, dst, sim.stream(), sm_budget=1, bulk=True)
+        assert np.array_equal(dst, expected), "bytes differ"
+    sim.device = None
