@@ -27,7 +27,7 @@ class Record:
     device: dict[str, Any] = field(default_factory=dict)
 
 
-_EXECUTORS = ("cpu", "kernel", "dma", "reference")
+_EXECUTORS = ("cpu", "kernel", "dma", "triton", "reference")
 _COUNTED = ("calls", "launches", "descriptors", "bytes")
 
 _scope = threading.local()

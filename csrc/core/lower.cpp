@@ -17,6 +17,8 @@ std::string_view name_of(Executor executor) {
       return "kernel";
     case Executor::kDma:
       return "dma";
+    case Executor::kTriton:
+      return "triton";
     case Executor::kReference:
       return "reference";
   }

@@ -16,8 +16,9 @@ struct Counter {
   std::atomic<int64_t> bytes{0};
 };
 
-constexpr std::array kCounted{Executor::kCpu, Executor::kKernel, Executor::kDma, Executor::kReference};
-std::array<Counter, 5> counters;
+constexpr std::array kCounted{Executor::kCpu, Executor::kKernel, Executor::kDma, Executor::kTriton,
+                               Executor::kReference};
+std::array<Counter, 6> counters;
 
 Counter& counter_of(Executor executor) { return counters[static_cast<size_t>(executor)]; }
 

@@ -1,7 +1,6 @@
 #include "ops/cuda_path.h"
 
 #include <algorithm>
-#include <array>
 #include <utility>
 
 #include "core/gpu_policy.h"
@@ -14,18 +13,12 @@
 #include "cuda/stream.h"
 #include "ops/counters.h"
 #include "ops/explain.h"
+#include "ops/fault_ops.h"
 #include "ops/json.h"
+#include "ops/triton_path.h"
 
 namespace kvkernels {
 namespace {
-
-// The ops that take ids on the device, by the code that a kernel records.
-constexpr std::array kFaultOps{"", "gather_blocks", "scatter_blocks", "copy_pages"};
-
-uint32_t fault_code(std::string_view op) {
-  const auto found = std::find(kFaultOps.begin(), kFaultOps.end(), op);
-  return static_cast<uint32_t>(found == kFaultOps.end() ? 0 : found - kFaultOps.begin());
-}
 
 // Where a call runs: its device, current, and that device's current stream.
 class Context {
@@ -124,9 +117,18 @@ std::string map_or_refuse(Work& work, const DeviceIds* ids, const Context& conte
   return "";
 }
 
+void check_triton(const char* op, const Context& context) {
+  const std::string refusal = triton_refusal(context.device());
+  if (!refusal.empty()) refuse(op, Executor::kTriton, refusal);
+}
+
 void carry_out_device_ids(const CopyCall& call, std::vector<Move> moves, Direction direction, const Context& context) {
   const std::string reason = "the ids are on the device";
-  if (call.executor != Executor::kAuto && call.executor != Executor::kKernel) refuse(call.op, call.executor, reason);
+  const bool is_triton = call.executor == Executor::kTriton;
+  if (call.executor != Executor::kAuto && call.executor != Executor::kKernel && !is_triton) {
+    refuse(call.op, call.executor, reason);
+  }
+  if (is_triton) check_triton(call.op, context);
   Work work = lower_device_ids(std::move(moves), call.rows, direction);
   if (work.bytes == 0) {
     if (explaining()) record(explanation_of(call.op, work, reason));
@@ -135,13 +137,15 @@ void carry_out_device_ids(const CopyCall& call, std::vector<Move> moves, Directi
   const DeviceIds ids{call.src_ids,         call.dst_ids,       call.rows,          call.src_limit.ids(),
                       call.dst_limit.ids(), call.skip_negative, fault_code(call.op)};
   const std::string refusal = map_or_refuse(work, &ids, context);
-  if (!refusal.empty()) refuse(call.op, Executor::kKernel, refusal);
+  if (!refusal.empty()) refuse(call.op, is_triton ? Executor::kTriton : Executor::kKernel, refusal);
+  if (is_triton) return run_triton(call, work, context.device(), fault_word(context.device()), "named by the caller");
   run_kernel_executor(call.op, work, &ids, call.sm_budget, context, reason);
 }
 
 GpuChoice choose(const char* op, Executor asked, const Work& work, const Context& context, const std::string& refusal) {
   if (asked == Executor::kCpu) refuse(op, asked, "a tensor is on a cuda device");
-  if (asked == Executor::kKernel && !refusal.empty()) refuse(op, asked, refusal);
+  if (asked == Executor::kTriton) check_triton(op, context);
+  if ((asked == Executor::kKernel || asked == Executor::kTriton) && !refusal.empty()) refuse(op, asked, refusal);
   if (asked != Executor::kAuto) return {asked, "named by the caller"};
   return choose_on_gpu(work.direction, work.bytes, work.descriptors, {context.allows_batches(), refusal});
 }
@@ -160,6 +164,8 @@ void carry_out_host_ids(const CopyCall& call, std::vector<Move> moves, PairList 
     if (explaining()) record(explanation_of(call.op, work, choice.reason));
   } else if (is_kernel) {
     run_kernel_executor(call.op, mapped, nullptr, call.sm_budget, context, choice.reason);
+  } else if (choice.executor == Executor::kTriton) {
+    run_triton(call, mapped, context.device(), nullptr, choice.reason);
   } else {
     run_dma_executor(call.op, work, false, context, choice.reason);
   }
@@ -210,6 +216,11 @@ Direction direction_of(const AddressFacts& facts) {
 }  // namespace
 
 void carry_out_on_cuda(const CopyCall& call, std::vector<Move> moves, PairList list) {
+  // Tensors are on a device and no CUDA driver is loaded: this torch is for another vendor's.
+  if (!cuda_in_use()) {
+    return carry_out_on_triton(call, std::move(moves), std::move(list),
+                               "this build's kernels are CUDA's, and no CUDA driver is in use");
+  }
   named_errors(call.op, [&] {
     const Context context(call.src.place.on_device ? call.src.place.device : call.dst.place.device);
     const Direction direction = kvkernels::direction_of(call.src.place, call.dst.place);
