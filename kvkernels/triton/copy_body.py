@@ -67,7 +67,7 @@ def find_move(moves, count, unit):
 def load_id(table, column, row):
     """A row's id in the column of ids that three columns of the head describe."""
     address = tl.load(table + column) + row * tl.load(table + column + 1)
-    width = tl.load(table + column + 2)
+    width = tl.load(table + column + 2) + tl.zeros_like(row)
     if tl.load(table + IDS_ON_DEVICE) == 0:
         address += table.to(tl.int64)
     # Masks instead of branches: Triton 3.9 fails to compile tensors that leave a branch here.
