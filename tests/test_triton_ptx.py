@@ -9,7 +9,7 @@ import subprocess
 import numpy as np
 import pytest
 import torch
-from cases import GUARD_BYTES, Case, assert_same_bytes, examples, gather_scatter_cases, seeds
+from cases import GUARD_BYTES, Arena, Case, assert_same_bytes, examples, gather_scatter_cases, pool_view, seeds
 from hypothesis import given
 from hypothesis import strategies as st
 from plans import copy_pages_cases, run_row, runs_tensor
@@ -72,16 +72,19 @@ def run_case(launch: SimulatedLaunch, case: Case) -> None:
                 assert np.array_equal(report.written(f"dst {i}"), (expected[i] == flipped[i]).numpy())
 
 
-@examples(70)
-@given(st.one_of(gather_scatter_cases("gather_blocks"), gather_scatter_cases("scatter_blocks"), copy_pages_cases()))
+small_cases = st.one_of(
+    gather_scatter_cases("gather_blocks"), gather_scatter_cases("scatter_blocks"), copy_pages_cases()
+).filter(lambda case: sum(case.buffer_bytes) < 1 << 18)
+
+
+@examples(24)
+@given(small_cases)
 def test_random_calls(on_simulator, case):
     run_case(on_simulator("sm_80"), case)
 
 
 def whole_pages(sizes: list[int], offset_bytes: int = 0, padding_bytes: int = 0) -> Case:
     """gather_blocks from a pool of each size."""
-    from cases import Arena, pool_view
-
     arena, blocks, n = Arena(), 7, 4
     pools = [
         pool_view(arena.reserve("src", blocks * (s + padding_bytes), offset_bytes), blocks, s, s + padding_bytes,
@@ -113,23 +116,28 @@ def test_newer_architectures(on_simulator, target, kernel, case):
 
 @pytest.mark.parametrize("differing", [0, 8, 4, 2, 1])
 def test_sides_of_another_alignment(on_simulator, differing):
-    """Ends of every length, in elements as wide as the two sides have in common."""
+    """One launch for fragments that begin and end anywhere, in elements as wide as the two sides have in common."""
     launch = on_simulator("sm_80")
-    raw_src, raw_dst = torch.randint(0, 256, (1 << 15,), dtype=torch.uint8), torch.zeros(1 << 15, dtype=torch.uint8)
-    begin = -raw_src.data_ptr() % 128, -raw_dst.data_ptr() % 128
-    for offset_bytes in range(0, 16, 3):
-        for size in (16 * 1024 + 1, 1100, 4096 - offset_bytes):
-            src = raw_src[begin[0] + 160 + offset_bytes :][:size].view(1, size)
-            dst = raw_dst[begin[1] + 160 + offset_bytes + differing :][:size].view(1, size)
-            raw_dst.fill_(0)
-            launch.buffers = buffers_of([raw_src, raw_dst], ["src", "dst"])
-            kvkernels.scatter_blocks(src, torch.tensor([0]), [dst], executor="triton")
-            expected = torch.zeros_like(raw_dst)
-            expected[dst.storage_offset() :][:size] = src[0]
-            assert torch.equal(raw_dst, expected)
-            written = launch.reports[-1].written("dst 1")
-            assert written.sum() == size and written[dst.storage_offset() :][:size].all()
-    assert {head.width for head in launch.heads} == {differing or 16}
+    sizes = (1, 15, 16, 17, 100, 127, 4095, 1029, 4097, 2500)
+    buffer = torch.randint(0, 256, (2, 16 * 1024), dtype=torch.uint8)
+    raw = torch.zeros(2 * 128 * 1024, dtype=torch.uint8)
+    pools, at, src = [], -raw.data_ptr() % 16, buffer.data_ptr()
+    for size in sizes:
+        begin = at + (src + differing) % 16
+        pools.append(raw[begin:].as_strided((2, size), (8192, 1), begin))
+        at, src = at + 2 * 8192, src + size
+    launch.buffers = buffers_of([buffer.view(-1), raw], ["src", "dst"])
+    kvkernels.scatter_blocks(buffer[:, : sum(sizes)], torch.tensor([1, 0]), pools, executor="triton")
+    expected, is_written = torch.zeros_like(raw), torch.zeros_like(raw, dtype=torch.bool)
+    at = 0
+    for size, pool in zip(sizes, pools, strict=True):
+        place = (2, size), (8192, 1), pool.storage_offset()
+        expected.as_strided(*place).copy_(buffer[:, at : at + size].flip(0))
+        is_written.as_strided(*place).fill_(True)
+        at += size
+    assert torch.equal(raw, expected)
+    assert np.array_equal(launch.reports[-1].written("dst 1"), is_written.numpy())
+    assert launch.heads[-1].width == (differing or 16)
 
 
 @each_cuda_target
@@ -208,7 +216,7 @@ FAR = 1 << 62
 PAGES = {"row": 64, "page": 5000, "chunks 1": 37, "tiles": 1500}
 
 
-@examples(30)
+@examples(8)
 @given(seeds, st.sampled_from(list(PAGES)), st.sampled_from([torch.int32, torch.int64]), st.booleans(), st.booleans())
 def test_ids_on_the_device(on_simulator, seed, shape, dtype, skip_negative, has_earlier):
     """Bad pairs are not copied; they are counted, and the lowest row of the op that failed first is kept."""
