@@ -132,7 +132,7 @@ def gather_blocks(
     executor : {'auto', 'cpu', 'kernel', 'dma', 'triton', 'reference'}
         What carries the copy out. A named one that cannot serve the call raises; another is never run instead.
     sm_budget : int
-        The most SMs that the ``kernel`` executor may use; 0 for the policy's default.
+        The most SMs that the ``kernel`` and ``triton`` executors may use; 0 for the policy's default.
 
     Raises
     ------
@@ -186,7 +186,7 @@ def scatter_blocks(
     executor : {'auto', 'cpu', 'kernel', 'dma', 'triton', 'reference'}
         What carries the copy out. A named one that cannot serve the call raises; another is never run instead.
     sm_budget : int
-        The most SMs that the ``kernel`` executor may use; 0 for the policy's default.
+        The most SMs that the ``kernel`` and ``triton`` executors may use; 0 for the policy's default.
 
     Raises
     ------
@@ -256,7 +256,7 @@ def copy_pages(
     executor : {'auto', 'cpu', 'kernel', 'dma', 'triton', 'reference'}
         What carries the copy out. A named one that cannot serve the call raises; another is never run instead.
     sm_budget : int
-        The most SMs that the ``kernel`` executor may use; 0 for the policy's default.
+        The most SMs that the ``kernel`` and ``triton`` executors may use; 0 for the policy's default.
 
     Raises
     ------

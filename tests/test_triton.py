@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -46,11 +48,8 @@ def test_a_captured_graph_is_refused(monkeypatch, captures):
     assert ("captures a CUDA graph" in triton.refusal(0)) == captures
 
 
-def test_importing_the_package_imports_no_triton():
-    import subprocess
-    import sys
-
-    code = "import sys, kvkernels; sys.exit('triton.language' in sys.modules and 'torch._inductor' not in sys.modules)"
+def test_importing_the_package_imports_none_of_the_kernels():
+    code = "import sys, kvkernels; sys.exit('kvkernels.triton.kernels' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -71,7 +70,9 @@ def test_check_device_reports_what_is_kept_in_python(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     word = torch.tensor([3, ~17, FAULT_OPS.index("scatter_blocks")])
     monkeypatch.setitem(triton._fault_words, 0, word)
-    with pytest.raises(IndexError, match=r"^scatter_blocks: 3 pairs had ids out of range on cuda:0, the first in row 17$"):
+    with pytest.raises(
+        IndexError, match=r"^scatter_blocks: 3 pairs had ids out of range on cuda:0, the first in row 17$"
+    ):
         kvkernels.check_device(0)
     assert not word.any()
     kvkernels.check_device(0)

@@ -291,15 +291,17 @@ def test_offsets_beyond_32_bits(on_simulator):
         run_row((0, 0), (4096, 4096), 1500, (1 << 30, 1 << 30)),
     )
     mapping = torch.tensor([[7, 6], [2, 3]])
-    for s, d in mapping.tolist():
-        for at, to, size in ((0, 64, 48), (far, 64 + far, 48), (4096, 4096, 1500)):
-            src_at = s // 2 * stride + s % 2 * (1 << 30) + at
-            src[src_at : src_at + size] = torch.randint(0, 256, (size,), dtype=torch.uint8)
+
+    def fragments(t: torch.Tensor, id: int, to: int) -> list[torch.Tensor]:
+        begin = id // 2 * stride + id % 2 * (1 << 30)
+        return [t[begin + at :][:size] for at, size in ((to, 48), (to + far, 48), (4096, 1500))]
+
+    for src_id, _ in mapping.tolist():
+        for fragment in fragments(src, src_id, 0):
+            fragment.copy_(torch.randint(0, 256, fragment.shape, dtype=torch.uint8))
     kvkernels.copy_pages(
         [pools[0]], [pools[1]], mapping, runs, src_subblocks_per_block=2, dst_subblocks_per_block=2, executor="triton"
     )
-    for s, d in mapping.tolist():
-        for at, to, size in ((0, 64, 48), (far, 64 + far, 48), (4096, 4096, 1500)):
-            src_at = s // 2 * stride + s % 2 * (1 << 30) + at
-            dst_at = d // 2 * stride + d % 2 * (1 << 30) + to
-            assert torch.equal(src[src_at : src_at + size], dst[dst_at : dst_at + size])
+    for src_id, dst_id in mapping.tolist():
+        for copied, fragment in zip(fragments(dst, dst_id, 64), fragments(src, src_id, 0), strict=True):
+            assert torch.equal(copied, fragment)

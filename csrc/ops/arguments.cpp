@@ -111,7 +111,8 @@ Executor checked_executor(const char* op, std::string_view executor) {
        {Executor::kAuto, Executor::kCpu, Executor::kKernel, Executor::kDma, Executor::kTriton, Executor::kReference}) {
     if (executor == name_of(known)) return known;
   }
-  value_error(op, ": executor must be one of 'auto', 'cpu', 'kernel', 'dma', 'triton', 'reference', got '", executor, "'");
+  value_error(op, ": executor must be one of 'auto', 'cpu', 'kernel', 'dma', 'triton', 'reference', got '", executor,
+              "'");
 }
 
 void check_sm_budget(const char* op, int64_t sm_budget) {

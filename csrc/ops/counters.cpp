@@ -17,7 +17,7 @@ struct Counter {
 };
 
 constexpr std::array kCounted{Executor::kCpu, Executor::kKernel, Executor::kDma, Executor::kTriton,
-                               Executor::kReference};
+                              Executor::kReference};
 std::array<Counter, 6> counters;
 
 Counter& counter_of(Executor executor) { return counters[static_cast<size_t>(executor)]; }

@@ -1,8 +1,7 @@
 // cuda_path.h in a build without CUDA code, where Python's kernels are left.
-#include "ops/cuda_path.h"
-
 #include <utility>
 
+#include "ops/cuda_path.h"
 #include "ops/triton_path.h"
 
 namespace kvkernels {

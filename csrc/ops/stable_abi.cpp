@@ -180,8 +180,7 @@ std::string call_triton_refusal(int64_t device) {
 void call_triton_copy(const Tensor& table, const std::vector<int64_t>& head) {
   using torch::stable::detail::from;
   std::array<StableIValue, 2> stack{from(table), from(head)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("kvkernels::_triton_copy", "", stack.data(), TORCH_ABI_VERSION));
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("kvkernels::_triton_copy", "", stack.data(), TORCH_ABI_VERSION));
 }
 
 bool is_pinned(const Tensor& tensor) {

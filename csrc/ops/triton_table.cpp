@@ -62,7 +62,9 @@ class TableWriter {
     head_.is_chunked = largest <= kMaxChunks * whole_width;
     head_.width = head_.is_chunked ? whole_width : widest_in(differences);
     head_.is_ragged = whole_width < head_.width;
-    head_.kernel = head_.is_chunked && head_.width == kVectorBytes ? 1 : head_.is_chunked || head_.loop_levels > 0 ? 2 : 0;
+    head_.kernel = head_.is_chunked && head_.width == kVectorBytes ? 1
+                   : head_.is_chunked || head_.loop_levels > 0     ? 2
+                                                                   : 0;
     head_.links_host = work_.direction != Direction::kDeviceToDevice;
     head_.cuts_on_src = work_.direction == Direction::kHostToDevice;
     head_.moves = static_cast<int64_t>(work_.moves.size());
@@ -74,7 +76,8 @@ class TableWriter {
     if (head_.is_chunked) return move.fragment_bytes / head_.width;
     const Side& side = head_.cuts_on_src ? move.src : move.dst;
     const uint64_t bits = stride_bits(side, move, head_.cuts_on_src ? &Loop::src_stride : &Loop::dst_stride);
-    const auto phase = bits % kLineBytes != 0 ? kLineBytes - 1 : static_cast<int64_t>(address_of(side.base) % kLineBytes);
+    const auto phase =
+        bits % kLineBytes != 0 ? kLineBytes - 1 : static_cast<int64_t>(address_of(side.base) % kLineBytes);
     const int64_t tile_bytes = kTileLanes * head_.width;
     return (move.fragment_bytes + phase + tile_bytes - 1) / tile_bytes;
   }

@@ -178,10 +178,10 @@ def copy_ends(src, dst, cut, at, fragment_bytes, part, is_there, WIDTH: tl.const
 def copy_tiles(table, fault, WIDTH: tl.constexpr):
     """Fragments of any size and alignment, in tiles that begin on cache lines of one side.
 
-        |<------------- tile ------------->|<- ...
-        ^ at       |<- fragment ----------------- ...
-                   |-|=== elements ========|
-                    ^ an end: bytes before the first whole element
+    |<------------- tile ------------->|<- ...
+    ^ at       |<- fragment ----------------- ...
+               |-|=== elements ========|
+                ^ an end: bytes before the first whole element
     """
     WORDS: tl.constexpr = 4 if WIDTH == 16 else 1
     TILE_BYTES: tl.constexpr = TILE_LANES * WIDTH
@@ -196,7 +196,7 @@ def copy_tiles(table, fault, WIDTH: tl.constexpr):
         offset = at[:, None] + (lane // WORDS * WIDTH)[None, :]
         is_whole = is_there[:, None] & (offset >= 0) & (offset + WIDTH <= fragment_bytes[:, None])
         move_elements(elements(src + at, lane, WIDTH), elements(dst + at, lane, WIDTH), is_whole)
-        if WIDTH > 1:
+        if WIDTH > 1:  # noqa: SIM102  (a branch that is compiled or not, round one that is taken or not)
             if tl.load(table + IS_RAGGED) != 0:
                 copy_ends(src, dst, cut, at, fragment_bytes, part, is_there, WIDTH)
 
