@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -16,6 +15,7 @@ from kvkernels.triton import kernels
 from kvkernels.triton.table import Head
 
 from .ptx import Buffer, LoadedModule, Report, load
+from .ptx.memory import Area
 
 CUDA_TARGETS = {f"sm_{capability}": GPUTarget("cuda", capability, 32) for capability in (80, 90, 100)}
 HIP_TARGETS = {name: GPUTarget("hip", name, 64) for name in ("gfx942", "gfx950")}
@@ -58,12 +58,11 @@ class SimulatedLaunch:
         metadata = compiled(*key).metadata
         assert metadata.global_scratch_size == metadata.profile_scratch_size == 0
         scratch = [0] * (len(kernel.kernel.parameters) - 2)
-        rows = Buffer("table", table.numpy().view(np.uint8), writable=False)
-        report = kernel.launch(
+        report = kernel.launch_raw(
             programs,
             32 * metadata.num_warps,
-            [rows, fault, *scratch],
-            buffers=self.buffers,
+            kernel.pack([table.data_ptr(), fault, *scratch]),
+            self.areas(table),
             dynamic_shared_bytes=metadata.shared,
             counts_sectors=self.counts_sectors,
             equal_writes_race=False,
@@ -72,6 +71,11 @@ class SimulatedLaunch:
         self.reports.append(report)
         report.check()
 
+    def areas(self, table: Tensor) -> list[Area]:
+        """The memory that the kernel may reach."""
+        rows = Buffer("table", table.numpy().view(np.uint8), writable=False)
+        return [buffer.area() for buffer in (*self.buffers, rows)]
+
 
 def buffers_of(tensors: Sequence[Tensor], sides: Sequence[str]) -> list[Buffer]:
     """Flat tensors of bytes on the CPU; a ``src`` may only be read, and nobody may rely on what a ``dst`` holds."""
@@ -79,8 +83,3 @@ def buffers_of(tensors: Sequence[Tensor], sides: Sequence[str]) -> list[Buffer]:
         Buffer(f"{side} {i}", t.numpy(), writable=side != "src", written=side != "dst")
         for i, (t, side) in enumerate(zip(tensors, sides, strict=True))
     ]
-
-
-def accesses(report: Report) -> dict[str, Any]:
-    """The instructions that moved bytes, apart from those that read tables."""
-    return {"loads": report.loads, "stores": report.stores}
