@@ -277,7 +277,8 @@ def test_ids_on_the_device(on_simulator, seed, shape, dtype, skip_negative, has_
         assert (count, row, op) == (0, 0, 0)
 
 
-def test_offsets_beyond_32_bits(on_simulator):
+@pytest.mark.parametrize("subblocks", [1, 2])
+def test_offsets_beyond_32_bits(on_simulator, subblocks):
     """Of blocks, of sub-blocks and of loops, on both sides, in memory that is there only where it is touched."""
     launch = on_simulator("sm_80")
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
@@ -290,18 +291,19 @@ def test_offsets_beyond_32_bits(on_simulator):
         run_row((0, 0), (0, 64), 48, (1 << 30, 1 << 30), [(2, far, far)]),
         run_row((0, 0), (4096, 4096), 1500, (1 << 30, 1 << 30)),
     )
-    mapping = torch.tensor([[7, 6], [2, 3]])
+    mapping = torch.tensor([[4 * subblocks - 1, 3 * subblocks], [subblocks, 2 * subblocks - 1]])
 
     def fragments(t: torch.Tensor, id: int, to: int) -> list[torch.Tensor]:
-        begin = id // 2 * stride + id % 2 * (1 << 30)
+        begin = id // subblocks * stride + id % subblocks * (1 << 30)
         return [t[begin + at :][:size] for at, size in ((to, 48), (to + far, 48), (4096, 1500))]
 
     for src_id, _ in mapping.tolist():
         for fragment in fragments(src, src_id, 0):
             fragment.copy_(torch.randint(0, 256, fragment.shape, dtype=torch.uint8))
     kvkernels.copy_pages(
-        [pools[0]], [pools[1]], mapping, runs, src_subblocks_per_block=2, dst_subblocks_per_block=2, executor="triton"
-    )
+        [pools[0]], [pools[1]], mapping, runs, src_subblocks_per_block=subblocks, dst_subblocks_per_block=subblocks,
+        executor="triton",
+    )  # fmt: skip
     for src_id, dst_id in mapping.tolist():
         for copied, fragment in zip(fragments(dst, dst_id, 64), fragments(src, src_id, 0), strict=True):
             assert torch.equal(copied, fragment)
