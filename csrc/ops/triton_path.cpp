@@ -62,6 +62,7 @@ void carry_out_on_triton(const CopyCall& call, std::vector<Move> moves, PairList
   const auto refuse = [&](const std::string& why) {
     value_error(call.op, ": executor '", name_of(call.executor), "' cannot serve this call: ", why);
   };
+  if (call.executor == Executor::kCpu) refuse("a tensor is on a cuda device");
   if (call.executor != Executor::kAuto && call.executor != Executor::kTriton) refuse(why_no_other);
   const std::string refusal = refusal_of(call, device);
   if (!refusal.empty() && call.executor == Executor::kTriton) refuse(refusal);

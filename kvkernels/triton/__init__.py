@@ -70,7 +70,7 @@ def _fault_word(device: int) -> Tensor:
     """What ``struct Fault`` in csrc/cuda/copy_body.h is, for a library without CUDA code."""
     with _fault_lock:
         if device not in _fault_words:
-            _fault_words[device] = torch.zeros(3, dtype=torch.int64, device=f"cuda:{device}")
+            _fault_words[device] = torch.zeros(3, dtype=torch.int64).to(f"cuda:{device}")
             torch.cuda.synchronize(device)  # once: the next call may be on another stream
         return _fault_words[device]
 
@@ -85,6 +85,6 @@ def take_fault(device: int) -> dict[str, int | str]:
         count, complemented_row, op = word.tolist()
         if count == 0:
             return {}
-        word.zero_()
+        word.copy_(torch.zeros(3, dtype=torch.int64))
         torch.cuda.synchronize(device)
         return {"count": count, "first_row": ~complemented_row, "op": FAULT_OPS[op]}
