@@ -47,8 +47,8 @@ void run_triton(const CopyCall& call, const Work& work, int device, const void* 
     explanation.executor = Executor::kTriton;
     explanation.launches = launches;
     explanation.descriptors = descriptors;
-    explanation.device = text("{\"index\": ", device, ", \"units\": ", head.units, ", \"width\": ", head.width,
-                              ", \"table_bytes\": ", table.size() * sizeof(int64_t), '}');
+    explanation.device = text("{\"index\": ", device, head.is_chunked ? ", \"chunks\": " : ", \"tiles\": ", head.units,
+                              ", \"width\": ", head.width, ", \"table_bytes\": ", table.size() * sizeof(int64_t), '}');
     return record(explanation);
   }
   if (work.bytes == 0) return;
