@@ -6,7 +6,7 @@ import importlib.metadata
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,16 @@ from urllib.parse import unquote, urlparse
 
 import torch
 
-from kvkernels import ledger, reference, schemas
+from kvkernels import ledger, reference, schemas, triton
 
 FILE_NAME = "libkvkernels_ops.so"
 PACKAGE = Path(__file__).resolve().parent
+
+_PYTHON_KERNELS: dict[str, Callable[..., Any]] = {
+    "_copy_pages_reference": reference.copy_pages_checked,
+    "_triton_refusal": triton.refusal,
+    "_triton_copy": triton.copy,
+}
 
 
 @dataclass(frozen=True)
@@ -72,7 +78,8 @@ def _load_compiled(path: Path) -> None:
 
 def _implement_python_kernels() -> torch.library.Library:
     library = torch.library.Library(schemas.NAMESPACE, "IMPL")
-    library.impl("_copy_pages_reference", reference.copy_pages_checked, "CompositeExplicitAutograd")
+    for op, kernel in _PYTHON_KERNELS.items():
+        library.impl(op, kernel, "CompositeExplicitAutograd")
     return library
 
 
@@ -84,7 +91,7 @@ def _define_on_reference() -> torch.library.Library:
         "_reset_counters": ledger.reset_counters,
         "_build_info": lambda: json.dumps(build_record()),
         "_check_device": lambda device: "{}",  # the reference checks ids before it moves anything
-        "_copy_pages_reference": reference.copy_pages_checked,
+        **_PYTHON_KERNELS,
     }
     library = torch.library.Library(schemas.NAMESPACE, "DEF")
     for op, schema in {**schemas.PUBLIC, **schemas.PRIVATE}.items():

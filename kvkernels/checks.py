@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-EXECUTORS = ("auto", "cpu", "kernel", "bulk", "dma", "staged", "reference")
+EXECUTORS = ("auto", "cpu", "kernel", "bulk", "dma", "staged", "triton", "reference")
 RUN_COLUMNS = 16
 
 _INT64_MAX = (1 << 63) - 1

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from kvkernels import ops, schemas
+from kvkernels import ops, schemas, triton
 from kvkernels._library import LIBRARY  # noqa: F401  (the private ops exist once it is imported)
 
 _private = torch.ops.kvkernels
@@ -24,7 +24,7 @@ class Explanation:
     op : str
         The op's name.
     executor : str
-        ``cpu``, ``kernel``, ``bulk``, ``dma``, ``staged`` or ``reference``: what would carry the call out.
+        ``cpu``, ``kernel``, ``bulk``, ``dma``, ``staged``, ``triton`` or ``reference``: what would carry the call out.
     reason : str
         Why this executor.
     direction : str
@@ -47,7 +47,7 @@ class Explanation:
     streaming : bool
         Whether its stores bypass the caches.
     device : dict
-        What only the CUDA executors say.
+        What only the executors on a device say.
     """
 
     op: str
@@ -146,7 +146,7 @@ def check_device(device: int | str | torch.device) -> None:
     if place.type != "cuda":
         raise ValueError(f"check_device: device must be a cuda device, got {place}")
     index = torch.cuda.current_device() if place.index is None else place.index
-    fault = json.loads(_private._check_device(index))
+    fault = json.loads(_private._check_device(index)) or triton.take_fault(index)
     if fault:
         raise IndexError(
             f"{fault['op']}: {fault['count']} pairs had ids out of range on cuda:{index}, "

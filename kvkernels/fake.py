@@ -72,5 +72,14 @@ def _copy_pages_reference(
     """Only C++ calls it, after its own checks."""
 
 
+def _triton_refusal(device: int) -> str:
+    """Only C++ calls it."""
+    return ""
+
+
+def _triton_copy(table: Tensor, head: Sequence[int]) -> None:
+    """Only C++ calls it, after its own checks."""
+
+
 for _op in (*schemas.PUBLIC, *schemas.PYTHON_KERNELS):
     torch.library.register_fake(f"{schemas.NAMESPACE}::{_op}", globals()[_op], lib=LIBRARY.registrations)

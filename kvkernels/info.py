@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from kvkernels import schemas
+from kvkernels import schemas, triton
 from kvkernels._library import LIBRARY, build_record
 from kvkernels.explain import explain
 from kvkernels.reference import NO_LIBRARY
@@ -85,12 +85,16 @@ def _service(op: str, place: str, cuda: Mapping[str, Any]) -> dict[str, Any]:
         return _entry(["reference"], "reference", NO_LIBRARY)
     reference = ["reference"] if op in _TAKES_EXECUTOR else []
     if not cuda["built"]:
-        return _entry(reference, None, "the library was built without CUDA code")
-    both = ["kernel", "dma", *reference]
-    linked = ["kernel", "bulk", "dma", "staged", *reference] if op in _TAKES_EXECUTOR else both
+        why = "the library was built without CUDA code"
+        if op == "swap_blocks_batch" or not triton.is_installed():
+            return _entry(reference, None, why)
+        return _entry(["triton", *reference], "triton", why)
+    named = ["triton"] if op in _TAKES_EXECUTOR and triton.is_installed() else []
+    both = ["kernel", "dma", *named, *reference]
+    linked = ["kernel", "bulk", "dma", "staged", *named, *reference] if op in _TAKES_EXECUTOR else both
     if place == "cuda to cuda" and op != "swap_blocks_batch":
         return _entry(
-            ["kernel", "bulk", "dma", *reference] if op in _TAKES_EXECUTOR else ["kernel"],
+            ["kernel", "bulk", "dma", *named, *reference] if op in _TAKES_EXECUTOR else ["kernel"],
             "kernel",
             "one launch for all pools and pairs",
         )

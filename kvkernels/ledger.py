@@ -27,7 +27,7 @@ class Record:
     device: dict[str, Any] = field(default_factory=dict)
 
 
-_EXECUTORS = ("cpu", "kernel", "bulk", "dma", "staged", "reference")
+_EXECUTORS = ("cpu", "kernel", "bulk", "dma", "staged", "triton", "reference")
 _COUNTED = ("calls", "launches", "descriptors", "bytes")
 
 _scope = threading.local()

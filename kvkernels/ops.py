@@ -129,10 +129,10 @@ def gather_blocks(
     out : Tensor
         uint8, shape ``[n, sum of page bytes]``; its rows may be padded. Pool t's page starts at the sum of the pages
         before.
-    executor : {'auto', 'cpu', 'kernel', 'bulk', 'dma', 'staged', 'reference'}
+    executor : {'auto', 'cpu', 'kernel', 'bulk', 'dma', 'staged', 'triton', 'reference'}
         What carries the copy out. A named one that cannot serve the call raises; another is never run instead.
     sm_budget : int
-        The most SMs that ``kernel``, ``bulk`` and ``staged`` may use; 0 for the policy's default.
+        The most SMs that ``kernel``, ``bulk``, ``staged`` and ``triton`` may use; 0 for the policy's default.
 
     Raises
     ------
@@ -183,10 +183,10 @@ def scatter_blocks(
     pools : sequence of Tensor
         Any dtypes, on one device. Dimension 0 is the block id; a row must be contiguous, and the stride of dimension 0
         may exceed it.
-    executor : {'auto', 'cpu', 'kernel', 'bulk', 'dma', 'staged', 'reference'}
+    executor : {'auto', 'cpu', 'kernel', 'bulk', 'dma', 'staged', 'triton', 'reference'}
         What carries the copy out. A named one that cannot serve the call raises; another is never run instead.
     sm_budget : int
-        The most SMs that ``kernel``, ``bulk`` and ``staged`` may use; 0 for the policy's default.
+        The most SMs that ``kernel``, ``bulk``, ``staged`` and ``triton`` may use; 0 for the policy's default.
 
     Raises
     ------
@@ -253,10 +253,10 @@ def copy_pages(
         Sub-blocks in a block, 1 where ids name blocks.
     skip_negative : bool
         Skip a pair with a negative id in either column; otherwise a negative id is out of range.
-    executor : {'auto', 'cpu', 'kernel', 'bulk', 'dma', 'staged', 'reference'}
+    executor : {'auto', 'cpu', 'kernel', 'bulk', 'dma', 'staged', 'triton', 'reference'}
         What carries the copy out. A named one that cannot serve the call raises; another is never run instead.
     sm_budget : int
-        The most SMs that ``kernel``, ``bulk`` and ``staged`` may use; 0 for the policy's default.
+        The most SMs that ``kernel``, ``bulk``, ``staged`` and ``triton`` may use; 0 for the policy's default.
 
     Raises
     ------

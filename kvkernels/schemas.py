@@ -35,13 +35,15 @@ PRIVATE = {
         "(Tensor[] src, Tensor(a!)[] dst, Tensor mapping, Tensor runs, int src_subblocks_per_block, "
         "int dst_subblocks_per_block, bool skip_negative) -> ()"
     ),
+    "_triton_refusal": "(int device) -> str",
+    "_triton_copy": "(Tensor table, int[] head) -> ()",
 }
 
 # A CUDA graph freezes the values of a mapping that lives on the host, so inductor must not capture these unasked.
 TAKES_HOST_IDS = frozenset({"swap_blocks", "swap_blocks_batch", "gather_blocks", "scatter_blocks", "copy_pages"})
 
-# Kernels that Python provides even where the library is compiled: C++ calls them for executor="reference".
-PYTHON_KERNELS = frozenset({"_copy_pages_reference"})
+# Kernels that Python provides even where the library is compiled: C++ calls them, after its own checks.
+PYTHON_KERNELS = ("_copy_pages_reference", "_triton_refusal", "_triton_copy")
 
 
 def tags(op: str) -> tuple[torch.Tag, ...]:

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import kvkernels
-from kvkernels import reference
+from kvkernels import reference, triton
 
 GUARD_BYTES = 64
 MAX_OFFSET_BYTES = 16
@@ -34,6 +34,9 @@ IDS_AT = {"gather_blocks": 1, "scatter_blocks": 1, "copy_pages": 2}
 DEVICE_PLACEMENTS = [("h2d", True), ("h2d", False), ("d2h", True), ("d2h", False), ("d2d", False)]
 # `make simgpu`: the stand-in for CUDA runs kvkernels' own kernels, but not torch's, which the reference needs.
 ON_STAND_IN = "KVKERNELS_STAND_IN" in os.environ
+# On the host Triton's kernels run in its interpreter; on a GPU wherever the package is.
+TRITON_ON_HOST = ("triton",) if triton.interprets() else ()
+TRITON_ON_GPU = ("triton",) if triton.is_installed() and not triton.interprets() and not ON_STAND_IN else ()
 
 
 def examples(count: int) -> settings:
@@ -123,11 +126,11 @@ class Case:
         if self.op not in IDS_AT:
             return ("auto",)
         if placement == "h2h":
-            return ("auto", "cpu", "reference")
+            return ("auto", "cpu", *TRITON_ON_HOST, "reference")
         reference = () if ON_STAND_IN else ("reference",)
         if placement == "d2d":
-            return ("auto", "bulk", "kernel", *reference)
-        kernels = ("bulk", "kernel") if pinned else ()
+            return ("auto", "bulk", "kernel", *TRITON_ON_GPU, *reference)
+        kernels = ("bulk", "kernel", *TRITON_ON_GPU) if pinned else ()
         return ("auto", "dma", "staged", *kernels, *reference)
 
 
@@ -149,7 +152,8 @@ def check(case: Case, placement: str = "h2h", pinned: bool = False) -> None:
     expected = [b.clone() for b in before]
     result = getattr(reference, case.op)(*case.arguments_on(expected), **case.options)
     for executor in case.executors(placement, pinned):
-        ids_places = ("cpu", "cuda") if executor in ("bulk", "kernel") else ("cpu",)
+        takes_device_ids = executor in ("bulk", "kernel") or (executor == "triton" and placement != "h2h")
+        ids_places = ("cpu", "cuda") if takes_device_ids else ("cpu",)
         for ids_place in ids_places:
             actual = _placed(case, before, placement, pinned)
             arguments = case.arguments_on(actual)

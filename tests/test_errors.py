@@ -142,7 +142,7 @@ REFUSALS = [
          lambda: (*same(pool(4, 4)), 4, ids([0, 2], [2, 3])), values=True),
     swap("block_mapping must not write what it reads, got destination 0 overlapping source 3",
          lambda: (*shared_halves(), 4, ids([3, 0])), values=True),
-    gather("executor must be one of 'auto', 'cpu', 'kernel', 'bulk', 'dma', 'staged', 'reference', got 'foo'",
+    gather("executor must be one of 'auto', 'cpu', 'kernel', 'bulk', 'dma', 'staged', 'triton', 'reference', got 'foo'",
            lambda: ([pool(4, 4)], ids(0), pool(1, 4)), executor="foo"),
     gather("sm_budget must not be negative, got -1", lambda: ([pool(4, 4)], ids(0), pool(1, 4)), sm_budget=-1),
     gather("pools must not be empty", lambda: ([], ids(0), pool(1, 4))),

@@ -207,7 +207,7 @@ def test_the_named_executor_is_the_one_explained(op):
         explained = kvkernels.explain(op, *arguments, executor=executor)
         assert explained.executor == ("cpu" if executor == "auto" else executor)
         assert (explained.shape, explained.descriptors, explained.bytes) == (shape, 2, 64)
-    for executor in ("kernel", "bulk", "dma", "staged"):
+    for executor in ("kernel", "bulk", "dma", "staged", *(() if cases.TRITON_ON_HOST else ("triton",))):
         with pytest.raises(ValueError, match=rf"^{op}: executor '{executor}' cannot serve this call: "):
             kvkernels.explain(op, *arguments, executor=executor)
 
@@ -259,7 +259,7 @@ def test_counters_add_up():
     counted = kvkernels.counters()
     assert counted["cpu"] == {"calls": 3, "launches": 0, "descriptors": 6, "bytes": 576}
     assert counted["reference"] == {"calls": 1, "launches": 0, "descriptors": 1, "bytes": 64}
-    assert set(counted) == {"cpu", "kernel", "bulk", "dma", "staged", "reference"}
+    assert set(counted) == {"cpu", "kernel", "bulk", "dma", "staged", "triton", "reference"}
 
 
 @pytest.mark.parametrize("page_bytes", [48, 4096, 70_000, 3 << 20])

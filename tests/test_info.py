@@ -22,7 +22,7 @@ from kvkernels import _library, schemas
 from kvkernels._library import FILE_NAME, LIBRARY
 
 PACKAGE = Path(kvkernels.__file__).parent
-EXECUTORS = {"cpu", "kernel", "bulk", "dma", "staged", "reference"}
+EXECUTORS = {"cpu", "kernel", "bulk", "dma", "staged", "triton", "reference"}
 
 
 def python(*arguments: str, path: Path | None = None, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:

@@ -120,3 +120,36 @@ def test_nothing_is_found_without_the_bug(planted, architecture, name, early):
         assert np.array_equal(dst.reshape(-1, THREADS), src.reshape(-1, THREADS)[:, np.arange(THREADS) ^ 5])
     if name == "bulk_store":
         assert np.array_equal(dst, src)
+
+
+SAME_PLACE = """
+.version 8.0
+.target sm_80
+.address_size 64
+.visible .entry same_place(.param .u64 out) {
+  .shared .align 4 .b8 word[4];
+  .reg .b32 %value, %at;
+  .reg .b64 %out;
+  mov.u32 %value, %tid.x;
+  shr.u32 %value, %value, SHIFT;
+  mov.u32 %at, word;
+  st.shared.b32 [%at], %value;
+  bar.sync 0;
+  ld.shared.b32 %value, [%at];
+  ld.param.u64 %out, [out];
+  st.global.b32 [%out], %value;
+  ret;
+}
+"""
+
+
+@pytest.mark.parametrize(("shift", "is_equal"), [(10, True), (0, False)], ids=["equal", "different"])
+@pytest.mark.parametrize("equal_writes_race", [True, False])
+def test_equal_bytes_stored_at_once(shift, is_equal, equal_writes_race):
+    """A race by the memory model; one that no value can tell, where the bytes are the same and the memory is shared."""
+    kernel = load(SAME_PLACE.replace("SHIFT", str(shift)))["same_place"]
+    out = Buffer("out", np.zeros(4, np.uint8))
+    report = kernel.launch(1, 64, [out], equal_writes_race=equal_writes_race)
+    found = {(f.kind, f.buffer) for f in report.findings}
+    assert (("race (write after write)", "word") in found) == (equal_writes_race or not is_equal)
+    assert ("race (write after write)", "out") in found

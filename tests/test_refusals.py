@@ -154,7 +154,8 @@ def test_ids_are_read_by_their_strides() -> None:
 @pytest.mark.parametrize("op", TAKES_EXECUTOR)
 def test_executor_and_sm_budget(op: str) -> None:
     for name in ("", "foo", "CPU", "auto ", "é"):
-        text = f"executor must be one of 'auto', 'cpu', 'kernel', 'bulk', 'dma', 'staged', 'reference', got '{name}'"
+        known = "'auto', 'cpu', 'kernel', 'bulk', 'dma', 'staged', 'triton', 'reference'"
+        text = f"executor must be one of {known}, got '{name}'"
         refused(op, lambda a, name=name: a.update(executor=name), ValueError, text)
     for budget in (-1, I64_MIN):
         text = f"sm_budget must not be negative, got {budget}"

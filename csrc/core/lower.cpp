@@ -22,6 +22,8 @@ std::string_view name_of(Executor executor) {
       return "dma";
     case Executor::kStaged:
       return "staged";
+    case Executor::kTriton:
+      return "triton";
     case Executor::kReference:
       return "reference";
   }

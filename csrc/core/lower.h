@@ -12,7 +12,7 @@
 
 namespace kvkernels {
 
-enum class Executor { kAuto, kCpu, kKernel, kBulk, kDma, kStaged, kReference };
+enum class Executor { kAuto, kCpu, kKernel, kBulk, kDma, kStaged, kTriton, kReference };
 enum class Direction { kHostToHost, kHostToDevice, kDeviceToHost, kDeviceToDevice };
 
 // page:  one fragment a pair and no loop, any size and alignment; a device cuts it into tiles

@@ -47,14 +47,13 @@ KVKERNELS_HOST_DEVICE void copy_bulk(const Head& head, const std::byte* tables, 
   for (uint32_t tile = thread / kWarpLanes; tile < head.tiles; tile += threads / kWarpLanes) {
     const Span span = find_span<Access, true>(head, tables, tile, lane, head.unit_bytes);
     if (span.bytes == 0) continue;
-    const uint32_t src = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(span.src));
-    const uint32_t dst = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(span.dst));
-    if (((src ^ dst) & 15) != 0) {
-      copy_span<Access>(span.src, span.dst, span.bytes, lane);
+    const uint32_t difference = vector_difference(span.src, span.dst);
+    if (difference != 0) {
+      copy_shifted_span<Access>(span.src, span.dst, span.bytes, difference, lane);
       continue;
     }
     // Bulk copies take multiples of 16 bytes at multiples of 16. The ends come second: the warp waits for them.
-    uint32_t first = (0u - dst) & 15;
+    uint32_t first = (0u - static_cast<uint32_t>(reinterpret_cast<uintptr_t>(span.dst))) & 15;
     if (first > span.bytes) first = span.bytes;
     const uint32_t middle = (span.bytes - first) & ~15u;
     if (lane == 0 && middle > 0) ring.copy(span.src + first, span.dst + first, middle);

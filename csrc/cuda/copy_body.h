@@ -282,15 +282,26 @@ KVKERNELS_HOST_DEVICE void copy_as(const std::byte* src, std::byte* dst, uint32_
   if (kWidth > 1) copy_ends<Access>(src, dst, bytes, head, tail, lane);
 }
 
+// The bits in which two addresses differ, modulo 16: 0 where whole vectors lie on both sides.
+KVKERNELS_HOST_DEVICE uint32_t vector_difference(const std::byte* src, const std::byte* dst) {
+  return static_cast<uint32_t>(reinterpret_cast<uintptr_t>(src) ^ reinterpret_cast<uintptr_t>(dst)) & 15;
+}
+
+// For a vector_difference that is not 0.
 template <class Access>
-KVKERNELS_HOST_DEVICE void copy_span(const std::byte* src, std::byte* dst, uint32_t bytes, uint32_t lane) {
-  const uint32_t difference =
-      static_cast<uint32_t>(reinterpret_cast<uintptr_t>(src) ^ reinterpret_cast<uintptr_t>(dst));
-  if ((difference & 15) == 0) return copy_as<Access, Bytes16, kTileVectors>(src, dst, bytes, lane);
+KVKERNELS_HOST_DEVICE void copy_shifted_span(const std::byte* src, std::byte* dst, uint32_t bytes, uint32_t difference,
+                                             uint32_t lane) {
   if ((difference & 7) == 0) return copy_as<Access, uint64_t, kRestDepth>(src, dst, bytes, lane);
   if ((difference & 3) == 0) return copy_as<Access, uint32_t, kRestDepth>(src, dst, bytes, lane);
   if ((difference & 1) == 0) return copy_as<Access, uint16_t, kRestDepth>(src, dst, bytes, lane);
   copy_as<Access, uint8_t, kRestDepth>(src, dst, bytes, lane);
+}
+
+template <class Access>
+KVKERNELS_HOST_DEVICE void copy_span(const std::byte* src, std::byte* dst, uint32_t bytes, uint32_t lane) {
+  const uint32_t difference = vector_difference(src, dst);
+  if (difference == 0) return copy_as<Access, Bytes16, kTileVectors>(src, dst, bytes, lane);
+  copy_shifted_span<Access>(src, dst, bytes, difference, lane);
 }
 
 // What one warp copies.

@@ -55,6 +55,7 @@ void merge_place(const char* op, const char* list, const TensorFacts& facts, boo
 Pools checked_pools(const char* op, const char* list, const std::vector<Tensor>& tensors, bool written) {
   if (tensors.empty()) value_error(op, ": ", list, " must not be empty");
   Pools result;
+  result.tensors = tensors;
   result.pools.reserve(tensors.size());
   for (size_t i = 0; i < tensors.size(); ++i) {
     const Name name{list, static_cast<int64_t>(i)};
@@ -107,10 +108,10 @@ void check_ids_device(const char* op, const char* argument, const Ids& ids, cons
 
 Executor checked_executor(const char* op, std::string_view executor) {
   for (const Executor known : {Executor::kAuto, Executor::kCpu, Executor::kKernel, Executor::kBulk, Executor::kDma,
-                               Executor::kStaged, Executor::kReference}) {
+                               Executor::kStaged, Executor::kTriton, Executor::kReference}) {
     if (executor == name_of(known)) return known;
   }
-  value_error(op, ": executor must be one of 'auto', 'cpu', 'kernel', 'bulk', 'dma', 'staged', 'reference', got '",
+  value_error(op, ": executor must be one of 'auto', 'cpu', 'kernel', 'bulk', 'dma', 'staged', 'triton', 'reference', got '",
               executor, "'");
 }
 

@@ -1,6 +1,7 @@
 // Argument checks that the ops share: pools, ids, devices, executors. Each raises before anything moves.
 #pragma once
 
+#include <span>
 #include <string_view>
 #include <vector>
 
@@ -26,6 +27,7 @@ Pool checked_pool(const char* op, const Name& name, const Tensor& tensor, const 
 struct Pools {
   std::vector<Pool> pools;
   Place place;
+  std::span<const Tensor> tensors;  // the op's own arguments, in the same order
 };
 
 // A list of pools on one device; `written` ones are opened for writing.

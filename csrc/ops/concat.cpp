@@ -166,6 +166,8 @@ void carry_out_reshard(Reshard reshard) {
   one.pools = {whole_tensor(reshard.whole, reshard.whole_facts, reshard.concatenates)};
   merge_place(reshard.op, reshard.whole_name, reshard.whole_facts, true, one.place);
   many.place = shards.place;
+  one.tensors = {&reshard.whole, 1};
+  many.tensors = shards.tensors;
   int64_t offset = 0;
   for (size_t i = 0; i < shards.tensors.size(); ++i) {
     const TensorFacts& facts = shards.facts[i];

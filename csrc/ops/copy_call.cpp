@@ -7,6 +7,7 @@
 #include "ops/counters.h"
 #include "ops/cuda_path.h"
 #include "ops/explain.h"
+#include "ops/triton_path.h"
 
 namespace kvkernels {
 namespace {
@@ -77,6 +78,9 @@ void carry_out(CopyCall call) {
     return run_reference(call, direction, call.ids_on_device ? call.rows : list.pairs, moves);
   }
   if (direction != Direction::kHostToHost) return carry_out_on_cuda(call, std::move(moves), std::move(list));
+  if (call.executor == Executor::kTriton) {
+    return carry_out_on_triton(call, std::move(moves), std::move(list), "both sides are in host memory");
+  }
   const Choice choice = choose_on_host(call.op, call.executor);
   Work work = lower(std::move(moves), std::move(list), call.src_limit.ids(), direction,
                     {choice.executor, torch_threads(), call.soon_read});

@@ -16,8 +16,8 @@ struct Counter {
   std::atomic<int64_t> bytes{0};
 };
 
-constexpr std::array kCounted{Executor::kCpu, Executor::kKernel, Executor::kBulk,
-                              Executor::kDma, Executor::kStaged, Executor::kReference};
+constexpr std::array kCounted{Executor::kCpu,    Executor::kKernel, Executor::kBulk,     Executor::kDma,
+                              Executor::kStaged, Executor::kTriton, Executor::kReference};
 std::array<Counter, static_cast<size_t>(Executor::kReference) + 1> counters;
 
 Counter& counter_of(Executor executor) { return counters[static_cast<size_t>(executor)]; }

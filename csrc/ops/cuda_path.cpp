@@ -1,7 +1,6 @@
 #include "ops/cuda_path.h"
 
 #include <algorithm>
-#include <array>
 #include <utility>
 
 #include "core/gpu_policy.h"
@@ -16,18 +15,12 @@
 #include "cuda/stream.h"
 #include "ops/counters.h"
 #include "ops/explain.h"
+#include "ops/fault_ops.h"
 #include "ops/json.h"
+#include "ops/triton_path.h"
 
 namespace kvkernels {
 namespace {
-
-// The ops that take ids on the device, by the code that a kernel records.
-constexpr std::array kFaultOps{"", "gather_blocks", "scatter_blocks", "copy_pages"};
-
-uint32_t fault_code(std::string_view op) {
-  const auto found = std::find(kFaultOps.begin(), kFaultOps.end(), op);
-  return static_cast<uint32_t>(found == kFaultOps.end() ? 0 : found - kFaultOps.begin());
-}
 
 // Where a call runs: its device, current, and that device's current stream.
 class Context {
@@ -159,14 +152,21 @@ std::string map_or_refuse(Work& work, const DeviceIds* ids, const Context& conte
   return "";
 }
 
+void check_triton(const char* op, const Context& context) {
+  const std::string refusal = triton_refusal(context.device());
+  if (!refusal.empty()) refuse(op, Executor::kTriton, refusal);
+}
+
 void carry_out_device_ids(const CopyCall& call, std::vector<Move> moves, Direction direction, const Context& context) {
   const std::string reason = "the ids are on the device";
   const bool is_bulk = call.executor == Executor::kBulk;
-  if (call.executor != Executor::kAuto && call.executor != Executor::kKernel && !is_bulk) {
+  const bool is_triton = call.executor == Executor::kTriton;
+  if (call.executor != Executor::kAuto && call.executor != Executor::kKernel && !is_bulk && !is_triton) {
     refuse(call.op, call.executor, reason);
   }
+  if (is_triton) check_triton(call.op, context);
   Work work = lower_device_ids(std::move(moves), call.rows, direction);
-  if (is_bulk) work.executor = Executor::kBulk;
+  if (call.executor != Executor::kAuto) work.executor = call.executor;
   if (work.bytes == 0) {
     if (explaining()) record(explanation_of(call.op, work, reason));
     return;
@@ -176,6 +176,7 @@ void carry_out_device_ids(const CopyCall& call, std::vector<Move> moves, Directi
   std::string refusal = map_or_refuse(work, &ids, context);
   if (refusal.empty() && is_bulk) refusal = bulk_refusal(work.moves, context.limits().capability);
   if (!refusal.empty()) refuse(call.op, work.executor, refusal);
+  if (is_triton) return run_triton(call, work, context.device(), fault_word(context.device()), "named by the caller");
   run_kernel_executor(call.op, work, &ids, call.sm_budget, context, reason);
 }
 
@@ -190,7 +191,9 @@ Staging stage(const Work& work, const Context& context) {
 GpuChoice choose(const char* op, Executor asked, const Work& work, const Context& context, const std::string& refusal,
                  Staging& staging) {
   if (asked == Executor::kCpu) refuse(op, asked, "a tensor is on a cuda device");
-  if ((asked == Executor::kKernel || asked == Executor::kBulk) && !refusal.empty()) refuse(op, asked, refusal);
+  const bool is_on_device = asked == Executor::kKernel || asked == Executor::kBulk || asked == Executor::kTriton;
+  if (asked == Executor::kTriton) check_triton(op, context);
+  if (is_on_device && !refusal.empty()) refuse(op, asked, refusal);
   const int capability = context.limits().capability;
   if (asked == Executor::kBulk && work.bytes > 0) {
     const std::string reason = bulk_refusal(work.moves, capability);
@@ -225,6 +228,8 @@ void carry_out_host_ids(const CopyCall& call, std::vector<Move> moves, PairList 
     run_kernel_executor(call.op, mapped, nullptr, call.sm_budget, context, choice.reason);
   } else if (choice.executor == Executor::kStaged) {
     run_staged_executor(call.op, work, staging, call.sm_budget, context, choice.reason);
+  } else if (choice.executor == Executor::kTriton) {
+    run_triton(call, mapped, context.device(), nullptr, choice.reason);
   } else {
     run_dma_executor(call.op, work, false, context, choice.reason);
   }
@@ -275,6 +280,11 @@ Direction direction_of(const AddressFacts& facts) {
 }  // namespace
 
 void carry_out_on_cuda(const CopyCall& call, std::vector<Move> moves, PairList list) {
+  // Tensors are on a device and no CUDA driver is loaded: this torch is for another vendor's.
+  if (!cuda_in_use()) {
+    return carry_out_on_triton(call, std::move(moves), std::move(list),
+                               "this build's kernels are CUDA's, and no CUDA driver is in use");
+  }
   named_errors(call.op, [&] {
     const Context context(call.src.place.on_device ? call.src.place.device : call.dst.place.device);
     const Direction direction = kvkernels::direction_of(call.src.place, call.dst.place);

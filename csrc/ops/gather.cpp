@@ -26,7 +26,7 @@ Buffer checked_buffer(const char* op, const char* name, const Tensor& tensor, co
     value_error(op, ": ", name, " must be uint8 of shape ", list_text(expected), ", got ", facts.dtype_text(),
                 " of shape ", facts.shape_text());
   }
-  Buffer buffer{{{checked_pool(op, Name{name}, tensor, facts, written)}, {}}, row_bytes};
+  Buffer buffer{{{checked_pool(op, Name{name}, tensor, facts, written)}, {}, {&tensor, 1}}, row_bytes};
   merge_place(op, name, facts, true, buffer.pools.place);
   return buffer;
 }

@@ -30,6 +30,8 @@ STABLE_TORCH_LIBRARY(kvkernels, m) {
   m.def(
       "_copy_pages_reference(Tensor[] src, Tensor(a!)[] dst, Tensor mapping, Tensor runs, int src_subblocks_per_block, "
       "int dst_subblocks_per_block, bool skip_negative) -> ()");
+  m.def("_triton_refusal(int device) -> str");
+  m.def("_triton_copy(Tensor table, int[] head) -> ()");
   m.def("_explain_begin() -> ()");
   m.def("_explain_end() -> str");
   m.def("_counters() -> str");

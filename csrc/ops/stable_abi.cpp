@@ -170,6 +170,26 @@ void call_reference(const std::vector<Tensor>& src, const std::vector<Tensor>& d
       torch_call_dispatcher("kvkernels::_copy_pages_reference", "", stack.data(), TORCH_ABI_VERSION));
 }
 
+std::string call_triton_refusal(int64_t device) {
+  std::array<StableIValue, 1> stack{torch::stable::detail::from(device)};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("kvkernels::_triton_refusal", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<std::string>(stack[0]);
+}
+
+void call_triton_copy(const Tensor& table, const std::vector<int64_t>& head) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 2> stack{from(table), from(head)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("kvkernels::_triton_copy", "", stack.data(), TORCH_ABI_VERSION));
+}
+
+bool is_pinned(const Tensor& tensor) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 2> stack{from(tensor), from(std::nullopt)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::is_pinned", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<bool>(stack[0]);
+}
+
 Tensor int64_tensor(const std::vector<int64_t>& sizes, const int64_t* values) {
   Tensor tensor = torch::stable::empty(sizes, torch::headeronly::ScalarType::Long, std::nullopt,
                                        torch::stable::Device(torch::headeronly::DeviceType::CPU));

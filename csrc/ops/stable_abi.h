@@ -70,6 +70,13 @@ void parallel_lanes(int lanes, void* context, void (*body)(void* context, int la
 void call_reference(const std::vector<Tensor>& src, const std::vector<Tensor>& dst, const Tensor& mapping,
                     const Tensor& runs, int64_t src_subblocks, int64_t dst_subblocks, bool skip_negative);
 
+// kvkernels::_triton_refusal and kvkernels::_triton_copy, which Python registers, too.
+std::string call_triton_refusal(int64_t device);
+void call_triton_copy(const Tensor& table, const std::vector<int64_t>& head);
+
+// Whether a tensor on the CPU lies in page-locked memory.
+bool is_pinned(const Tensor& tensor);
+
 // An int64 tensor on the CPU holding `values`, row-major.
 Tensor int64_tensor(const std::vector<int64_t>& sizes, const int64_t* values);
 

@@ -50,6 +50,8 @@ void swap_blocks(const Tensor& src, const Tensor& dst, int64_t block_size_in_byt
   call.src.pools = {block_pool(Name{"src"}, src, src_facts, block_size_in_bytes, false)};
   call.dst.pools = {block_pool(Name{"dst"}, dst, dst_facts, block_size_in_bytes, true)};
   reread_addresses(call.src, {src});
+  call.src.tensors = {&src, 1};
+  call.dst.tensors = {&dst, 1};
   call.runs = {{0, 0, 0, 0, block_size_in_bytes, 0, 0, {{1, 0, 0}, {1, 0, 0}, {1, 0, 0}}}};
   call.src_ids = ids.columns[0];
   call.dst_ids = ids.columns[1];

@@ -48,6 +48,10 @@ class Modules:
     def __getitem__(self, name: str) -> LoadedKernel:
         return self.of[name][name]
 
+    def text(self, name: str) -> str:
+        """A kernel's PTX without comments."""
+        return self.of[name].text(name)
+
 
 def ptx_of(library: Path) -> dict[str, Modules]:
     """The PTX that a library holds, by architecture."""

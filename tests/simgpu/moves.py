@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import mmap
 
 import numpy as np
@@ -135,13 +136,18 @@ def _grain(shape):
     return {"page": 272, "bulk": 512}.get(shape) or int(shape.partition(" ")[2] or 16)
 
 
-def _add_small_moves(moves, count, bytes_, ends, most_ids):
-    """Small moves, each with a form of its own, so that the tables grow; and both sizes."""
+def add_small_moves(moves, tables, shape, ends, most_ids):
+    """Small moves, each with a form of its own, so that the tables grow; and both sizes.
+
+    A bulk copy takes the simulator long: where they are meant, these moves are shifted, and go without them.
+    """
+    count, bytes_ = _EXTRA_MOVES[tables], _grain(shape)
+    shift = 8 if shape == "bulk" else 0
     src, dst = (-(-end // 16) * 16 for end in ends)
     stride = -(-bytes_ // 16) * 16
     room = stride * most_ids
-    grown = [Move(Side(src, 16 * (i + 1)), Side(dst + i * room, stride), bytes_) for i in range(count)]
-    return [*moves, *grown], src + 16 * (count + 1) * most_ids + stride, dst + room * count
+    grown = [Move(Side(src, 16 * (i + 1)), Side(dst + shift + i * room, stride), bytes_) for i in range(count)]
+    return [*moves, *grown], src + 16 * (count + 1) * most_ids + stride, dst + shift + room * count
 
 
 def random_call(sim: Sim, rng, shape, tables, ids):
@@ -150,8 +156,7 @@ def random_call(sim: Sim, rng, shape, tables, ids):
         moves, pairs, src_bytes, dst_bytes, limits = random_case(rng, shape)
         if ids != "host 64-bit" or all(move.src.subblocks == 1 for move in moves):
             break
-    extra = _EXTRA_MOVES[tables]
-    moves, src_bytes, dst_bytes = _add_small_moves(moves, extra, _grain(shape), (src_bytes, dst_bytes), max(limits))
+    moves, src_bytes, dst_bytes = add_small_moves(moves, tables, shape, (src_bytes, dst_bytes), max(limits))
     src, dst = sim.memory(DEVICE, src_bytes + 64), sim.memory(DEVICE, dst_bytes + 64)
     options = {"sm_budget": int(rng.choice([1, 3, 12])), "direction": int(rng.choice([H2D, D2H]))}
     options["max_items"] = int(rng.choice([0, 0, 0, 4000]))
@@ -175,7 +180,7 @@ def full_call(sim: Sim, rng, shape, tables, ids, captures=False, has_earlier=Fal
     While capturing, large tables become several launches, of which the first records bad ids.
     """
     # Five chunks a pair, and more than a tile of them, so that each of a lane's chunks meets a bad pair.
-    count = 8 if shape in ("page", "tiles", "bulk") else 40
+    count = {"page": 8, "tiles": 8, "bulk": 3}.get(shape, 40)
     bytes_ = {"page": 301, "tiles": 261, "bulk": 528}.get(shape, 5 * _grain(shape))
     loops = () if shape == "page" else ((2, 6 * bytes_, 6 * bytes_), (3, bytes_, 2 * bytes_), (2, 3 * bytes_, bytes_))
     page = 12 * bytes_ if loops else bytes_
@@ -188,8 +193,7 @@ def full_call(sim: Sim, rng, shape, tables, ids, captures=False, has_earlier=Fal
             side, ends[s] = _side(ends[s], page, subblocks, count)
             sides.append(side)
         moves.append(Move(*sides, bytes_, loops[:used]))
-    extra = _EXTRA_MOVES[tables]
-    moves, src_bytes, dst_bytes = _add_small_moves(moves, extra, _grain(shape), ends, count)
+    moves, src_bytes, dst_bytes = add_small_moves(moves, tables, shape, ends, count)
     src, dst = sim.memory(DEVICE, src_bytes + 64), sim.memory(DEVICE, dst_bytes + 64)
     pairs = list(zip(rng.permutation(count).tolist(), rng.permutation(count).tolist(), strict=True))
     options = {"capturing": captures, "sm_budget": 1 if captures else 8, "bulk": shape == "bulk"}
@@ -200,19 +204,19 @@ def full_call(sim: Sim, rng, shape, tables, ids, captures=False, has_earlier=Fal
     return check_device_ids(sim, rng, moves, pairs, src, dst, [count, count], ids, **options)
 
 
-def alignment_call(sim: Sim, rng, shape, tables, fragment_bytes, direction):
-    """Every offset of the destination against the source's, modulo 16."""
-    loops = ((2, fragment_bytes + 1, fragment_bytes),) if shape == "tiles" else ()
-    page = 2 * fragment_bytes + 1 if loops else fragment_bytes
+def alignment_call(sim: Sim, rng, shape, tables, sizes, direction):
+    """Every offset of the destination against the source's, modulo 16, for fragments of each size."""
     moves, ends = [], [0, 0]
-    for difference in range(16):
+    for fragment_bytes, difference in itertools.product(sizes, range(16)):
+        loops = ((2, fragment_bytes + 1, fragment_bytes),) if shape == "tiles" else ()
+        page = 2 * fragment_bytes + 1 if loops else fragment_bytes
         offset = int(rng.integers(16))
         sides = Side(ends[0] + offset, page + difference % 3), Side(ends[1] + offset + difference, page + 1)
         moves.append(Move(*sides, fragment_bytes, loops))
         ends = [-(-(side.base + 4 * side.block_stride) // 16) * 16 for side in sides]
-    moves, src_bytes, dst_bytes = _add_small_moves(moves, _EXTRA_MOVES[tables], _grain(shape), ends, 4)
+    moves, src_bytes, dst_bytes = add_small_moves(moves, tables, shape, ends, 4)
     src, dst = sim.memory(DEVICE, src_bytes + 64), sim.memory(DEVICE, dst_bytes + 64)
-    check(sim, moves, [(0, 1), (3, 0), (2, 3)], src, dst, direction=direction, sm_budget=4)
+    check(sim, moves, [(0, 1), (3, 0), (2, 3)], src, dst, direction=direction, sm_budget=4, bulk=shape == "bulk")
 
 
 def _with_far_ids(rng, moves, pairs):

@@ -216,16 +216,17 @@ class Sim:
         return cls._loaded
 
     @property
-    def modules(self) -> dict[str, LoadedModule]:
+    def modules(self) -> dict[str, Modules]:
         """The library's PTX, by architecture."""
         if Sim._modules is None:
             Sim._modules = ptx_of(Path(self.drive._name))
         return Sim._modules
 
-    def has_same_ptx(self, architecture: str, others: Sequence[str]) -> bool:
-        """Whether the kernels of one of the others are the same, line by line."""
+    def has_same_ptx(self, architecture: str, others: Sequence[str], kinds: Iterable[str]) -> bool:
+        """Whether the copy kernels of these kinds are the same for one of the others, line by line."""
         mine = self.modules[architecture]
-        return any(all(mine.text(k) == self.modules[o].text(k) for k in mine.kernels) for o in others)
+        kernels = [k for k in mine.kernels if k.split("_")[2] in kinds]
+        return any(all(mine.text(k) == self.modules[o].text(k) for k in kernels) for o in others)
 
     def use_ptx(self, architecture: str) -> Device:
         """From now on, until the next reset, launches run on the simulator."""

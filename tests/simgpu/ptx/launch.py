@@ -51,7 +51,9 @@ class LoadedKernel:
         """Runs the grid. ``buffers`` are what the kernel reaches by other ways than its arguments.
 
         ``options``: ``dynamic_shared_bytes``; ``copies_early`` runs asynchronous copies when they are issued, instead
-        of as late as they may; ``counts_sectors``; ``most_steps``, after which a kernel counts as endless.
+        of as late as they may; ``counts_sectors``; ``equal_writes_race``, which as False lets the threads of one
+        instruction store the same bytes to one place of shared memory, as Triton's do; ``most_steps``, after which a
+        kernel counts as endless.
         """
         named = {id(a): a for a in [*arguments, *buffers] if isinstance(a, Buffer)}
         areas = [buffer.area() for buffer in named.values() if buffer.data.nbytes]

@@ -115,6 +115,7 @@ class Machine:
         dynamic_shared_bytes: int = 0,
         copies_early: bool = False,
         counts_sectors: bool = True,
+        equal_writes_race: bool = True,
         most_steps: int = MOST_STEPS,
     ) -> None:
         self.kernel = kernel
@@ -132,6 +133,7 @@ class Machine:
         self.clocks = Clocks(self.blocks, self.block_threads)
         self.spaces = self._spaces(areas, parameters)
         self.spaces.counts_sectors = counts_sectors
+        self.spaces.equal_writes_race = equal_writes_race
         self.load, self.store, self.atomics = self.spaces.load, self.spaces.store, self.spaces.atomics
         self.barriers = Barriers(self)
         self.copies = Copies(self)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -155,9 +156,12 @@ class RaceDetector:
         self._stamp_reads(area, offsets, width, who)
         return found
 
-    def store(self, area: Area, offsets: np.ndarray, width: int, who: Who, atomic: bool = False) -> list[Conflict]:
+    def store(
+        self, area: Area, offsets: np.ndarray, width: int, who: Who, atomic: bool = False, agrees: Any = False
+    ) -> list[Conflict]:
+        """``agrees``: rows whose bytes another row of this store has, too, so that it does not matter which is last."""
         if width > GRAIN:
-            return self._in_halves(self.store, area, offsets, width, who, atomic)
+            return self._in_halves(self.store, area, offsets, width, who, atomic, agrees)
         found = []
         for read in area.unstamped_reads:
             self._stamp_reads(area, *read)
@@ -171,17 +175,17 @@ class RaceDetector:
         area.writers.put(offsets, width, who.agents + 1, who.ticks, atomic)
         if not atomic and len(offsets) > 1:
             last = area.writers.agents(offsets, width)
-            lost = last != who.agents + 1
+            lost = (last != who.agents + 1) & ~np.asarray(agrees)
             if lost.any():
                 found.append(Conflict(np.flatnonzero(lost), last[lost] - 1, "write after write"))
         return found
 
     def _in_halves(
-        self, check: Callable[..., list[Conflict]], area: Area, offsets: np.ndarray, width: int, who: Who, atomic: bool
+        self, check: Callable[..., list[Conflict]], area: Area, offsets: np.ndarray, width: int, who: Who, *how: Any
     ) -> list[Conflict]:
         found = []
         for at in range(0, width, GRAIN):
-            found += check(area, offsets + at, GRAIN, who, atomic)
+            found += check(area, offsets + at, GRAIN, who, *how)
         return found
 
     def _stamp_reads(self, area: Area, offsets: np.ndarray, width: int, who: Who) -> None:

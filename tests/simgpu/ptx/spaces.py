@@ -54,6 +54,7 @@ class Spaces:
         self.races = RaceDetector(synchronises)
         self.released: dict[tuple[int, int], Knowledge] = {}
         self.counts_sectors = True
+        self.equal_writes_race = True
         self.progress = 0
 
     # Addresses.
@@ -302,7 +303,10 @@ class Spaces:
             if area.unwritten is not None:
                 area.words(area.unwritten, width)[offsets // width] = False
             if area.tracks_races:
-                found = self.races.store(area, offsets, width, self._who(f.threads[rows]), strong)
+                agrees: Any = np.False_
+                if not self.equal_writes_race and space == "shared":
+                    agrees = (area.load(offsets, width) == values[rows]).all(axis=1)
+                found = self.races.store(area, offsets, width, self._who(f.threads[rows]), strong, agrees)
                 self.report_conflicts(f, instruction, area, rows, offsets, found)
             if releases:
                 self._release(f, area, rows, offsets)

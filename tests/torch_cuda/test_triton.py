@@ -1,0 +1,99 @@
+"""The triton executor on torch's CUDA build: checks, upload, ids on the device, refusals.
+
+Triton's own launch needs a driver that runs machine code; the simulator takes its place, on the stand-in's memory.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch_cuda.calls import PAGE_BYTES, make, on, pageable, places
+
+pytest.importorskip("triton")
+
+from cases import IDS_AT
+from simgpu.ptx.memory import Area
+from simgpu.triton_device import SimulatedLaunch
+
+import kvkernels
+from kvkernels.triton import kernels
+
+pytestmark = pytest.mark.cuda
+OPS = tuple(IDS_AT)
+each_op = pytest.mark.parametrize("op", OPS)
+
+
+class StandInLaunch(SimulatedLaunch):
+    """Reaches all that the stand-in has allocated, after what was put on streams before."""
+
+    def __init__(self, sim) -> None:
+        super().__init__("sm_80")
+        self.device = sim.use_ptx("sm_80")
+
+    def areas(self, table: torch.Tensor) -> list[Area]:
+        torch.cuda.synchronize()
+        return self.device._areas()
+
+
+@pytest.fixture
+def launch(sim, monkeypatch):
+    launch = StandInLaunch(sim)
+    monkeypatch.setattr(kernels, "launch", launch)
+    return launch
+
+
+def _expected(op: str) -> list[list[int]]:
+    call = make(op, pageable, pageable)
+    call.run()
+    return call.bytes()
+
+
+@each_op
+@pytest.mark.parametrize("direction", ["h2d", "d2h", "d2d"])
+@pytest.mark.parametrize("ids", ["cpu", "cuda"])
+def test_bytes(launch, op, direction, ids):
+    call = make(op, *places(direction, 0))
+    arguments = list(call.arguments)
+    arguments[IDS_AT[op]] = arguments[IDS_AT[op]].to(ids)
+    kvkernels.reset_counters()
+    getattr(torch.ops.kvkernels, op)(*arguments, executor="triton")
+    assert call.bytes() == _expected(op)
+    assert kvkernels.counters()["triton"]["calls"] == len(launch.reports) == 1
+    kvkernels.check_device(0)
+
+
+@each_op
+def test_ids_out_of_range_are_reported_with_those_of_the_compiled_kernels(launch, op):
+    call = make(op, *places("d2d", 0))
+    arguments = list(call.arguments)
+    bad = arguments[IDS_AT[op]].clone()
+    bad.view(-1)[0] = 99
+    arguments[IDS_AT[op]] = bad.cuda()
+    for executor in ("triton", "kernel"):
+        getattr(torch.ops.kvkernels, op)(*arguments, executor=executor)
+    with pytest.raises(IndexError, match=f"^{op}: 2 pairs had ids out of range on cuda:0, the first in row 0$"):
+        kvkernels.check_device(0)
+    kvkernels.check_device(0)
+
+
+@each_op
+def test_pageable_memory_is_refused(launch, op):
+    call = make(op, pageable, on(0))
+    with pytest.raises(ValueError, match=rf"^{op}: executor 'triton' cannot serve this call: .*"):
+        call.run(executor="triton")
+    assert call.bytes()[1] == [255] * 4 * PAGE_BYTES
+
+
+@each_op
+def test_a_capture_is_refused(launch, op):
+    call = make(op, *places("d2d", 0))
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        graph = torch.cuda.CUDAGraph()
+        graph.capture_begin()
+        try:
+            with pytest.raises(ValueError, match="the stream captures a CUDA graph"):
+                call.run(executor="triton")
+        finally:
+            graph.capture_end()
+    assert not launch.reports
