@@ -48,7 +48,7 @@ def test_every_alignment_and_size(sim, architecture, difference, direction):
 
 
 @on_stand_in
-def test_older_images_have_an_empty_kernel(sim):
+def test_sm_80_has_an_empty_kernel(sim):
     module = sim.use_ptx("sm_80").module
     for tables in ("small", "large", "table"):
         assert [text.strip(" ;") for text in module[f"kvkernels_copy_bulk_{tables}"].kernel.lines().values()] == ["ret"]

@@ -111,8 +111,9 @@ Executor checked_executor(const char* op, std::string_view executor) {
                                Executor::kStaged, Executor::kTriton, Executor::kReference}) {
     if (executor == name_of(known)) return known;
   }
-  value_error(op, ": executor must be one of 'auto', 'cpu', 'kernel', 'bulk', 'dma', 'staged', 'triton', 'reference', got '",
-              executor, "'");
+  value_error(
+      op, ": executor must be one of 'auto', 'cpu', 'kernel', 'bulk', 'dma', 'staged', 'triton', 'reference', got '",
+      executor, "'");
 }
 
 void check_sm_budget(const char* op, int64_t sm_budget) {

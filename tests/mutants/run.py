@@ -11,6 +11,7 @@ names those that change nothing anyone could notice, and why.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import subprocess
@@ -19,7 +20,7 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -27,17 +28,27 @@ sys.path.insert(0, str(Path(__file__).parent))
 from mutate import FOLDERS, Mutant, choose
 
 ROOT = Path(__file__).resolve().parents[2]
+OUTCOMES = ROOT / "build" / "mutants" / "outcomes.jsonl"
 EQUIVALENT = Path(__file__).with_name("equivalent.txt")
-CPU_TESTS = [
-    f"tests/test_{name}.py"
-    for name in ("copy_pages", "gather_scatter", "swap_blocks", "batch", "concat", "refusals", "errors", "explain",
-                 "refusals_random", "streaming", "large_offsets", "threads", "core_cpp")
-]  # fmt: skip
-GPU_TESTS = [
-    f"tests/test_{name}.py"
-    for name in ("kernel_body", "cuda_host", "cuda_failures", "cuda_time", "ptx_kernels", "ptx_bulk")
-]
-TRITON_TESTS = ["tests/test_triton.py", "tests/test_triton_ptx.py"]
+
+
+def _files(*names: str) -> list[str]:
+    return [f"tests/test_{name}.py" for name in names]
+
+
+CPU_TESTS = _files(
+    "copy_pages", "gather_scatter", "swap_blocks", "batch", "concat", "refusals", "errors", "explain",
+    "refusals_random", "streaming", "large_offsets", "threads", "core_cpp",
+)  # fmt: skip
+HOST_TESTS = _files("cuda_host", "staged", "cuda_failures", "kernel_body")
+GPU_TESTS = [*HOST_TESTS, *_files("cuda_time", "ptx_bulk", "ptx_kernels")]
+# By folder: what is built, and the tests that are run on it, one after the other.
+PLANS = {
+    "csrc/core": [("cpu", CPU_TESTS), ("gpu", HOST_TESTS)],
+    "csrc/cpu": [("cpu", CPU_TESTS)],
+    "csrc/cuda": [("gpu", GPU_TESTS)],
+    "kvkernels/triton": [("", _files("triton", "triton_ptx"))],
+}
 # One architecture's PTX, which needs no ptxas.
 PTX_ONLY = "90-virtual"
 NOT_BUILT = "not sm_80 and not sm_100"
@@ -64,7 +75,7 @@ class Worker:
             "PYTHONPATH": str(self.tree),
             "PYTHONDONTWRITEBYTECODE": "1",
         }
-        self.seconds: dict[str, float] = {}
+        self.seconds: dict[tuple[str, str], float] = {}  # by folder and what is built
 
     def prepare(self, folders: list[str]) -> None:
         """Builds the unchanged tree and sees the tests of these folders pass."""
@@ -86,11 +97,12 @@ class Worker:
             if built.returncode:
                 raise SystemExit(f"the unchanged tree does not build:\n{built.stdout[-3000:]}")
         for folder in folders:
-            begin = time.monotonic()
-            failed = self._test(folder, 1800)
-            if failed:
-                raise SystemExit(f"the tests of {folder} fail on the unchanged tree: {failed}")
-            self.seconds[folder] = time.monotonic() - begin
+            for kind, tests in PLANS[folder]:
+                begin = time.monotonic()
+                failed = self._test(kind, tests, 1800)
+                if failed:
+                    raise SystemExit(f"the tests of {folder} fail on the unchanged tree: {failed}")
+                self.seconds[folder, kind] = time.monotonic() - begin
 
     def _run(self, command: list[str], limit_s: float) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -110,14 +122,10 @@ class Worker:
             return done
         return self._run(["cmake", "--install", "build/release", "--prefix", "kvkernels"], 60)
 
-    def _test(self, folder: str, limit_s: float) -> str:
+    def _test(self, kind: str, tests: list[str], limit_s: float) -> str:
         """What failed first, or ""."""
-        wanted = {"csrc/cuda": GPU_TESTS, "kvkernels/triton": TRITON_TESTS}.get(folder, CPU_TESTS)
-        tests = [name for name in wanted if (self.tree / name).exists()]
-        if not tests:
-            return ""
         command = [str(self.bin / "pytest"), "-x", "-q", "-p", "no:cacheprovider", "--no-header", *tests]
-        if folder == "csrc/cuda":
+        if kind == "gpu":
             command += ["-k", NOT_BUILT]
         try:
             done = self._run(command, limit_s)
@@ -134,18 +142,26 @@ class Worker:
         before = target.read_text()
         begin = time.monotonic()
         mutant.apply(self.tree)
+
+        def outcome(result: str, by: str = "") -> Outcome:
+            return Outcome(mutant, result, by, time.monotonic() - begin)
+
         try:
-            kinds = {"csrc/cuda": ["gpu"], "kvkernels/triton": []}.get(folder, ["cpu"])
-            try:
-                broken = any(self._build(kind).returncode for kind in kinds)
-            except subprocess.TimeoutExpired:
-                broken = True
-            if broken:
-                return Outcome(mutant, "stillborn", elapsed_s=time.monotonic() - begin)
-            failed = self._test(folder, 60 + 4 * self.seconds[folder])
-            return Outcome(mutant, "killed" if failed else "survived", failed, time.monotonic() - begin)
+            for kind, tests in PLANS[folder]:
+                if kind and self._breaks_build(kind):
+                    return outcome("stillborn")
+                failed = self._test(kind, tests, 60 + 4 * self.seconds[folder, kind])
+                if failed:
+                    return outcome("killed", failed)
+            return outcome("survived")
         finally:
             target.write_text(before)
+
+    def _breaks_build(self, kind: str) -> bool:
+        try:
+            return self._build(kind).returncode != 0
+        except subprocess.TimeoutExpired:
+            return True
 
 
 def known_equivalent() -> dict[str, str]:
@@ -187,21 +203,18 @@ def report(outcomes: list[Outcome], seed: int) -> str:
     return text
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=160, help="edits to try")
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", default="", help="edits of paths that contain this")
-    parser.add_argument("--output", type=Path, help="writes the table there as well")
-    asked = parser.parse_args()
-    mutants = choose(ROOT, asked.count, asked.seed, asked.only)
-    print(f"{len(mutants)} edits; building {asked.workers} trees and running the tests once on each", flush=True)
+def read_outcomes() -> list[Outcome]:
+    lines = OUTCOMES.read_text().splitlines() if OUTCOMES.exists() else []
+    return [Outcome(Mutant(**fields.pop("mutant")), **fields) for fields in map(json.loads, lines)]
+
+
+def try_all(mutants: list[Mutant], worker_count: int, outcomes: list[Outcome]) -> None:
+    """Adds to the outcomes, and to their file as they come."""
     folders = [f for f in FOLDERS if any(m.path.startswith(f + "/") for m in mutants)]
-    workers = [Worker(i) for i in range(asked.workers)]
-    outcomes: list[Outcome] = []
+    workers = [Worker(i) for i in range(worker_count)]
     free = list(workers)
     lock = threading.Lock()
+    total = len(outcomes) + len(mutants)
 
     def one(mutant: Mutant) -> None:
         with lock:
@@ -213,15 +226,34 @@ def main() -> int:
                 free.append(worker)
         with lock:
             outcomes.append(outcome)
+            with OUTCOMES.open("a") as file:
+                file.write(json.dumps(asdict(outcome)) + "\n")
             by = f" by {outcome.by}" if outcome.by else ""
-            print(
-                f"[{len(outcomes)}/{len(mutants)}] {outcome.result}{by} ({outcome.elapsed_s:.0f} s): {mutant}",
-                flush=True,
-            )
+            text = f"[{len(outcomes)}/{total}] {outcome.result}{by} ({outcome.elapsed_s:.0f} s): {mutant}"
+            print(text, flush=True)
 
-    with ThreadPoolExecutor(asked.workers) as pool:
+    with ThreadPoolExecutor(worker_count) as pool:
         list(pool.map(lambda worker: worker.prepare(folders), workers))
         list(pool.map(one, mutants))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=160, help="edits to try")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", default="", help="edits of paths that contain this")
+    parser.add_argument("--resume", action="store_true", help=f"keep what {OUTCOMES.relative_to(ROOT)} has of them")
+    parser.add_argument("--output", type=Path, help="writes the table there as well")
+    asked = parser.parse_args()
+    mutants = choose(ROOT, asked.count, asked.seed, asked.only)
+    known = {str(o.mutant): o for o in read_outcomes()} if asked.resume else {}
+    outcomes = [known[str(m)] for m in mutants if str(m) in known]
+    left = [m for m in mutants if str(m) not in known]
+    if not asked.resume:
+        OUTCOMES.unlink(missing_ok=True)
+    print(f"{len(left)} edits; building {asked.workers} trees and running the tests once on each", flush=True)
+    try_all(left, asked.workers, outcomes)
     outcomes.sort(key=lambda o: (o.mutant.path, o.mutant.line))
     text = report(outcomes, asked.seed)
     print(text)
