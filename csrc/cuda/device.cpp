@@ -50,7 +50,8 @@ bool cuda_in_use() {
   if (driver == nullptr) return false;
   const auto current = reinterpret_cast<CUresult (*)(CUcontext*)>(dlsym(driver, "cuCtxGetCurrent"));
   CUcontext context = nullptr;
-  const bool in_use = current != nullptr && current(&context) == CUDA_SUCCESS;
+  // Any other error is an earlier call's, which only a driver in use can have.
+  const bool in_use = current != nullptr && current(&context) != CUDA_ERROR_NOT_INITIALIZED;
   dlclose(driver);
   return in_use;
 }

@@ -54,12 +54,12 @@ class Context {
   bool is_legacy_;
 };
 
-// CUDA's errors get the op's name.
+// CUDA's errors, and those of torch's allocator, get the op's name.
 template <class Body>
 auto named_errors(const char* op, Body&& body) {
   try {
     return body();
-  } catch (const CudaError& error) {
+  } catch (const std::runtime_error& error) {
     throw std::runtime_error(text(op, ": ", error.what()));
   }
 }

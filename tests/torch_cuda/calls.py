@@ -47,25 +47,25 @@ def places(direction: str, device: int) -> tuple[Place, Place]:
     return side[direction[0]], side[direction[-1]]
 
 
-def make(op: str, src_place: Place, dst_place: Place) -> Call:
-    pool = src_place(torch.arange(4 * PAGE_BYTES).to(torch.uint8).reshape(4, PAGE_BYTES))
-    out = dst_place(torch.full((4, PAGE_BYTES), 255, dtype=torch.uint8))
+def make(op: str, src_place: Place, dst_place: Place, page_bytes: int = PAGE_BYTES) -> Call:
+    pool = src_place(torch.arange(4 * page_bytes).to(torch.uint8).reshape(4, page_bytes))
+    out = dst_place(torch.full((4, page_bytes), 255, dtype=torch.uint8))
     mapping, ids = torch.tensor([[3, 0], [0, 2]]), torch.tensor([3, 0])
-    whole_page = torch.tensor([[0, 0, 0, 0, PAGE_BYTES, 0, 0, 1, 0, 0, 1, 0, 0, 1, 0, 0]])
+    whole_page = torch.tensor([[0, 0, 0, 0, page_bytes, 0, 0, 1, 0, 0, 1, 0, 0, 1, 0, 0]])
     arguments: dict[str, tuple[str, tuple[Any, ...]]] = {
-        "swap_blocks": ("swap_blocks", (pool, out, PAGE_BYTES, mapping)),
+        "swap_blocks": ("swap_blocks", (pool, out, page_bytes, mapping)),
         "swap_blocks_batch": (
             "swap_blocks_batch",
             (
-                pool.data_ptr() + PAGE_BYTES * mapping[:, 0],
-                out.data_ptr() + PAGE_BYTES * mapping[:, 1],
-                torch.full((2,), PAGE_BYTES),
+                pool.data_ptr() + page_bytes * mapping[:, 0],
+                out.data_ptr() + page_bytes * mapping[:, 1],
+                torch.full((2,), page_bytes),
             ),
         ),
         "gather_blocks": ("gather_blocks", ([pool], ids, out[:2])),
         "scatter_blocks": ("scatter_blocks", (pool[:2], ids, [out])),
         "copy_pages": ("copy_pages", ([pool], [out], mapping, whole_page)),
-        "concat": ("concat_tp_shards_out", ([pool[:, :16], pool[:, 16:32]], 0, out.view(8, 32)[:, 8:24])),
+        "concat": ("concat_tp_shards_out", ([pool[:, :16], pool[:, 16:32]], 0, out.view(8, page_bytes // 2)[:, 8:24])),
         "split": ("split_tp_shards", (pool, 0, [out[:1], out[1:]])),
     }
     return Call(*arguments[op], [pool, out])

@@ -1,0 +1,89 @@
+"""Every call of CUDA that an op makes fails in turn, under torch: an error that names it, and nothing is left of it."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from simgpu.sim import OUT_OF_MEMORY
+from torch_cuda.calls import OPS, make, pageable, places
+
+pytestmark = pytest.mark.cuda
+
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
+FUNCTIONS = sorted(
+    {
+        name
+        for folder in ("cuda", "ops")
+        for path in (CSRC / folder).iterdir()
+        for name in re.findall(r"\b(cu(?:da)?[A-Z]\w+)[(\"]", path.read_text())
+    }
+)
+TAKES_EXECUTOR = ("gather_blocks", "scatter_blocks", "copy_pages")
+LINK_EXECUTORS = ("kernel", "bulk", "dma", "staged")
+CALLS = [
+    *itertools.product(OPS, ("h2d", "d2h", "d2d"), ("auto",), ("cpu",)),
+    *itertools.product(TAKES_EXECUTOR, ("h2d", "d2h"), LINK_EXECUTORS, ("cpu",)),
+    *itertools.product(TAKES_EXECUTOR, ("d2d",), ("kernel", "bulk"), ("cpu", "cuda:1")),
+]
+PAGE_BYTES = 1024
+# Whether CUDA is in use is known from any answer but one.
+GOES_ON_WITHOUT = ("cuCtxGetCurrent",)
+# After its first call an op leaves these to torch's own guards, whose destructors tell nobody.
+TORCH_CALLS_TOO = ("cudaGetDevice", "cudaSetDevice")
+
+
+@pytest.mark.parametrize(("op", "direction", "executor", "ids"), CALLS)
+def test_every_call(sim, op, direction, executor, ids):
+    call, wanted = make(op, *places(direction, 1), PAGE_BYTES), make(op, pageable, pageable, PAGE_BYTES)
+    poison = wanted.tensors[1].clone()
+    wanted.run()
+    options = {} if executor == "auto" else {"executor": executor}
+    if ids != "cpu":
+        at = {"gather_blocks": 1, "scatter_blocks": 1, "copy_pages": 2}[op]
+        call.arguments = tuple(a.to(ids) if i == at else a for i, a in enumerate(call.arguments))
+    with torch.cuda.stream(torch.cuda.Stream(1)):
+        call.run(**options)
+        before = [sim.calls(function) for function in FUNCTIONS]
+        call.run(**options)
+        made = {f: sim.calls(f) - count for f, count in zip(FUNCTIONS, before, strict=True)}
+        for function in TORCH_CALLS_TOO:
+            made[function] = min(made[function], 1)
+        tried = [(f, k) for f, count in made.items() for k in range(1, count + 1)]
+        assert len(tried) >= 4
+        for function, k in tried:
+            call.tensors[1].copy_(poison)
+            torch.cuda.synchronize(1)
+            held = torch.cuda.memory_allocated(1), sim.cuda.fake_streams()
+            sim.fail(function, k, OUT_OF_MEMORY)
+            if function in GOES_ON_WITHOUT:
+                call.run(**options)
+            else:
+                text = rf"^{call.op}: {function}( \(copy 0 of its batch\))? failed: cudaErrorMemoryAllocation \("
+                with pytest.raises(RuntimeError, match=text):
+                    call.run(**options)
+            assert sim.cudart.cudaPeekAtLastError() == 0
+            gc.collect()
+            assert (torch.cuda.memory_allocated(1), sim.cuda.fake_streams()) == held, (function, k)
+            call.run(**options)
+            assert call.bytes() == wanted.bytes(), (function, k)
+
+
+def test_torchs_allocator(sim):
+    """The ring of ``staged`` comes from torch, whose error an op passes on with its name."""
+    # So large that the allocator asks CUDA for the ring alone, and leaves nothing beside the pool.
+    call = make("gather_blocks", *places("d2h", 1), 3 << 20)
+    call.run(executor="staged")
+    torch.cuda.synchronize(1)
+    torch.cuda.empty_cache()
+    sim.fail("cudaMalloc", 1, OUT_OF_MEMORY)
+    sim.fail("cudaMalloc", 2, OUT_OF_MEMORY)
+    held = torch.cuda.memory_allocated(1)
+    with pytest.raises(RuntimeError, match=r"^gather_blocks: CUDA out of memory"):
+        call.run(executor="staged")
+    assert torch.cuda.memory_allocated(1) == held
+    call.run(executor="staged")
