@@ -20,6 +20,7 @@ from kvkernels.triton import kernels
 
 pytestmark = pytest.mark.cuda
 OPS = tuple(IDS_AT)
+NOT_INITIALIZED = 3
 each_op = pytest.mark.parametrize("op", OPS)
 
 
@@ -97,3 +98,55 @@ def test_a_capture_is_refused(launch, op):
         finally:
             graph.capture_end()
     assert not launch.reports
+
+
+def _without_driver(sim) -> None:
+    """The next op finds no CUDA driver in use, as where torch is for another vendor's devices."""
+    sim.fail("cuCtxGetCurrent", 1, NOT_INITIALIZED)
+
+
+@each_op
+@pytest.mark.parametrize("direction", ["h2d", "d2h", "d2d"])
+@pytest.mark.parametrize("ids", ["cpu", "cuda"])
+def test_auto_takes_it_where_the_library_has_no_code(sim, launch, op, direction, ids):
+    call = make(op, *places(direction, 0))
+    arguments = list(call.arguments)
+    arguments[IDS_AT[op]] = arguments[IDS_AT[op]].to(ids)
+    _without_driver(sim)
+    explained = kvkernels.explain(op, *arguments)
+    assert (explained.executor, "no CUDA driver is in use" in explained.reason) == ("triton", True)
+    _without_driver(sim)
+    getattr(torch.ops.kvkernels, op)(*arguments)
+    assert call.bytes() == _expected(op)
+    assert len(launch.reports) == 1
+
+
+@each_op
+def test_what_it_cannot_serve_there_is_an_error(sim, launch, op):
+    for options, error, text in (
+        ({}, RuntimeError, rf"^{op}: tensors on a cuda device need CUDA code or the triton kernels: .* pinned memory$"),
+        ({"executor": "triton"}, ValueError, rf"^{op}: executor 'triton' cannot serve this call: .* pinned memory$"),
+        ({"executor": "kernel"}, ValueError, rf"^{op}: executor 'kernel' cannot serve this call: this build's kernels"),
+        ({"executor": "cpu"}, ValueError, rf"^{op}: executor 'cpu' cannot serve this call: a tensor is on a cuda"),
+    ):
+        call = make(op, pageable, on(0))
+        _without_driver(sim)
+        with pytest.raises(error, match=text):
+            call.run(**options)
+        assert call.bytes()[1] == [255] * 4 * PAGE_BYTES
+
+
+@each_op
+def test_ids_out_of_range_are_reported_there(sim, launch, op):
+    """By a word that Python keeps."""
+    call = make(op, *places("d2d", 0))
+    arguments = list(call.arguments)
+    bad = arguments[IDS_AT[op]].clone()
+    bad.view(-1)[0] = 99
+    arguments[IDS_AT[op]] = bad.cuda()
+    _without_driver(sim)
+    getattr(torch.ops.kvkernels, op)(*arguments)
+    _without_driver(sim)
+    with pytest.raises(IndexError, match=f"^{op}: 1 pairs had ids out of range on cuda:0, the first in row 0$"):
+        kvkernels.check_device(0)
+    kvkernels.check_device(0)
