@@ -165,7 +165,7 @@ def ring(fragment_bytes: int) -> tuple[int, int, int]:
 
 
 def bulk_table(kernels: list[Kernel]) -> str:
-    """The bulk kernels' copies, and what their rings keep on its way."""
+    """The bulk kernels' copies."""
     rows = ["| kernel | target | registers | spills | bulk loads (UBLKCP.S.G) | bulk stores (UBLKCP.G.S) |"]
     rows.append("| --- | --- | ---: | ---: | ---: | ---: |")
     for kernel in in_order(kernels):
@@ -174,7 +174,12 @@ def bulk_table(kernels: list[Kernel]) -> str:
             spills = kernel.spilled_bytes + kernel.spill_instructions
             copies = f"{kernel.bulk_loads} | {kernel.bulk_stores}"
             rows.append(f"| {name} | {kernel.architecture} | {kernel.registers} | {spills} | {copies} |")
-    rows += ["", "| fragment | stages of a warp | stage | on its way, by CTA | 4 CTAs | 12 CTAs | enough for |"]
+    return "\n".join(rows)
+
+
+def ring_table() -> str:
+    """What the bulk kernels' rings keep on its way."""
+    rows = ["| fragment | stages of a warp | stage | on its way, by CTA | 4 CTAs | 12 CTAs | enough for |"]
     rows.append("| ---: | ---: | ---: | ---: | ---: | ---: | --- |")
     for fragment_bytes in (512, 1024, 2048, 4096, 8192, 65536):
         stages, stage_bytes, cta = ring(fragment_bytes)
@@ -189,14 +194,18 @@ def bulk_table(kernels: list[Kernel]) -> str:
     return "\n".join(rows)
 
 
+def tables(kernels: list[Kernel]) -> list[str]:
+    """Of the kernels that copy through registers, of those that use bulk copies, and of their rings."""
+    is_bulk = {kernel.name: "_bulk_" in kernel.name for kernel in kernels}
+    return [table([kernel for kernel in kernels if not is_bulk[kernel.name]]), bulk_table(kernels), ring_table()]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     built = Path(__file__).resolve().parents[1] / "kvkernels" / "libkvkernels_ops.so"
     parser.add_argument("library", type=Path, nargs="?", default=built)
     kernels = read_kernels(parser.parse_args().library)
-    print(table([kernel for kernel in kernels if "_bulk_" not in kernel.name]))
-    print()
-    print(bulk_table(kernels))
+    print(*tables(kernels), sep="\n\n")
 
 
 if __name__ == "__main__":
