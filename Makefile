@@ -4,6 +4,8 @@ KVKERNELS_CUDA ?= AUTO
 KVKERNELS_WERROR ?= OFF
 # Arguments for benchmarks/swap.py, benchmarks/pages.py, pytest, tests/e2e/run.py and tests/mutants/run.py.
 ARGS ?=
+# Processes of make test; auto is one a core.
+JOBS ?= auto
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -82,7 +84,7 @@ pages: build
 	$(BIN)/python benchmarks/pages.py $(ARGS)
 
 test: build $(VENV)/.requirements-dev
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n $(JOBS) --maxprocesses=8 --dist loadfile $(ARGS)
 
 # Before the environment, which is the larger part: without nvcc this ends here. The build knows only torch's CPU build.
 simgpu-build: $(VENV)/.requirements

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import random
 import shutil
@@ -149,11 +150,15 @@ def simgpu_build() -> Path:
     if shutil.which("nvcc", path=os.environ.get("PATH", "") + ":/usr/local/cuda/bin") is None:
         pytest.skip("the simgpu preset needs nvcc, which was not found")
     path = str(Path(sys.executable).parent) + os.pathsep + os.environ.get("PATH", "")
-    for command in (
-        ["cmake", "--preset", "simgpu", f"-DPython_EXECUTABLE={sys.executable}"],
-        ["cmake", "--build", "--preset", "simgpu"],
-    ):
-        done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PATH": path}, capture_output=True, text=True)
-        if done.returncode:
-            pytest.fail(f"{' '.join(command)} failed:\n{(done.stdout + done.stderr)[-4000:]}", pytrace=False)
-    return ROOT / "build" / "simgpu"
+    build = ROOT / "build" / "simgpu"
+    build.mkdir(parents=True, exist_ok=True)
+    with (build / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the processes of pytest-xdist share it
+        for command in (
+            ["cmake", "--preset", "simgpu", f"-DPython_EXECUTABLE={sys.executable}"],
+            ["cmake", "--build", "--preset", "simgpu"],
+        ):
+            done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PATH": path}, capture_output=True, text=True)
+            if done.returncode:
+                pytest.fail(f"{' '.join(command)} failed:\n{(done.stdout + done.stderr)[-4000:]}", pytrace=False)
+    return build

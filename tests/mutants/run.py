@@ -37,8 +37,8 @@ def _files(*names: str) -> list[str]:
 
 
 CPU_TESTS = _files(
-    "copy_pages", "gather_scatter", "swap_blocks", "batch", "concat", "refusals", "errors", "explain",
-    "refusals_random", "streaming", "large_offsets", "threads", "core_cpp",
+    "errors", "explain", "swap_blocks", "batch", "concat", "gather_scatter", "copy_pages", "refusals", "threads",
+    "large_offsets", "refusals_random", "streaming", "core_cpp",
 )  # fmt: skip
 HOST_TESTS = _files("cuda_host", "staged", "cuda_failures", "kernel_body")
 GPU_TESTS = [*HOST_TESTS, *_files("cuda_time", "ptx_bulk", "ptx_kernels")]
@@ -49,6 +49,12 @@ PLANS = {
     "csrc/cuda": [("gpu", GPU_TESTS)],
     "kvkernels/triton": [("", _files("triton", "triton_ptx"))],
 }
+
+
+def _step(kind: str, tests: list[str]) -> str:
+    return f"{kind or 'Python'}: {len(tests)} files from {tests[0]} on"
+
+
 # One architecture's PTX, which needs no ptxas.
 PTX_ONLY = "90-virtual"
 NOT_BUILT = "not sm_80 and not sm_100"
@@ -75,10 +81,10 @@ class Worker:
             "PYTHONPATH": str(self.tree),
             "PYTHONDONTWRITEBYTECODE": "1",
         }
-        self.seconds: dict[tuple[str, str], float] = {}  # by folder and what is built
+        self.seconds: dict[str, float] = {}
 
-    def prepare(self, folders: list[str]) -> None:
-        """Builds the unchanged tree and sees the tests of these folders pass."""
+    def prepare(self) -> None:
+        """Builds the unchanged tree."""
         shutil.rmtree(self.tree, ignore_errors=True)
         self.tree.mkdir(parents=True)
         listed = subprocess.run(
@@ -96,13 +102,20 @@ class Worker:
             built = self._build(kind)
             if built.returncode:
                 raise SystemExit(f"the unchanged tree does not build:\n{built.stdout[-3000:]}")
-        for folder in folders:
-            for kind, tests in PLANS[folder]:
-                begin = time.monotonic()
-                failed = self._test(kind, tests, 1800)
-                if failed:
-                    raise SystemExit(f"the tests of {folder} fail on the unchanged tree: {failed}")
-                self.seconds[folder, kind] = time.monotonic() - begin
+
+    def time_tests(self, folders: list[str]) -> dict[str, float]:
+        """Sees the tests of these folders pass on the unchanged tree; how long each step takes."""
+        seconds: dict[str, float] = {}
+        for kind, tests in [step for folder in folders for step in PLANS[folder]]:
+            if _step(kind, tests) in seconds:
+                continue
+            begin = time.monotonic()
+            failed = self._test(kind, tests, 1800)
+            if failed:
+                raise SystemExit(f"the tests fail on the unchanged tree: {failed}")
+            seconds[_step(kind, tests)] = time.monotonic() - begin
+            print(f"{_step(kind, tests)}: {seconds[_step(kind, tests)]:.0f} s", flush=True)
+        return seconds
 
     def _run(self, command: list[str], limit_s: float) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -150,7 +163,7 @@ class Worker:
             for kind, tests in PLANS[folder]:
                 if kind and self._breaks_build(kind):
                     return outcome("stillborn")
-                failed = self._test(kind, tests, 60 + 4 * self.seconds[folder, kind])
+                failed = self._test(kind, tests, 60 + 4 * self.seconds[_step(kind, tests)])
                 if failed:
                     return outcome("killed", failed)
             return outcome("survived")
@@ -233,7 +246,10 @@ def try_all(mutants: list[Mutant], worker_count: int, outcomes: list[Outcome]) -
             print(text, flush=True)
 
     with ThreadPoolExecutor(worker_count) as pool:
-        list(pool.map(lambda worker: worker.prepare(folders), workers))
+        list(pool.map(Worker.prepare, workers))
+        seconds = workers[0].time_tests(folders)
+        for worker in workers:
+            worker.seconds = seconds
         list(pool.map(one, mutants))
 
 

@@ -226,7 +226,8 @@ class Sim:
         """Whether the copy kernels of these kinds are the same for one of the others, line by line."""
         mine = self.modules[architecture]
         kernels = [k for k in mine.kernels if k.split("_")[2] in kinds]
-        return any(all(mine.text(k) == self.modules[o].text(k) for k in kernels) for o in others)
+        built = [self.modules[o] for o in others if o in self.modules]
+        return any(all(mine.text(k) == theirs.text(k) for k in kernels) for theirs in built)
 
     def use_ptx(self, architecture: str) -> Device:
         """From now on, until the next reset, launches run on the simulator."""
