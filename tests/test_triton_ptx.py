@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 
 from simgpu.device import find_cuobjdump
 from simgpu.ptx import Buffer
-from simgpu.triton_device import CUDA_TARGETS, HIP_TARGETS, SimulatedLaunch, buffers_of, compiled
+from simgpu.triton_device import CUDA_TARGETS, HIP_TARGETS, VARIANTS, SimulatedLaunch, buffers_of, compiled
 
 import kvkernels
 import kvkernels.triton
@@ -295,6 +295,66 @@ def test_ids_on_the_device(on_simulator, seed, shape, dtype, skip_negative, has_
         assert (count, ~row, op) == (len(bad), bad[0], FAULT_OPS.index("copy_pages"))
     else:
         assert (count, row, op) == (0, 0, 0)
+
+
+BLOCKS = 5
+
+
+def full_call(kernel: str, width: int, is_chunked: bool) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
+    """Both sides' bytes, a pool in each, and two runs for which C++ takes this kernel.
+
+    Sub-blocks on both sides, ragged ends in tiles, and loops that fold into nothing where the kernel knows any.
+    """
+    fragment_bytes = 33 * width if is_chunked else 300 * width + (width > 1)
+    step = (fragment_bytes // (2 * width) + 1) * 2 * width
+    loops = [] if kernel == "page" else [(2, step, 4 * step), (2, 2 * step, 2 * step), (2, 4 * step, step)]
+    run_bytes = 8 * step if loops else step
+    page_bytes = 2 * run_bytes
+    block_bytes = 2 * page_bytes + 32
+    raw = [torch.randint(0, 256, (BLOCKS * block_bytes + 64,), dtype=torch.uint8) for _ in range(2)]
+    begin = int(width > 1 and not is_chunked)
+    begins = [-raw[0].data_ptr() % 16 + begin, -raw[1].data_ptr() % 16 + begin + width % 16]
+    pools = [t.as_strided((BLOCKS, 2 * page_bytes), (block_bytes, 1), b) for t, b in zip(raw, begins, strict=True)]
+    runs = [
+        run_row((0, 0), (at, run_bytes - at), fragment_bytes, (page_bytes, page_bytes), loops) for at in (0, run_bytes)
+    ]
+    return raw, pools, runs_tensor(*runs)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: "-".join(map(str, variant)))
+@each_cuda_target
+def test_every_line(on_simulator, target, variant):
+    """Of each kernel in each width: calls with ids on the host, and on the device in both dtypes, some of them bad."""
+    raw, (src, dst), runs = full_call(*variant)
+    ids = torch.tensor([[3, 0], [9, 1], [0, 7], [5, 4], [2, 9], [6, 6], [1, 3], [9, 8]])
+    left_out: dict[int, str] | None = None
+    for dtype in (None, torch.int64, torch.int32):
+        launch, fault = on_simulator(target), np.zeros(FAULT_BYTES, np.uint8)
+        bad = ids.to(dtype or torch.int64, copy=True)
+        bad[[1, 3], 0], bad[[4, 6], 1] = 2 * BLOCKS, -1
+        if dtype:
+            width = bad.element_size()
+            launch = DeviceIdsLaunch(
+                target, fault, src_ids=bad.data_ptr(), dst_ids=bad.data_ptr() + width, src_ids_stride_bytes=2 * width,
+                dst_ids_stride_bytes=2 * width, src_ids_width=width, dst_ids_width=width, src_limit=2 * BLOCKS,
+                dst_limit=2 * BLOCKS,
+            )  # fmt: skip
+            kernels.launch = launch
+        raw[1] ^= 255  # what an earlier call copied must not pass for this one's work
+        expected = raw[1].clone()
+        wanted = expected.as_strided(dst.shape, dst.stride(), dst.storage_offset())
+        reference.copy_pages([src], [wanted], ids[[0, 2, 5, 7]] if dtype else ids, runs, 2, 2)
+        launch.buffers = buffers_of([*raw, bad.view(torch.uint8).view(-1)], ["src", "both", "ids"])
+        torch.ops.kvkernels.copy_pages([src], [dst], ids, runs, 2, 2, executor="triton")
+        assert_same_bytes([raw[1]], [expected], f"ids on the device: {dtype}")
+        (head,) = launch.heads
+        assert (kernels.KERNELS[head.kernel].__name__, head.width, bool(head.is_chunked)) == variant
+        assert fault.view(np.int64)[0] == 4 * bool(dtype)
+        unexecuted = launch.reports[0].unexecuted
+        left_out = {line: text for line, text in (left_out or unexecuted).items() if line in unexecuted}
+    assert left_out is not None
+    texts = [text for text in left_out.values() if not re.match(r"@!?%p\d+ +bra", text)]
+    assert not texts, f"{len(texts)} lines: {texts[:12]}"
 
 
 @pytest.mark.parametrize("subblocks", [1, 2])

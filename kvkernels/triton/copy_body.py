@@ -99,7 +99,7 @@ def record(fault, op, row, is_bad):
 
 
 @triton.jit
-def locate(table, fault, unit):
+def locate(table, fault, unit, LOOPED: tl.constexpr):
     """Of each unit: its fragment's begin on both sides, which part of it the unit is, its size, and whether to copy."""
     units = tl.load(table + UNITS)
     is_there = unit < units
@@ -113,14 +113,15 @@ def locate(table, fault, unit):
     is_first = is_there & (move == 0) & (part == 0)
     src = tl.load(entry + SRC_ADDRESS)
     dst = tl.load(entry + DST_ADDRESS)
-    for level in range(tl.load(table + LOOP_LEVELS)):
-        loop = entry + LOOPS + level * LOOP_COLUMNS
-        outer = divide(index, loop)
-        step = index - outer * tl.load(loop)
-        src += step * tl.load(loop + 3)
-        dst += step * tl.load(loop + 4)
-        is_first = is_first & (step == 0)
-        index = outer
+    if LOOPED:
+        for level in range(tl.load(table + LOOP_LEVELS)):
+            loop = entry + LOOPS + level * LOOP_COLUMNS
+            outer = divide(index, loop)
+            step = index - outer * tl.load(loop)
+            src += step * tl.load(loop + 3)
+            dst += step * tl.load(loop + 4)
+            is_first = is_first & (step == 0)
+            index = outer
     src_id = load_id(table, SRC_IDS, index)
     dst_id = load_id(table, DST_IDS, index)
     if tl.load(table + IDS_ON_DEVICE) != 0:
@@ -175,7 +176,7 @@ def copy_ends(src, dst, cut, at, fragment_bytes, part, is_there, WIDTH: tl.const
 
 
 @triton.jit
-def copy_tiles(table, fault, WIDTH: tl.constexpr):
+def copy_tiles(table, fault, WIDTH: tl.constexpr, LOOPED: tl.constexpr):
     """Fragments of any size and alignment, in tiles that begin on cache lines of one side.
 
     |<------------- tile ------------->|<- ...
@@ -188,7 +189,7 @@ def copy_tiles(table, fault, WIDTH: tl.constexpr):
     lane = tl.arange(0, TILE_LANES * WORDS)
     begin = tl.program_id(0).to(tl.int64) * TILES
     for first in range(begin, tl.load(table + UNITS), tl.num_programs(0).to(tl.int64) * TILES):
-        src, dst, part, fragment_bytes, is_there = locate(table, fault, first + tl.arange(0, TILES))
+        src, dst, part, fragment_bytes, is_there = locate(table, fault, first + tl.arange(0, TILES), LOOPED)
         cut = dst
         if tl.load(table + CUTS_ON_SRC) != 0:
             cut = src
@@ -207,6 +208,6 @@ def copy_chunks(table, fault, WIDTH: tl.constexpr):
     lane = tl.arange(0, 4 if WIDTH == 16 else 1)
     begin = tl.program_id(0).to(tl.int64) * CHUNKS
     for first in range(begin, tl.load(table + UNITS), tl.num_programs(0).to(tl.int64) * CHUNKS):
-        src, dst, part, _, is_there = locate(table, fault, first + tl.arange(0, CHUNKS))
+        src, dst, part, _, is_there = locate(table, fault, first + tl.arange(0, CHUNKS), True)
         at = part * WIDTH
         move_elements(elements(src + at, lane, WIDTH), elements(dst + at, lane, WIDTH), is_there[:, None])

@@ -22,7 +22,7 @@ OPTIONS = {"num_warps": 16, "num_stages": 1, "enable_fp_fusion": False}
 @triton.jit(do_not_specialize=("table", "fault"))
 def page(table, fault: tl.int64, WIDTH: tl.constexpr, CHUNKED: tl.constexpr):
     """Fragments of any size and alignment, without loops."""
-    copy_tiles(table, fault, WIDTH)
+    copy_tiles(table, fault, WIDTH, LOOPED=False)
 
 
 @triton.jit(do_not_specialize=("table", "fault"))
@@ -37,7 +37,7 @@ def bytes(table, fault: tl.int64, WIDTH: tl.constexpr, CHUNKED: tl.constexpr):
     if CHUNKED:
         copy_chunks(table, fault, WIDTH)
     else:
-        copy_tiles(table, fault, WIDTH)
+        copy_tiles(table, fault, WIDTH, LOOPED=True)
 
 
 # By Head.kernel.
