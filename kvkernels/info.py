@@ -91,7 +91,7 @@ def _service(op: str, place: str, cuda: Mapping[str, Any]) -> dict[str, Any]:
         return _entry(["triton", *reference], "triton", why)
     named = ["triton"] if op in _TAKES_EXECUTOR and triton.is_installed() else []
     both = ["kernel", "dma", *named, *reference]
-    linked = ["kernel", "bulk", "dma", "staged", *named, *reference] if op in _TAKES_EXECUTOR else both
+    linked = both if op == "swap_blocks_batch" else ["kernel", "bulk", "dma", "staged", *named, *reference]
     if place == "cuda to cuda" and op != "swap_blocks_batch":
         return _entry(
             ["kernel", "bulk", "dma", *named, *reference] if op in _TAKES_EXECUTOR else ["kernel"],

@@ -19,6 +19,7 @@ from simgpu.sim import (
     LEGACY_BY_NAME,
     MANAGED,
     NOT_SUPPORTED,
+    OUT_OF_MEMORY,
     PAGE,
     PAGEABLE,
     PER_THREAD,
@@ -533,3 +534,20 @@ def test_one_launch_and_no_synchronisation(sim):
         done = sim.counters() - start
         assert (done.launches, done.copy_calls, done.synchronisations, done.staged_copies) == (1, 0, 0, 0)
         sim.finish_device()
+
+
+@on_stand_in
+def test_what_a_device_has_code_for(sim):
+    """Each device here is new, since the answers are kept."""
+    assert sim.limits(300) == [132, 90, 90, 227 << 10]
+    sim.set("code_capability", 80)
+    sim.set("shared_bytes", 99 << 10)
+    assert sim.limits(301) == [132, 90, 80, 99 << 10]
+    sim.set("no_image", 1)
+    assert sim.limits(302) == [132, 90, 0, 99 << 10]
+    assert sim.cudart.cudaPeekAtLastError() == 0
+    for call in ("cudaFuncGetAttributes", "cudaThreadExchangeStreamCaptureMode"):
+        sim.fail(call, 1, OUT_OF_MEMORY)
+        with pytest.raises(CudaError, match=f"^{call} failed: cudaErrorMemoryAllocation"):
+            sim.limits(303)
+    assert sim.limits(300) == [132, 90, 90, 227 << 10]

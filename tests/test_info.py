@@ -54,6 +54,7 @@ def test_info_is_json_and_covers_every_op_and_combination():
             # Without CUDA code `auto` takes nothing for a device's tensor, but a caller may name the reference.
             unserved = service["executors"] == [] or (found["compiled"] and service["executors"] == ["reference"])
             assert (service["auto"] is None) == unserved, op
+            assert set(re.findall(r"\w+", service["auto"] or "")) - {"or"} <= set(service["executors"]), (op, service)
         assert places["cpu to cpu"]["auto"] == ("cpu" if found["compiled"] else "reference"), op
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 import sys
+import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -80,3 +83,33 @@ def test_check_device_reports_what_is_kept_in_python(monkeypatch):
 
 def test_the_head_fits_its_row():
     assert len(Head._fields) <= HEAD_COLUMNS
+
+
+def _python(code: str, path: str = "", **environment: str) -> str:
+    """What a new process prints; ``path`` comes first where it looks for packages."""
+    everywhere = os.pathsep.join(filter(None, [path, str(Path(kvkernels.__file__).parents[1])]))
+    env = {**os.environ, "PYTHONPATH": everywhere, **environment}
+    return subprocess.run([sys.executable, "-c", code], env=env, check=True, capture_output=True, text=True).stdout
+
+
+@no_interpreter
+@pytest.mark.parametrize("value", ["1", "true", "on"])
+def test_the_interpreter_serves_the_host_alone(value):
+    """In each way of asking for it; on a device's addresses it would end the process."""
+    pytest.importorskip("triton")
+    code = "from kvkernels import triton; print(repr(triton.refusal(-1)), repr(triton.refusal(0)))"
+    said = _python(code, TRITON_INTERPRET=value)
+    assert said == "'' \"TRITON_INTERPRET is set, and Triton's interpreter does not reach a device's memory\"\n"
+
+
+@no_interpreter
+def test_a_package_that_does_not_load_is_a_refusal(tmp_path):
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton" / "__init__.py").write_text("raise ImportError('half of it is missing')")
+    said = _python("from kvkernels import triton; print(triton.refusal(0))", path=str(tmp_path))
+    assert said == "the package triton does not load: ImportError: half of it is missing\n"
+
+
+def test_something_else_under_its_name_is_not_the_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", types.ModuleType("triton"))
+    assert not triton.is_installed()

@@ -305,7 +305,7 @@ def full_call(kernel: str, width: int, is_chunked: bool) -> tuple[list[torch.Ten
 
     Sub-blocks on both sides, ragged ends in tiles, and loops that fold into nothing where the kernel knows any.
     """
-    fragment_bytes = 33 * width if is_chunked else 300 * width + (width > 1)
+    fragment_bytes = 33 * width if is_chunked else 300 * width + (width > 2)
     step = (fragment_bytes // (2 * width) + 1) * 2 * width
     loops = [] if kernel == "page" else [(2, step, 4 * step), (2, 2 * step, 2 * step), (2, 4 * step, step)]
     run_bytes = 8 * step if loops else step

@@ -60,19 +60,28 @@ GpuPolicyRow gpu_policy(Direction direction, bool batches) {
   value_error("gpu_policy: direction must be h2d or d2h, got ", name_of(direction));
 }
 
-std::string bulk_refusal(const std::vector<Move>& moves, int capability) {
-  if (capability < kBulkCapability) {
-    return text("it needs compute capability 9.0 or later, and the device has ", capability / 10, '.', capability % 10);
+std::string bulk_refusal(const std::vector<Move>& moves, const BulkFacts& facts) {
+  const auto version = [](int capability) { return text(capability / 10, '.', capability % 10); };
+  if (facts.capability < kBulkCapability) {
+    return text("it needs compute capability 9.0 or later, and the device has ", version(facts.capability));
+  }
+  if (facts.code_capability < kBulkCapability) {
+    return text("it needs code for compute capability 9.0 or later, and the library's for this device is for ",
+                version(facts.code_capability));
+  }
+  if (facts.shared_bytes < facts.needed_bytes) {
+    return text("it needs ", facts.needed_bytes, " bytes of shared memory a CTA, and the device has ",
+                facts.shared_bytes);
   }
   const int64_t shortest = shortest_fragment(moves);
   if (shortest >= kBulkMinBytes) return "";
   return text("its fragments must have at least ", kBulkMinBytes, " bytes, and one has ", shortest);
 }
 
-bool bulk_pays(const std::vector<Move>& moves, int capability) {
-  return std::find(std::begin(kBulkPaysCapabilities), std::end(kBulkPaysCapabilities), capability) !=
+bool bulk_pays(const std::vector<Move>& moves, const BulkFacts& facts) {
+  return std::find(std::begin(kBulkPaysCapabilities), std::end(kBulkPaysCapabilities), facts.capability) !=
              std::end(kBulkPaysCapabilities) &&
-         shortest_fragment(moves) >= kBulkPaysBytes && is_vector_aligned(moves);
+         shortest_fragment(moves) >= kBulkPaysBytes && is_vector_aligned(moves) && bulk_refusal(moves, facts).empty();
 }
 
 bool staging_may_pay(Direction direction, int64_t bytes, int64_t descriptors, const GpuFacts& facts) {
@@ -83,7 +92,10 @@ bool staging_may_pay(Direction direction, int64_t bytes, int64_t descriptors, co
 }
 
 GpuChoice choose_on_gpu(Direction direction, int64_t bytes, int64_t descriptors, const GpuFacts& facts) {
-  if (direction == Direction::kDeviceToDevice) return {Executor::kKernel, "both sides are on the device"};
+  if (direction == Direction::kDeviceToDevice && facts.kernel_refusal.empty()) {
+    return {Executor::kKernel, "both sides are on the device"};
+  }
+  if (direction == Direction::kDeviceToDevice) return {Executor::kDma, "the kernel cannot: " + facts.kernel_refusal};
   const GpuPolicyRow row = gpu_policy(direction, facts.batches);
   const int64_t mean_bytes = descriptors > 0 ? bytes / descriptors : 0;
   if (staging_may_pay(direction, bytes, descriptors, facts) && facts.staged_bytes >= row.kernel_below_bytes) {

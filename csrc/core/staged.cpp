@@ -179,7 +179,6 @@ StagingChunk staging_chunk(const Work& work, const Staging& staging, int64_t chu
   Work& in_device = result.in_device;
   in_device.executor = Executor::kKernel;
   in_device.direction = Direction::kDeviceToDevice;
-  in_device.shape = work.shape;
   in_device.pairs = static_cast<int64_t>(end - begin);
   for (size_t i = 0; i < work.moves.size(); ++i) {
     const Staging::Place& place = staging.places[i];

@@ -89,14 +89,15 @@ void map_side(const char* name, Side& side, const Move& move, int64_t Loop::* st
 
 }  // namespace
 
-void map_for_device(Work& work, const DeviceIds* ids, const DeviceLimits& limits, PointerMap& pointers) {
+void map_for_device(Work& work, const DeviceIds* ids, const DeviceLimits& limits, PointerMap& pointers,
+                    const SideNames& names) {
   const IdRanges ranges = id_ranges(work, ids);
   for (Move& move : work.moves) {
     if (work.direction == Direction::kHostToDevice || work.direction == Direction::kHostToHost) {
-      map_side("src", move.src, move, &Loop::src_stride, ranges.src, limits, pointers);
+      map_side(names.src, move.src, move, &Loop::src_stride, ranges.src, limits, pointers);
     }
     if (work.direction == Direction::kDeviceToHost || work.direction == Direction::kHostToHost) {
-      map_side("dst", move.dst, move, &Loop::dst_stride, ranges.dst, limits, pointers);
+      map_side(names.dst, move.dst, move, &Loop::dst_stride, ranges.dst, limits, pointers);
     }
   }
 }

@@ -22,7 +22,7 @@ namespace kvkernels {
 // Each warp has a ring of its own, so nothing of a CTA waits for another warp. Four issuing lanes, because one that
 // decodes a tile between two copies is slow for tiles of 512 bytes.
 constexpr int kBulkWarps = 4;
-constexpr uint32_t kRingBytes = 48 << 10;  // of a warp: 192 KiB of the 227 KiB that a CTA can have
+constexpr uint32_t kRingBytes = 48 << 10;  // of a warp: 192 KiB of the 227 KiB that a CTA of 9.0 and 10.0 can have
 constexpr uint32_t kMaxStages = 32;
 constexpr uint32_t kUnreadStores = 2;  // stores that may still read their stage while the next load is issued
 constexpr uint32_t kBulkTileBytes = 8 << 10;

@@ -23,8 +23,8 @@ __device__ __forceinline__ void run_warp(const Head& head, const std::byte* tabl
 
 #else
 
-// Older images have the kernels' names alone; they are never launched there.
-__device__ __forceinline__ void run_warp(const Head&, const std::byte*) {}
+// Older images have the kernels' names alone. Nothing launches them there; whatever did must not pass for a copy.
+__device__ __forceinline__ void run_warp(const Head&, const std::byte*) { __trap(); }
 
 #endif
 
@@ -53,7 +53,7 @@ void launch_bulk(const Head& head, const std::byte* tables, size_t table_bytes, 
                                   reinterpret_cast<const void*>(kvkernels_copy_bulk_table)};
   const size_t shared_bytes = bulk_shared_bytes(head.unit_bytes);
   // More than 48 KiB has to be asked for, on each device; asking again is cheap.
-  check_copy(cudaFuncSetAttribute(kernels.of(tables, table_bytes), cudaFuncAttributeMaxDynamicSharedMemorySize,
+  check(cudaFuncSetAttribute(kernels.of(tables, table_bytes), cudaFuncAttributeMaxDynamicSharedMemorySize,
                                   static_cast<int>(kBulkWarps * kRingBytes)),
              "cudaFuncSetAttribute");
   check_copy(launch(kernels, head, tables, table_bytes, {ctas, kBulkThreads, shared_bytes}, stream),

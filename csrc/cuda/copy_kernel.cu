@@ -1,4 +1,5 @@
 #include "cuda/copy_kernel.h"
+#include "cuda/error.h"
 #include "cuda/launch.h"
 
 namespace kvkernels {
@@ -50,6 +51,18 @@ KernelTrio kernels_of(KernelVariant variant) {
 cudaError_t launch_copy(KernelVariant variant, const Head& head, const std::byte* tables, size_t table_bytes, int ctas,
                         int threads, cudaStream_t stream) {
   return launch(kernels_of(variant), head, tables, table_bytes, {ctas, threads, 0}, stream);
+}
+
+int code_capability() {
+  cudaFuncAttributes attributes{};
+  const cudaError_t code = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kvkernels_copy_page_small));
+  if (code == cudaErrorNoKernelImageForDevice || code == cudaErrorInvalidDeviceFunction ||
+      code == cudaErrorUnsupportedPtxVersion) {
+    static_cast<void>(cudaGetLastError());
+    return 0;
+  }
+  check(code, "cudaFuncGetAttributes");
+  return attributes.ptxVersion;
 }
 
 }  // namespace kvkernels

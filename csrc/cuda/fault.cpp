@@ -4,29 +4,17 @@
 
 #include <map>
 #include <mutex>
+#include <shared_mutex>
 
 #include "cuda/device.h"
 #include "cuda/error.h"
+#include "cuda/stream.h"
 
 namespace kvkernels {
 namespace {
 
-std::mutex mutex;
+std::shared_mutex mutex;
 std::map<int, Fault*> words;
-
-// Lets this thread allocate while one of its streams captures.
-class RelaxedCapture {
- public:
-  RelaxedCapture() { check(cudaThreadExchangeStreamCaptureMode(&mode_), "cudaThreadExchangeStreamCaptureMode"); }
-  ~RelaxedCapture() {
-    if (cudaThreadExchangeStreamCaptureMode(&mode_) != cudaSuccess) static_cast<void>(cudaGetLastError());
-  }
-  RelaxedCapture(const RelaxedCapture&) = delete;
-  RelaxedCapture& operator=(const RelaxedCapture&) = delete;
-
- private:
-  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
-};
 
 // A stream of its own that does not block: the legacy one would wait for, or break, other streams' captures.
 class PrivateStream {
@@ -61,17 +49,26 @@ Fault* allocate() {
   return static_cast<Fault*>(word);
 }
 
+void allocate_once(int device) {
+  const std::lock_guard<std::shared_mutex> lock(mutex);
+  if (words.count(device) == 0) words[device] = allocate();
+}
+
 }  // namespace
 
-Fault* fault_word(int device) {
-  std::lock_guard<std::mutex> lock(mutex);
-  const auto found = words.find(device);
-  if (found != words.end()) return found->second;
-  return words[device] = allocate();
+FaultWord::FaultWord(int device) : lock_(mutex) {
+  auto found = words.find(device);
+  if (found == words.end()) {
+    lock_.unlock();
+    allocate_once(device);
+    lock_.lock();
+    found = words.find(device);
+  }
+  word_ = found->second;
 }
 
 std::optional<FaultRecord> take_fault(int device) {
-  std::lock_guard<std::mutex> lock(mutex);
+  const std::lock_guard<std::shared_mutex> lock(mutex);
   const auto found = words.find(device);
   if (found == words.end()) return std::nullopt;
   DeviceGuard guard(device);

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <shared_mutex>
 
 #include "cuda/copy_body.h"
 
@@ -14,9 +15,18 @@ struct FaultRecord {
   uint32_t op;         // DeviceIds::op of that op
 };
 
-// The device's word, zeroed; allocated at first use, never freed, and never on a capturing stream. `device` must be
-// current.
-Fault* fault_word(int device);
+// The device's word, for launches that may write it; zeroed, allocated at first use, never freed, and never on a
+// capturing stream. `device` must be current. While it is held, take_fault waits: it clears nothing that a launch writes
+// after it has read.
+class FaultWord {
+ public:
+  explicit FaultWord(int device);
+  Fault* get() const { return word_; }
+
+ private:
+  std::shared_lock<std::shared_mutex> lock_;
+  Fault* word_ = nullptr;
+};
 
 // Synchronises the device, reads the word and clears it; nothing where no pair was skipped.
 std::optional<FaultRecord> take_fault(int device);

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <bit>
 #include <cstring>
+#include <optional>
 #include <span>
 #include <type_traits>
 
@@ -345,8 +346,9 @@ KernelPlan plan_kernel(const Work& work, const DeviceIds* ids, int sm_budget, co
 Issued run_kernel(const KernelPlan& plan, const Upload& upload, cudaStream_t stream) {
   Issued issued;
   if (plan.launches == 0) return issued;
-  Fault* fault = nullptr;
-  if (plan.parts[0].head.id_width == 0) fault = fault_word(current_device());
+  std::optional<FaultWord> word;
+  if (plan.parts[0].head.id_width == 0) word.emplace(current_device());
+  Fault* const fault = word ? word->get() : nullptr;
   const std::byte* uploaded = nullptr;
   if (plan.uploads) {
     std::vector<std::byte> together;

@@ -64,8 +64,15 @@ KernelPlan plan_kernel(const Work& work, const DeviceIds* ids, int sm_budget, co
 // Launches it on the current device. Throws CudaError.
 Issued run_kernel(const KernelPlan& plan, const Upload& upload, cudaStream_t stream);
 
+// What the caller knows the two sides by.
+struct SideNames {
+  const char* src = "src";
+  const char* dst = "dst";
+};
+
 // Makes the host sides of `work` addresses that the current device can use. Throws std::invalid_argument, whose text is
 // the reason alone, where it cannot.
-void map_for_device(Work& work, const DeviceIds* ids, const DeviceLimits& limits, PointerMap& pointers);
+void map_for_device(Work& work, const DeviceIds* ids, const DeviceLimits& limits, PointerMap& pointers,
+                    const SideNames& names = {});
 
 }  // namespace kvkernels

@@ -12,4 +12,12 @@ bool is_capturing(cudaStream_t stream) {
 
 bool is_legacy(cudaStream_t stream) { return stream == nullptr || stream == cudaStreamLegacy; }
 
+RelaxedCapture::RelaxedCapture() {
+  check(cudaThreadExchangeStreamCaptureMode(&mode_), "cudaThreadExchangeStreamCaptureMode");
+}
+
+RelaxedCapture::~RelaxedCapture() {
+  if (cudaThreadExchangeStreamCaptureMode(&mode_) != cudaSuccess) static_cast<void>(cudaGetLastError());
+}
+
 }  // namespace kvkernels

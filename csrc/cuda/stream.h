@@ -12,4 +12,16 @@ bool is_capturing(cudaStream_t stream);
 // The legacy default stream, by either of its names: batched copies refuse it.
 bool is_legacy(cudaStream_t stream);
 
+// Until it goes out of scope, this thread may allocate and load code while one of its streams captures.
+class RelaxedCapture {
+ public:
+  RelaxedCapture();
+  ~RelaxedCapture();
+  RelaxedCapture(const RelaxedCapture&) = delete;
+  RelaxedCapture& operator=(const RelaxedCapture&) = delete;
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
 }  // namespace kvkernels

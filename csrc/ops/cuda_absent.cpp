@@ -1,6 +1,7 @@
 // cuda_path.h in a build without CUDA code, where Python's kernels are left.
 #include <utility>
 
+#include "core/cuda_driver.h"
 #include "ops/cuda_path.h"
 #include "ops/triton_path.h"
 
@@ -11,9 +12,13 @@ void carry_out_on_cuda(const CopyCall& call, std::vector<Move> moves, PairList l
                       "this build has no CUDA code (no nvcc was found, or KVKERNELS_CUDA=OFF)");
 }
 
-bool addresses_may_be_cuda() { return false; }
+bool addresses_may_be_cuda() { return cuda_in_use(); }
 
-bool carry_out_fragments_on_cuda(const char*, const std::vector<Fragment>&, bool) { return false; }
+bool carry_out_fragments_on_cuda(const char* op, const std::vector<Fragment>&, bool) {
+  throw std::runtime_error(text(op,
+                                ": src_ptrs and dst_ptrs must be told apart as host or device addresses, got a build "
+                                "without CUDA code, which cannot ask the driver; rebuild with KVKERNELS_CUDA=ON"));
+}
 
 std::string take_fault_json(int) { return "{}"; }
 

@@ -1,10 +1,13 @@
 #include "ops/cuda_path.h"
 
 #include <algorithm>
+#include <optional>
 #include <utility>
 
+#include "core/cuda_driver.h"
 #include "core/gpu_policy.h"
 #include "core/staged.h"
+#include "cuda/bulk_kernel.h"
 #include "cuda/device.h"
 #include "cuda/dma.h"
 #include "cuda/error.h"
@@ -17,6 +20,7 @@
 #include "ops/explain.h"
 #include "ops/fault_ops.h"
 #include "ops/json.h"
+#include "ops/named_errors.h"
 #include "ops/triton_path.h"
 
 namespace kvkernels {
@@ -40,6 +44,15 @@ class Context {
   bool allows_batches() const {
     return !is_capturing_ && !is_legacy_ && driver_function("cuMemcpyBatchAsync", 12080) != nullptr;
   }
+  // Why none of the library's own kernels runs here; empty where they do.
+  std::string no_code() const {
+    if (limits_.code_capability > 0) return "";
+    return text("the library has no code for compute capability ", limits_.capability / 10, '.',
+                limits_.capability % 10);
+  }
+  BulkFacts bulk() const {
+    return {limits_.capability, limits_.code_capability, limits_.shared_bytes, kBulkSharedBytes};
+  }
   std::string json() const {
     return text("\"index\": ", device_, ", \"capturing\": ", is_capturing_ ? "true" : "false",
                 ", \"legacy_stream\": ", is_legacy_ ? "true" : "false");
@@ -53,16 +66,6 @@ class Context {
   bool is_capturing_;
   bool is_legacy_;
 };
-
-// CUDA's errors, and those of torch's allocator, get the op's name.
-template <class Body>
-auto named_errors(const char* op, Body&& body) {
-  try {
-    return body();
-  } catch (const std::runtime_error& error) {
-    throw std::runtime_error(text(op, ": ", error.what()));
-  }
-}
 
 [[noreturn]] void refuse(const char* op, Executor executor, const std::string& reason) {
   value_error(op, ": executor '", name_of(executor), "' cannot serve this call: ", reason);
@@ -121,31 +124,38 @@ void run_dma_executor(const char* op, const Work& work, bool any_source_order, c
   count_issued(Executor::kDma, issued.launches, issued.descriptors, issued.bytes);
 }
 
-void run_staged_executor(const char* op, const Work& work, const Staging& staging, int64_t sm_budget,
-                         const Context& context, const std::string& reason) {
-  const int budget = grid_budget(sm_budget);
+Staging stage(const Work& work, const Context& context) {
+  if (!context.is_capturing()) return plan_staging(work);
+  Staging staging;
+  staging.refusal = "its stream is captured, and its ring on the device ends with the call";
+  return staging;
+}
+
+// `ring` is there unless the call is only explained.
+void run_staged_executor(const CopyCall& call, const Work& work, const Staging& staging,
+                         const std::optional<Tensor>& ring, const Context& context, const std::string& reason) {
+  const int budget = grid_budget(call.sm_budget);
   if (explaining()) {
     const Issued planned = plan_staged(work, staging, budget, context.limits(), context.stream());
-    Explanation explanation = explanation_of(op, work, reason);
+    Explanation explanation = explanation_of(call.op, work, reason);
     explanation.launches = planned.launches;
     explanation.descriptors = planned.descriptors;
     explanation.device =
         text('{', context.json(), ", \"ring_bytes\": ", staging.ring_bytes, ", \"chunks\": ", staging.chunks(), '}');
     return record(explanation);
   }
-  // Both are freed after the last launch, like run_kernel_executor's uploads.
-  const Tensor ring = device_bytes(static_cast<size_t>(staging.ring_bytes), context.device());
+  // Freed, like the ring, after the last launch.
   Uploads uploads(context.device());
-  const Issued issued = run_staged(work, staging, static_cast<std::byte*>(ring.mutable_data_ptr()), budget,
+  const Issued issued = run_staged(work, staging, static_cast<std::byte*>(ring->mutable_data_ptr()), budget,
                                    context.limits(), uploads.function(), context.stream());
   count_issued(Executor::kStaged, issued.launches, issued.descriptors, issued.bytes);
 }
 
 // Makes `work` reachable for a kernel, or says why it is not.
-std::string map_or_refuse(Work& work, const DeviceIds* ids, const Context& context) {
+std::string map_or_refuse(const CopyCall& call, Work& work, const DeviceIds* ids, const Context& context) {
   PointerMap pointers;
   try {
-    map_for_device(work, ids, context.limits(), pointers);
+    map_for_device(work, ids, context.limits(), pointers, {call.src_list, call.dst_list});
   } catch (const std::invalid_argument& error) {
     return error.what();
   }
@@ -157,59 +167,91 @@ void check_triton(const char* op, const Context& context) {
   if (!refusal.empty()) refuse(op, Executor::kTriton, refusal);
 }
 
-void carry_out_device_ids(const CopyCall& call, std::vector<Move> moves, Direction direction, const Context& context) {
-  const std::string reason = "the ids are on the device";
-  const bool is_bulk = call.executor == Executor::kBulk;
-  const bool is_triton = call.executor == Executor::kTriton;
-  if (call.executor != Executor::kAuto && call.executor != Executor::kKernel && !is_bulk && !is_triton) {
-    refuse(call.op, call.executor, reason);
+// For ids on the device no copy engine serves: a kernel, or triton where the library has no code.
+Executor choose_for_device_ids(const CopyCall& call, const Context& context) {
+  const bool takes_kernels = context.no_code().empty();
+  switch (call.executor) {
+    case Executor::kAuto:
+      if (takes_kernels) return Executor::kKernel;
+      break;
+    case Executor::kKernel:
+    case Executor::kBulk:
+      if (!takes_kernels) refuse(call.op, call.executor, context.no_code());
+      return call.executor;
+    case Executor::kTriton:
+      break;
+    default:
+      refuse(call.op, call.executor, "the ids are on the device");
   }
-  if (is_triton) check_triton(call.op, context);
+  check_triton(call.op, context);
+  return Executor::kTriton;
+}
+
+void carry_out_device_ids(const CopyCall& call, std::vector<Move> moves, Direction direction, const Context& context) {
   Work work = lower_device_ids(std::move(moves), call.rows, direction);
-  if (call.executor != Executor::kAuto) work.executor = call.executor;
+  work.executor = choose_for_device_ids(call, context);
+  const std::string reason = call.executor == Executor::kAuto && work.executor == Executor::kTriton
+                                 ? context.no_code()
+                                 : "the ids are on the device";
   if (work.bytes == 0) {
     if (explaining()) record(explanation_of(call.op, work, reason));
     return;
   }
   const DeviceIds ids{call.src_ids,         call.dst_ids,       call.rows,          call.src_limit.ids(),
                       call.dst_limit.ids(), call.skip_negative, fault_code(call.op)};
-  std::string refusal = map_or_refuse(work, &ids, context);
-  if (refusal.empty() && is_bulk) refusal = bulk_refusal(work.moves, context.limits().capability);
+  std::string refusal = map_or_refuse(call, work, &ids, context);
+  if (refusal.empty() && work.executor == Executor::kBulk) refusal = bulk_refusal(work.moves, context.bulk());
   if (!refusal.empty()) refuse(call.op, work.executor, refusal);
-  if (is_triton) return run_triton(call, work, context.device(), fault_word(context.device()), "named by the caller");
-  run_kernel_executor(call.op, work, &ids, call.sm_budget, context, reason);
+  if (work.executor != Executor::kTriton) {
+    return run_kernel_executor(call.op, work, &ids, call.sm_budget, context, reason);
+  }
+  if (explaining()) return run_triton(call, work, context.device(), nullptr, reason);
+  const FaultWord word(context.device());
+  run_triton(call, work, context.device(), word.get(), reason);
 }
 
-Staging stage(const Work& work, const Context& context) {
-  if (!context.is_capturing()) return plan_staging(work);
-  Staging staging;
-  staging.refusal = "its stream is captured, and its ring on the device ends with the call";
-  return staging;
+// Raises where the executor that the caller named cannot serve the call. `unreachable`: why a kernel cannot reach the
+// host side, or "". `staging` is set where staged is named.
+void check_named(const CopyCall& call, const Work& work, const Context& context, const std::string& unreachable,
+                 const Staging& staging) {
+  const Executor asked = call.executor;
+  const auto refuse_if = [&](const std::string& reason) {
+    if (!reason.empty()) refuse(call.op, asked, reason);
+  };
+  if (asked == Executor::kCpu) refuse(call.op, asked, "a tensor is on a cuda device");
+  if (asked == Executor::kTriton) check_triton(call.op, context);
+  if (asked == Executor::kKernel || asked == Executor::kBulk || asked == Executor::kStaged) {
+    refuse_if(context.no_code());
+  }
+  if (asked == Executor::kKernel || asked == Executor::kBulk || asked == Executor::kTriton) refuse_if(unreachable);
+  if (asked == Executor::kBulk && work.bytes > 0) refuse_if(bulk_refusal(work.moves, context.bulk()));
+  if (asked == Executor::kStaged) refuse_if(staging.refusal);
 }
 
-// `staging` is set where the executor is staged.
-GpuChoice choose(const char* op, Executor asked, const Work& work, const Context& context, const std::string& refusal,
-                 Staging& staging) {
-  if (asked == Executor::kCpu) refuse(op, asked, "a tensor is on a cuda device");
-  const bool is_on_device = asked == Executor::kKernel || asked == Executor::kBulk || asked == Executor::kTriton;
-  if (asked == Executor::kTriton) check_triton(op, context);
-  if (is_on_device && !refusal.empty()) refuse(op, asked, refusal);
-  const int capability = context.limits().capability;
-  if (asked == Executor::kBulk && work.bytes > 0) {
-    const std::string reason = bulk_refusal(work.moves, capability);
-    if (!reason.empty()) refuse(op, asked, reason);
+// What `auto` takes. Sets `staging` where the choice may be staged; null where there is no memory for the ring.
+GpuChoice choose(const Work& work, const Context& context, const std::string& unreachable, Staging* staging) {
+  const std::string no_code = context.no_code();
+  if (!no_code.empty() && work.direction == Direction::kDeviceToDevice && triton_refusal(context.device()).empty()) {
+    return {Executor::kTriton, no_code};
   }
-  if (asked == Executor::kStaged && work.bytes > 0) {
-    staging = stage(work, context);
-    if (!staging.refusal.empty()) refuse(op, asked, staging.refusal);
-  }
-  if (asked != Executor::kAuto) return {asked, "named by the caller"};
-  GpuFacts facts{context.allows_batches(), refusal, bulk_pays(work.moves, capability)};
-  if (staging_may_pay(work.direction, work.bytes, work.descriptors, facts)) {
-    staging = stage(work, context);
-    facts.staged_bytes = staging.mean_copy_bytes();
+  GpuFacts facts{context.allows_batches(), no_code.empty() ? unreachable : no_code,
+                 bulk_pays(work.moves, context.bulk())};
+  if (staging != nullptr && no_code.empty() &&
+      staging_may_pay(work.direction, work.bytes, work.descriptors, facts)) {
+    *staging = stage(work, context);
+    facts.staged_bytes = staging->mean_copy_bytes();
   }
   return choose_on_gpu(work.direction, work.bytes, work.descriptors, facts);
+}
+
+// Memory for the ring; nothing where there is none and `auto` may take something else.
+std::optional<Tensor> allocate_ring(const CopyCall& call, const Staging& staging, const Context& context) {
+  try {
+    return device_bytes(static_cast<size_t>(staging.ring_bytes), context.device());
+  } catch (const std::runtime_error&) {
+    if (call.executor != Executor::kAuto) throw;
+    return std::nullopt;
+  }
 }
 
 void carry_out_host_ids(const CopyCall& call, std::vector<Move> moves, PairList list, Direction direction,
@@ -218,16 +260,24 @@ void carry_out_host_ids(const CopyCall& call, std::vector<Move> moves, PairList 
   Work work =
       lower(std::move(moves), std::move(list), call.src_limit.ids(), direction, {Executor::kDma, 1, call.soon_read});
   Work mapped = work;
-  const std::string refusal = work.bytes > 0 ? map_or_refuse(mapped, nullptr, context) : "";
+  const std::string unreachable = work.bytes > 0 ? map_or_refuse(call, mapped, nullptr, context) : "";
   Staging staging;
-  const GpuChoice choice = choose(call.op, call.executor, work, context, refusal, staging);
+  if (call.executor == Executor::kStaged && work.bytes > 0) staging = stage(work, context);
+  check_named(call, work, context, unreachable, staging);
+  GpuChoice choice{call.executor, "named by the caller"};
+  if (call.executor == Executor::kAuto) choice = choose(work, context, unreachable, &staging);
+  std::optional<Tensor> ring;
+  if (choice.executor == Executor::kStaged && work.bytes > 0 && !explaining()) {
+    ring = allocate_ring(call, staging, context);
+    if (!ring) choice = choose(work, context, unreachable, nullptr);
+  }
   work.executor = mapped.executor = choice.executor;
   if (work.bytes == 0) {
     if (explaining()) record(explanation_of(call.op, work, choice.reason));
   } else if (choice.executor == Executor::kKernel || choice.executor == Executor::kBulk) {
     run_kernel_executor(call.op, mapped, nullptr, call.sm_budget, context, choice.reason);
   } else if (choice.executor == Executor::kStaged) {
-    run_staged_executor(call.op, work, staging, call.sm_budget, context, choice.reason);
+    run_staged_executor(call, work, staging, ring, context, choice.reason);
   } else if (choice.executor == Executor::kTriton) {
     run_triton(call, mapped, context.device(), nullptr, choice.reason);
   } else {
@@ -302,7 +352,9 @@ bool carry_out_fragments_on_cuda(const char* op, const std::vector<Fragment>& fr
     const Context context(facts.device);
     const Work work = lower_fragments(fragments, direction_of(facts), {Executor::kDma, 1, false});
     std::optional<Work> as_ids = facts.kernel_reaches ? addresses_as_ids(work) : std::nullopt;
-    const std::string refusal = as_ids ? "" : "its fragments differ in size, or it cannot reach them";
+    const std::string refusal = !context.no_code().empty() ? context.no_code()
+                                : as_ids                    ? ""
+                                                            : "its fragments differ in size, or it cannot reach them";
     // A copy engine serves every direction, so only small fragments are worth a kernel's launch here.
     const GpuChoice choice =
         choose_on_gpu(work.direction, work.bytes, work.descriptors, {context.allows_batches(), refusal});

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 import threading
 from collections.abc import Sequence
 
@@ -18,30 +19,47 @@ from kvkernels.triton.table import FAULT_OPS, Head
 # Programs on a host link where the caller names no number, as csrc/cuda/kernel.h has for the compiled kernels.
 HOST_LINK_PROGRAMS = 12
 
+MISSING = "it needs the package triton: pip install kvkernels[triton]"
+
 _fault_words: dict[int, Tensor] = {}
-_fault_lock = threading.Lock()
+_fault_lock = threading.RLock()
 
 
 def interprets() -> bool:
-    """Whether Triton's interpreter runs the kernels, which it does on the CPU."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    """Whether Triton's interpreter runs the kernels, which it does on the CPU; settled when they are imported."""
+    if "kvkernels.triton.kernels" not in sys.modules and not os.environ.get("TRITON_INTERPRET"):
+        return False
+    from kvkernels.triton import kernels
+
+    return kernels.INTERPRETED
 
 
 def is_installed() -> bool:
     """Whether the package ``triton`` is there."""
-    return importlib.util.find_spec("triton") is not None
+    try:
+        return importlib.util.find_spec("triton") is not None
+    except ValueError:  # something else has taken the name
+        return False
 
 
 def refusal(device: int) -> str:
     """Why no call on a device can be served now; ``""`` where it can. ``device`` -1 is the host."""
-    if device < 0 and not interprets():
-        return "it needs a tensor on a cuda device"
-    if not is_installed():
-        return "it needs the package triton: pip install kvkernels[triton]"
-    if device >= 0:
-        with torch.cuda.device(device):
-            if torch.cuda.is_current_stream_capturing():
-                return "the stream captures a CUDA graph, which would repeat the upload of a table that is gone by then"
+    try:
+        is_interpreted = interprets()
+        if device < 0 and not is_interpreted:
+            return "it needs a tensor on a cuda device"
+        if not is_installed():
+            return MISSING
+        importlib.import_module("kvkernels.triton.kernels")
+    except Exception as error:
+        return MISSING if not is_installed() else f"the package triton does not load: {type(error).__name__}: {error}"
+    if device < 0:
+        return ""
+    if is_interpreted:
+        return "TRITON_INTERPRET is set, and Triton's interpreter does not reach a device's memory"
+    with torch.cuda.device(device):
+        if torch.cuda.is_current_stream_capturing():
+            return "the stream captures a CUDA graph, which would repeat the upload of a table that is gone by then"
     return ""
 
 
@@ -51,10 +69,10 @@ def copy(table: Tensor, head: Sequence[int]) -> None:
 
     call = Head.of(head)
     programs = _programs(call, kernels.units_at_once(call))
-    fault = call.fault
-    if call.ids_on_device and not fault:
-        fault = _fault_word(call.device).data_ptr()
-    kernels.launch(call, table.view(torch.int64), fault, programs)
+    if call.fault or not call.ids_on_device:
+        return kernels.launch(call, table.view(torch.int64), call.fault, programs)
+    with _fault_lock:  # take_fault clears nothing that a launch writes after it has read
+        kernels.launch(call, table.view(torch.int64), _fault_word(call.device).data_ptr(), programs)
 
 
 def _programs(call: Head, units_at_once: int) -> int:

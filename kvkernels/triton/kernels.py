@@ -43,6 +43,9 @@ def bytes(table, fault: tl.int64, WIDTH: tl.constexpr, CHUNKED: tl.constexpr):
 # By Head.kernel.
 KERNELS = (page, row, bytes)
 
+# Triton decides as it decorates.
+INTERPRETED = not isinstance(page, triton.JITFunction)
+
 
 def units_at_once(call: Head) -> int:
     """Units that a program takes in one round of its loop."""

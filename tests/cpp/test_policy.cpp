@@ -95,9 +95,16 @@ void check_gpu_table() {
   expect(small(to_host, {true, "", true, 28 * kKiB - 1}) == Executor::kBulk, "short ones do not");
   expect(small(to_host, {true, "pageable", false, 28 * kKiB - 1}) == Executor::kDma, "nor the kernel");
   expect(small(Direction::kDeviceToDevice, {true, "", true, 1 << 20}) == Executor::kKernel, "no link, no ring");
-  expect(chosen(to_device, 28 * kKiB, 16, true) == Executor::kDma &&
-             bulk_refusal({}, 89) == "it needs compute capability 9.0 or later, and the device has 8.9",
+  expect(small(Direction::kDeviceToDevice, {true, "no code", true, 1 << 20}) == Executor::kDma, "it needs no code");
+  expect(chosen(to_device, 28 * kKiB, 16, true) == Executor::kDma, "from the limit on");
+  expect(bulk_refusal({}, {89, 89, 99, 99}) == "it needs compute capability 9.0 or later, and the device has 8.9",
          "older devices are named");
+  expect(bulk_refusal({}, {90, 80, 99, 99}) ==
+             "it needs code for compute capability 9.0 or later, and the library's for this device is for 8.0",
+         "older code is named");
+  expect(bulk_refusal({}, {120, 100, 98, 99}) ==
+             "it needs 99 bytes of shared memory a CTA, and the device has 98",
+         "smaller shared memory is named");
   const GpuChoice refused = choose_on_gpu(Direction::kHostToDevice, 16, 1, {true, "its memory is pageable", false, 0});
   expect(refused.reason == "the kernel cannot: its memory is pageable", "the reason is told");
 }

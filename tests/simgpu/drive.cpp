@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "core/cuda_driver.h"
 #include "core/lower.h"
 #include "cuda/bulk_body.h"
 #include "cuda/bulk_kernel.h"
@@ -363,6 +364,19 @@ EXPORT int drive_is_capturing(void* stream, int64_t* out) {
 
 EXPORT int drive_is_legacy(void* stream) { return is_legacy(static_cast<cudaStream_t>(stream)); }
 EXPORT int drive_cuda_in_use() { return cuda_in_use(); }
+
+// `out`: SMs, capability, the capability of the code, bytes of shared memory.
+EXPORT int drive_limits(int device, int64_t* out) {
+  return guarded([&] {
+    message.clear();
+    const DeviceGuard guard(device);
+    const DeviceLimits limits = device_limits(device);
+    out[0] = limits.sm_count;
+    out[1] = limits.capability;
+    out[2] = limits.code_capability;
+    out[3] = limits.shared_bytes;
+  });
+}
 
 // `out`, per address: memory, begin, end, device, whether the device can address it, the device's offset.
 EXPORT int drive_find(const int64_t* addresses, int64_t count, int64_t* out) {

@@ -38,7 +38,6 @@ std::map<const void*, std::string>& kernels() {
 
 // Dynamic shared memory that a launch may have: more than the first only by a kernel's attribute on each device.
 constexpr size_t kSharedBytes = 48 << 10;
-constexpr size_t kMostSharedBytes = 227 << 10;
 
 std::map<std::pair<const void*, int>, size_t>& shared_limits() {
   static auto* const instance = new std::map<std::pair<const void*, int>, size_t>;
@@ -302,6 +301,23 @@ EXPORT cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void* stub) {
   return cudaSuccess;
 }
 
+size_t fake::shared_bytes() {
+  const int64_t set = fake::setting("shared_bytes");
+  return set != 0 ? static_cast<size_t>(set) : 227 << 10;
+}
+
+EXPORT cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* stub) {
+  Lock lock(fake::mutex());
+  if (const int code = fake::enter("cudaFuncGetAttributes")) return done(code);
+  if (kernels().count(stub) == 0) return done(cudaErrorInvalidDeviceFunction);
+  if (fake::setting("no_image") != 0) return done(cudaErrorNoKernelImageForDevice);
+  std::memset(attributes, 0, sizeof *attributes);
+  const int64_t set = fake::setting("code_capability");
+  attributes->ptxVersion = set != 0 ? static_cast<int>(set) : 90;
+  attributes->binaryVersion = 90;
+  return done(0);
+}
+
 EXPORT cudaError_t cudaFuncSetAttribute(const void* stub, cudaFuncAttribute attribute, int value) {
   Lock lock(fake::mutex());
   if (const int code = fake::enter("cudaFuncSetAttribute")) return done(code);
@@ -309,7 +325,7 @@ EXPORT cudaError_t cudaFuncSetAttribute(const void* stub, cudaFuncAttribute attr
   if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) {
     return static_cast<cudaError_t>(fake::refuse_runtime_call("another attribute of a kernel"));
   }
-  if (value < 0 || static_cast<size_t>(value) > kMostSharedBytes) return done(cudaErrorInvalidValue);
+  if (value < 0 || static_cast<size_t>(value) > fake::shared_bytes()) return done(cudaErrorInvalidValue);
   shared_limits()[{stub, current_device()}] = static_cast<size_t>(value);
   return done(0);
 }

@@ -17,6 +17,9 @@ int thread_capture_mode();
 // KVKERNELS_FAKE_DEVICES, or 4096.
 int device_count();
 
+// Bytes of shared memory that a CTA may ask for: the setting "shared_bytes", or an H100's.
+size_t shared_bytes();
+
 // A function or kernel that the stand-in lacks: says so once, and gives cudaErrorNotSupported.
 int refuse_runtime_call(const char* call);
 

@@ -25,7 +25,7 @@ void describe(cudaDeviceProp& p) {
   p.maxThreadsPerMultiProcessor = 2048;
   p.maxBlocksPerMultiProcessor = 32;
   p.sharedMemPerBlock = 48 << 10;
-  p.sharedMemPerBlockOptin = 227 << 10;
+  p.sharedMemPerBlockOptin = fake::shared_bytes();
   p.sharedMemPerMultiprocessor = 228 << 10;
   p.regsPerBlock = 65536;
   p.regsPerMultiprocessor = 65536;
@@ -73,6 +73,9 @@ EXPORT cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
       return done(0);
     case cudaDevAttrComputeCapabilityMinor:
       *value = properties.minor;
+      return done(0);
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = static_cast<int>(fake::shared_bytes());
       return done(0);
     case cudaDevAttrPageableMemoryAccess:
       *value = 0;

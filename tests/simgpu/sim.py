@@ -561,6 +561,12 @@ class Sim:
         self._checked(self.drive.drive_take_fault(device, _data(out)))
         return tuple(out[1:].tolist()) if out[0] else None
 
+    def limits(self, device: int) -> list[int]:
+        """Of a device: SMs, compute capability, that of the code, bytes of shared memory; asked for once."""
+        out = np.zeros(4, np.int64)
+        self._checked(self.drive.drive_limits(device, _data(out)))
+        return out.tolist()
+
     def is_capturing(self, stream: int) -> bool:
         out = np.zeros(1, np.int64)
         self._checked(self.drive.drive_is_capturing(ctypes.c_void_p(stream), _data(out)))
