@@ -86,12 +86,13 @@ def swap_blocks_batch(src_ptrs: Tensor, dst_ptrs: Tensor, sizes: Tensor, is_src_
         destinations that share a byte, or a byte both read and written. An identical row that comes twice is copied
         once.
     RuntimeError
-        CUDA failed, with CUDA's name for it; or the compiled library is missing and CUDA has been initialised, so that
-        addresses could be the device's.
+        CUDA failed, with CUDA's name for it; or the compiled library, or its CUDA code, is missing and CUDA has been
+        initialised, so that addresses could be the device's.
 
     Notes
     -----
-    Nothing can check that the addresses are valid: a wrong one is a crash or silent damage.
+    Nothing can check that the addresses are valid: a wrong one is a crash or silent damage. Under torch for ROCm all of
+    them must be the host's.
 
     The memory behind raw addresses is unknown to torch. In a compiled graph the call is not removed, because its
     schema says that ``dst_ptrs`` is written, but it is **not ordered** against the graph's other ops on that memory:

@@ -109,6 +109,20 @@ void check_gpu_table() {
   expect(refused.reason == "the kernel cannot: its memory is pageable", "the reason is told");
 }
 
+void check_bulk_pays() {
+  const auto pays = [](int64_t fragment_bytes, int64_t block_stride, int capability, int code) {
+    Move move{};
+    move.src.block_stride = move.dst.block_stride = block_stride;
+    move.fragment_bytes = fragment_bytes;
+    return bulk_pays({move}, {capability, code, 99, 99});
+  };
+  for (const int capability : {90, 100, 103}) expect(pays(4096, 4096, capability, 90), "in the data centre");
+  for (const int capability : {80, 89, 110, 120}) expect(!pays(4096, 4096, capability, 90), "but not elsewhere");
+  expect(!pays(4080, 4096, 90, 90), "for long fragments");
+  expect(!pays(4096, 4104, 90, 90), "that are aligned");
+  expect(!pays(4096, 4096, 90, 80), "with the code for it");
+}
+
 void check_gpu_override() {
   const char* variable = "KVKERNELS_KERNEL_BELOW_BYTES";
   if (setenv(variable, "100", 1) != 0) throw std::runtime_error("setenv failed");
@@ -169,6 +183,7 @@ int main() {
   expect_with("9223372036854775807", [] { return follows(INT64_MAX); });
   check_decisions();
   check_gpu_table();
+  check_bulk_pays();
   check_gpu_override();
   check_addresses_as_ids();
   std::printf("policy: %d failures\n", failures);

@@ -137,7 +137,7 @@ def test_without_memory_for_the_ring_auto_takes_something_else(sim):
             out.zero_()
             kvkernels.reset_counters()
             if options:
-                with pytest.raises(RuntimeError, match="^gather_blocks: CUDA out of memory"):
+                with pytest.raises(RuntimeError, match=r"^gather_blocks: CUDA out of memory"):
                     kvkernels.gather_blocks(*arguments, **options)
                 continue
             kvkernels.gather_blocks(*arguments)

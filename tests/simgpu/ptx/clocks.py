@@ -42,7 +42,7 @@ class Clocks:
     def writer(self, thread: int) -> int:
         return 2 * self.threads + thread
 
-    def _column(self, agents: np.ndarray) -> np.ndarray:
+    def column(self, agents: np.ndarray) -> np.ndarray:
         """The agents' places in their block's rows."""
         thread = agents % self.threads
         return agents // self.threads * self.block_threads + thread % self.block_threads
@@ -65,7 +65,7 @@ class Clocks:
         known = agents == threads
         block = threads // self.block_threads
         their_block = agents % self.threads // self.block_threads
-        columns = self._column(agents)
+        columns = self.column(agents)
         for b in np.unique(block[~known]):
             rows = self._rows.get(int(b))
             here = ~known & (block == b)
@@ -81,7 +81,7 @@ class Clocks:
         """The same for an asynchronous copy, which knows what its thread knew when it issued it."""
         known = np.zeros(len(agents), bool)
         their_block = agents % self.threads // self.block_threads
-        columns = self._column(agents)
+        columns = self.column(agents)
         for block, row in knowledge.rows.items():
             here = their_block == block
             known[here] = row[columns[here]] >= ticks[here]
@@ -110,7 +110,7 @@ class Clocks:
 
     def learn(self, thread: int, agent: int, tick: int) -> None:
         row = self._row(thread)
-        column = self._column(np.array([agent]))[0]
+        column = self.column(np.array([agent]))[0]
         row[column] = max(row[column], tick)
 
     def join(self, releasing: np.ndarray, acquiring: np.ndarray) -> None:

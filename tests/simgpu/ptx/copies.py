@@ -142,7 +142,7 @@ class Copies:
         addresses = np.uint64(address) + units.astype(np.uint64)
         whole = self.machine.frame_of(np.full(len(units), copy.thread))
         width = 4 if count % 4 == 0 else 1
-        found = list(spaces._split(whole, copy.instruction, space, addresses, width, writes))
+        found = list(spaces.split(whole, copy.instruction, space, addresses, width, writes))
         if len(found) != 1 or len(found[0][1]) != len(units):
             return None
         return found[0][0], int(found[0][2][0])
@@ -242,7 +242,7 @@ class Copies:
         knows = Knowledge({block: row.copy() for block, row in copy.knows.rows.items()})
         block = copy.thread // self.machine.block_threads
         for agent in (self.machine.clocks.reader(copy.thread), self.machine.clocks.writer(copy.thread)):
-            column = self.machine.clocks._column(np.array([agent]))[0]
+            column = self.machine.clocks.column(np.array([agent]))[0]
             knows.rows[block][column] = max(knows.rows[block][column], copy.tick)
         barrier.gathering.merge(knows)
         barrier.transactions -= copy.bytes
@@ -353,7 +353,7 @@ def _async_arrive(b: Build) -> Run:
             clocks = machine.clocks
             row = knows.rows[thread // machine.block_threads]
             for agent in (clocks.reader(thread), clocks.writer(thread)):
-                row[clocks._column(np.array([agent]))[0]] = clocks.copies[thread]
+                row[clocks.column(np.array([agent]))[0]] = clocks.copies[thread]
             barrier.gathering.merge(knows)
             if not increments:
                 barrier.pending -= 1

@@ -59,7 +59,7 @@ class Spaces:
 
     # Addresses.
 
-    def _split(
+    def split(
         self, f: Any, instruction: Instruction, space: str, addresses: np.ndarray, width: int, writes: bool
     ) -> Any:
         """Area, rows and offsets of what may be accessed; the rest is reported."""
@@ -203,7 +203,7 @@ class Spaces:
             return self._load_generic(f, instruction, addresses, width, read_only, strong, acquires)
         rows_wanted = f.n if space in ("shared", "local") else len(addresses)
         result = np.full((rows_wanted, width), POISON, np.uint8)
-        for area, rows, offsets in self._split(f, instruction, space, addresses, width, writes=False):
+        for area, rows, offsets in self.split(f, instruction, space, addresses, width, writes=False):
             moved = area.load(offsets, width)
             if len(rows) == rows_wanted:
                 result = moved
@@ -298,7 +298,7 @@ class Spaces:
                 f, instruction, "write to read-only memory", space, addresses, np.ones(f.n, bool), width
             )
             return
-        for area, rows, offsets in self._split(f, instruction, space, addresses, width, writes=True):
+        for area, rows, offsets in self.split(f, instruction, space, addresses, width, writes=True):
             area.store(offsets, values if len(rows) == len(values) else values[rows])
             if area.unwritten is not None:
                 area.words(area.unwritten, width)[offsets // width] = False
@@ -333,7 +333,7 @@ class Spaces:
                 self.atomics(f.sub(whole), instruction, found, local, type_, inner, order)
             return
         width = type_.bytes
-        for area, rows, offsets in self._split(f, instruction, space, addresses, width, writes=True):
+        for area, rows, offsets in self.split(f, instruction, space, addresses, width, writes=True):
             words = area.data.view(type_.dtype)
             self._check_written(f, instruction, area, rows, offsets, width)
             for row, offset in zip(rows.tolist(), offsets.tolist(), strict=True):
@@ -353,7 +353,7 @@ class Spaces:
 
     def touch_atomic(self, f: Any, instruction: Instruction, addresses: np.ndarray) -> None:
         """An mbarrier's word: races with plain accesses, not with other uses of it."""
-        for area, rows, offsets in self._split(f, instruction, "shared", addresses, 8, writes=True):
+        for area, rows, offsets in self.split(f, instruction, "shared", addresses, 8, writes=True):
             found = self.races.load(area, offsets, 8, self._who(f.threads[rows]), True)
             self.report_conflicts(f, instruction, area, rows, offsets, found)
 
