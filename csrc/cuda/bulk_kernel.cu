@@ -54,8 +54,8 @@ void launch_bulk(const Head& head, const std::byte* tables, size_t table_bytes, 
   const size_t shared_bytes = bulk_shared_bytes(head.unit_bytes);
   // More than 48 KiB has to be asked for, on each device; asking again is cheap.
   check(cudaFuncSetAttribute(kernels.of(tables, table_bytes), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                  static_cast<int>(kBulkWarps * kRingBytes)),
-             "cudaFuncSetAttribute");
+                             static_cast<int>(kBulkWarps * kRingBytes)),
+        "cudaFuncSetAttribute");
   check_copy(launch(kernels, head, tables, table_bytes, {ctas, kBulkThreads, shared_bytes}, stream),
              "cudaLaunchKernelExC");
 }

@@ -16,8 +16,8 @@ struct FaultRecord {
 };
 
 // The device's word, for launches that may write it; zeroed, allocated at first use, never freed, and never on a
-// capturing stream. `device` must be current. While it is held, take_fault waits: it clears nothing that a launch writes
-// after it has read.
+// capturing stream. `device` must be current. While it is held, take_fault waits: it clears nothing that a launch
+// writes after it has read.
 class FaultWord {
  public:
   explicit FaultWord(int device);

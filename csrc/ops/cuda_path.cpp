@@ -236,8 +236,7 @@ GpuChoice choose(const Work& work, const Context& context, const std::string& un
   }
   GpuFacts facts{context.allows_batches(), no_code.empty() ? unreachable : no_code,
                  bulk_pays(work.moves, context.bulk())};
-  if (staging != nullptr && no_code.empty() &&
-      staging_may_pay(work.direction, work.bytes, work.descriptors, facts)) {
+  if (staging != nullptr && no_code.empty() && staging_may_pay(work.direction, work.bytes, work.descriptors, facts)) {
     *staging = stage(work, context);
     facts.staged_bytes = staging->mean_copy_bytes();
   }
@@ -353,8 +352,8 @@ bool carry_out_fragments_on_cuda(const char* op, const std::vector<Fragment>& fr
     const Work work = lower_fragments(fragments, direction_of(facts), {Executor::kDma, 1, false});
     std::optional<Work> as_ids = facts.kernel_reaches ? addresses_as_ids(work) : std::nullopt;
     const std::string refusal = !context.no_code().empty() ? context.no_code()
-                                : as_ids                    ? ""
-                                                            : "its fragments differ in size, or it cannot reach them";
+                                : as_ids                   ? ""
+                                                           : "its fragments differ in size, or it cannot reach them";
     // A copy engine serves every direction, so only small fragments are worth a kernel's launch here.
     const GpuChoice choice =
         choose_on_gpu(work.direction, work.bytes, work.descriptors, {context.allows_batches(), refusal});

@@ -72,12 +72,12 @@ void carry_out_on_triton(const CopyCall& call, std::vector<Move> moves, PairList
                                   why_no_other, ", and executor 'triton' cannot serve this call: ", refusal));
   }
   named_errors(call.op, [&] {
-  const Direction direction = direction_of(call.src.place, call.dst.place);
-  Work work = call.ids_on_device ? lower_device_ids(std::move(moves), call.rows, direction)
-                                 : lower(std::move(moves), std::move(list), call.src_limit.ids(), direction,
-                                         {Executor::kTriton, 1, call.soon_read});
-  run_triton(call, work, device, nullptr, call.executor == Executor::kAuto ? why_no_other : "named by the caller");
-  recycle(std::move(work.segments));
+    const Direction direction = direction_of(call.src.place, call.dst.place);
+    Work work = call.ids_on_device ? lower_device_ids(std::move(moves), call.rows, direction)
+                                   : lower(std::move(moves), std::move(list), call.src_limit.ids(), direction,
+                                           {Executor::kTriton, 1, call.soon_read});
+    run_triton(call, work, device, nullptr, call.executor == Executor::kAuto ? why_no_other : "named by the caller");
+    recycle(std::move(work.segments));
   });
 }
 

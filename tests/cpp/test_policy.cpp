@@ -102,8 +102,7 @@ void check_gpu_table() {
   expect(bulk_refusal({}, {90, 80, 99, 99}) ==
              "it needs code for compute capability 9.0 or later, and the library's for this device is for 8.0",
          "older code is named");
-  expect(bulk_refusal({}, {120, 100, 98, 99}) ==
-             "it needs 99 bytes of shared memory a CTA, and the device has 98",
+  expect(bulk_refusal({}, {120, 100, 98, 99}) == "it needs 99 bytes of shared memory a CTA, and the device has 98",
          "smaller shared memory is named");
   const GpuChoice refused = choose_on_gpu(Direction::kHostToDevice, 16, 1, {true, "its memory is pageable", false, 0});
   expect(refused.reason == "the kernel cannot: its memory is pageable", "the reason is told");
