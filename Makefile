@@ -4,7 +4,7 @@ KVKERNELS_CUDA ?= AUTO
 KVKERNELS_WERROR ?= OFF
 # Arguments for benchmarks/swap.py, benchmarks/pages.py, pytest, tests/e2e/run.py and tests/mutants/run.py.
 ARGS ?=
-# Processes of make test; auto is one a core.
+# Processes of make test and make simgpu; auto is one a core.
 JOBS ?= auto
 
 VENV := .venv
@@ -107,7 +107,7 @@ simgpu: simgpu-build $(STAND_IN)/.requirements
 	@echo "Running the GPU tests on the stand-in for CUDA"
 	env KVKERNELS_STAND_IN=$(SIMGPU) KVKERNELS_FAKE_DEVICES=2 KVKERNELS_REQUIRE_CUDA=1 PYTHONPATH=$(SIMGPU)/package \
 	  LD_PRELOAD=$(SIMGPU)/libcuda.so.1:$(SIMGPU)/libcudart.so.13:$(SIMGPU)/libkvkernels_drive.so \
-	  $(STAND_IN)/bin/pytest -m cuda $(ARGS)
+	  $(STAND_IN)/bin/pytest -m cuda -n $(JOBS) --maxprocesses=8 --dist loadfile $(ARGS)
 
 $(ENGINE)/.requirements: examples/vllm_offload/requirements.txt
 	rm -rf $(ENGINE)
