@@ -475,8 +475,8 @@ class Sim:
         segments = _int64(segments_of(pairs))
         out = np.zeros(3, np.int64)
         status = self.drive.drive_dma(
-            _data(rows), ctypes.c_int64(len(rows)), _data(segments), ctypes.c_int64(len(segments)), direction,
-            int(any_order), int(plans_only), ctypes.c_void_p(stream), _data(out),
+            *_sized(rows), *_sized(segments), direction, int(any_order), int(plans_only),
+            ctypes.c_void_p(stream), _data(out),
         )  # fmt: skip
         self._checked(status)
         return Issued(*out.tolist())
@@ -488,12 +488,7 @@ class Sim:
         numbers = _int64(rows)
         out = np.zeros(3, np.int64)
         status = self.drive.drive_fragments(
-            _data(numbers),
-            ctypes.c_int64(len(rows)),
-            int(any_order),
-            int(plans_only),
-            ctypes.c_void_p(stream),
-            _data(out),
+            *_sized(numbers), int(any_order), int(plans_only), ctypes.c_void_p(stream), _data(out)
         )
         self._checked(status)
         return Issued(*out.tolist())
@@ -521,13 +516,12 @@ class Sim:
         options = _int64([direction, sm_budget, max_items, int(capturing), int(maps), int(runs), int(bulk)])
         out = np.zeros(12, np.int64)
         status = self.drive.drive_kernel(
-            _data(rows), ctypes.c_int64(len(rows)), _data(segments), ctypes.c_int64(len(segments)),
-            None if numbers is None else _data(numbers), _data(options), ctypes.c_void_p(stream), _data(out),
+            *_sized(rows), *_sized(segments), None if numbers is None else _data(numbers), _data(options),
+            ctypes.c_void_p(stream), _data(out),
         )  # fmt: skip
         self._checked(status)
         found = out.tolist()
-        variant = ("page", "row", "bytes", "bulk")[found[8]]
-        return KernelRun(*found[:7], bool(found[7]), variant, Issued(*found[9:]))
+        return KernelRun(*found[:7], bool(found[7]), ("page", "row", "bytes", "bulk")[found[8]], Issued(*found[9:]))
 
     def staged(
         self,
@@ -548,12 +542,10 @@ class Sim:
         options = _int64([direction, sm_budget, ring_bytes, int(plans_only)])
         out = np.zeros(5, np.int64)
         status = self.drive.drive_staged(
-            _data(rows), ctypes.c_int64(len(rows)), _data(segments), ctypes.c_int64(len(segments)), _data(options),
-            ctypes.c_void_p(stream), _data(out),
+            *_sized(rows), *_sized(segments), _data(options), ctypes.c_void_p(stream), _data(out),
         )  # fmt: skip
         self._checked(status)
-        found = out.tolist()
-        return Issued(*found[:3]), found[3], found[4]
+        return Issued(*out[:3].tolist()), int(out[3]), int(out[4])
 
     def take_fault(self, device: int = 0) -> tuple[int, int, int] | None:
         """Count, first row and op."""
@@ -593,6 +585,10 @@ def _int64(numbers: Any) -> np.ndarray:
 
 def _data(numbers: np.ndarray) -> ctypes.c_void_p:
     return numbers.ctypes.data_as(ctypes.c_void_p)
+
+
+def _sized(numbers: np.ndarray) -> tuple[ctypes.c_void_p, ctypes.c_int64]:
+    return _data(numbers), ctypes.c_int64(len(numbers))
 
 
 def ids_in_column(sim: Sim, ids: Sequence[int], width: int = 8, stride_bytes: int = 8) -> IdColumn:
