@@ -3,6 +3,16 @@
 from kvkernels import fake as _fake  # noqa: F401  (loads the library and registers the fake kernels)
 from kvkernels.explain import Explanation, check_device, counters, explain, reset_counters
 from kvkernels.info import info
+from kvkernels.layout import (
+    KVCache,
+    KVLayout,
+    Plan,
+    compile_plan,
+    convert_blocks,
+    copy_slots,
+    expand_blocks,
+    whole_page_runs,
+)
 from kvkernels.ops import (
     concat_tp_shards,
     concat_tp_shards_out,
@@ -17,12 +27,19 @@ from kvkernels.version import __version__
 
 __all__ = [
     "Explanation",
+    "KVCache",
+    "KVLayout",
+    "Plan",
     "__version__",
     "check_device",
+    "compile_plan",
     "concat_tp_shards",
     "concat_tp_shards_out",
+    "convert_blocks",
     "copy_pages",
+    "copy_slots",
     "counters",
+    "expand_blocks",
     "explain",
     "gather_blocks",
     "info",
@@ -31,4 +48,5 @@ __all__ = [
     "split_tp_shards",
     "swap_blocks",
     "swap_blocks_batch",
+    "whole_page_runs",
 ]

@@ -38,25 +38,31 @@ def _files(*names: str) -> list[str]:
 
 CPU_TESTS = _files(
     "errors", "explain", "swap_blocks", "batch", "concat", "gather_scatter", "copy_pages", "refusals", "threads",
-    "large_offsets", "core_cpp",
+    "large_offsets",
 )  # fmt: skip
+CORE_TESTS = _files("core_cpp")
 HOST_TESTS = _files("cuda_host", "staged", "cuda_failures", "kernel_body")
-# By folder: what is built, and the tests that are run on it, one after the other.
+# By path: what is built, and the tests that are run on it, one step after the other: those that kill most edits first.
 PLANS = {
-    "csrc/core": [("cpu", CPU_TESTS), ("gpu", HOST_TESTS)],
-    "csrc/cpu": [("cpu", [*CPU_TESTS, *_files("streaming")])],
-    "csrc/cuda": [("gpu", [*HOST_TESTS, *_files("cuda_time", "ptx_bulk", "ptx_kernels")])],
+    "csrc/core/cuda_driver": [("gpu", HOST_TESTS), ("cpu", CORE_TESTS)],
+    "csrc/core/gpu_policy": [("gpu", HOST_TESTS), ("cpu", CORE_TESTS)],
+    "csrc/core/staged": [("gpu", HOST_TESTS), ("cpu", CORE_TESTS)],
+    "csrc/core": [("cpu", CPU_TESTS), ("gpu", HOST_TESTS), ("cpu", CORE_TESTS)],
+    "csrc/cpu": [("cpu", CPU_TESTS), ("cpu", [*CORE_TESTS, *_files("streaming")])],
+    "csrc/cuda": [("gpu", HOST_TESTS), ("gpu", _files("cuda_time", "ptx_bulk", "ptx_kernels"))],
     "kvkernels/triton": [("", _files("triton", "triton_ptx"))],
 }
 # One architecture's PTX, which needs no ptxas; and of the core's own tests those that are quick to build.
 PTX_ONLY = "90-virtual"
 LEFT_OUT = "not sm_80 and not sm_100 and not core_bytes and not without_races"
 BUILD_SECONDS = 900
+STEP_SECONDS = 900
 TEST_SECONDS = 150  # of one test, the endless ones being what is meant
 
 
-def _step(kind: str, tests: list[str]) -> str:
-    return f"{kind or 'Python'}: {len(tests)} files from {tests[0]} on"
+def plan_of(path: str) -> list[tuple[str, list[str]]]:
+    """The steps for a file: those of the longest beginning of its path."""
+    return PLANS[max((start for start in PLANS if path.startswith(start)), key=len)]
 
 
 @dataclass
@@ -79,7 +85,6 @@ class Worker:
             "PYTHONPATH": str(self.tree),
             "PYTHONDONTWRITEBYTECODE": "1",
         }
-        self.seconds: dict[str, float] = {}
 
     def prepare(self) -> None:
         """Builds the unchanged tree."""
@@ -101,19 +106,15 @@ class Worker:
             if built.returncode:
                 raise SystemExit(f"the unchanged tree does not build:\n{built.stdout[-3000:]}")
 
-    def time_tests(self, folders: list[str]) -> dict[str, float]:
-        """Sees the tests of these folders pass on the unchanged tree; how long each step takes."""
-        seconds: dict[str, float] = {}
-        for kind, tests in [step for folder in folders for step in PLANS[folder]]:
-            if _step(kind, tests) in seconds:
-                continue
+    def see_tests_pass(self, mutants: list[Mutant]) -> None:
+        """Runs the tests of these edits on the unchanged tree."""
+        steps = {(kind, tuple(tests)) for mutant in mutants for kind, tests in plan_of(mutant.path)}
+        for kind, tests in sorted(steps):
             begin = time.monotonic()
-            failed = self._test(kind, tests, 1800)
+            failed = self._test(kind, list(tests))
             if failed:
                 raise SystemExit(f"the tests fail on the unchanged tree: {failed}")
-            seconds[_step(kind, tests)] = time.monotonic() - begin
-            print(f"{_step(kind, tests)}: {seconds[_step(kind, tests)]:.0f} s", flush=True)
-        return seconds
+            print(f"{kind or 'Python'}: {len(tests)} files: {time.monotonic() - begin:.0f} s", flush=True)
 
     def _run(self, command: list[str], limit_s: float) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -133,12 +134,12 @@ class Worker:
             return done
         return self._run(["cmake", "--install", "build/release", "--prefix", "kvkernels"], 60)
 
-    def _test(self, kind: str, tests: list[str], limit_s: float) -> str:
+    def _test(self, kind: str, tests: list[str]) -> str:
         """What failed first, or ""."""
         command = [str(self.bin / "pytest"), "-x", "-q", "-p", "no:cacheprovider", "--no-header", "-k", LEFT_OUT]
         command += ["-o", f"timeout={TEST_SECONDS}", "-o", "timeout_method=thread", *tests]
         try:
-            done = self._run(command, limit_s)
+            done = self._run(command, STEP_SECONDS)
         except subprocess.TimeoutExpired:
             return "ran too long"
         if done.returncode == 0:
@@ -147,7 +148,6 @@ class Worker:
         return failed[0].split(" - ")[0] if failed else f"pytest ended with {done.returncode}"
 
     def try_out(self, mutant: Mutant) -> Outcome:
-        folder = next(f for f in FOLDERS if mutant.path.startswith(f + "/"))
         target = self.tree / mutant.path
         before = target.read_text()
         begin = time.monotonic()
@@ -157,10 +157,12 @@ class Worker:
             return Outcome(mutant, result, by, time.monotonic() - begin)
 
         try:
-            for kind, tests in PLANS[folder]:
-                if kind and self._breaks_build(kind):
+            built: set[str] = set()
+            for kind, tests in plan_of(mutant.path):
+                if kind and kind not in built and self._breaks_build(kind):
                     return outcome("stillborn")
-                failed = self._test(kind, tests, 60 + 4 * self.seconds[_step(kind, tests)])
+                built.add(kind)
+                failed = self._test(kind, tests)
                 if failed:
                     return outcome("killed", failed)
             return outcome("survived")
@@ -220,7 +222,6 @@ def read_outcomes() -> list[Outcome]:
 
 def try_all(mutants: list[Mutant], worker_count: int, outcomes: list[Outcome]) -> None:
     """Adds to the outcomes, and to their file as they come."""
-    folders = [f for f in FOLDERS if any(m.path.startswith(f + "/") for m in mutants)]
     workers = [Worker(i) for i in range(worker_count)]
     free = list(workers)
     lock = threading.Lock()
@@ -244,9 +245,8 @@ def try_all(mutants: list[Mutant], worker_count: int, outcomes: list[Outcome]) -
 
     with ThreadPoolExecutor(worker_count) as pool:
         list(pool.map(Worker.prepare, workers))
-        seconds = workers[0].time_tests(folders)
-        for worker in workers:
-            worker.seconds = seconds
+        if not outcomes:
+            workers[0].see_tests_pass(mutants)
         list(pool.map(one, mutants))
 
 
@@ -256,7 +256,9 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="edits of paths that contain this")
-    parser.add_argument("--resume", action="store_true", help=f"keep what {OUTCOMES.relative_to(ROOT)} has of them")
+    parser.add_argument(
+        "--resume", action="store_true", help=f"keep what {OUTCOMES.relative_to(ROOT)} has of them, and the baseline"
+    )
     parser.add_argument("--output", type=Path, help="writes the table there as well")
     asked = parser.parse_args()
     mutants = choose(ROOT, asked.count, asked.seed, asked.only)

@@ -1,0 +1,199 @@
+"""Single tokens of a paged cache, to and from contiguous buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvkernels.checks import dtype_text, shape_text
+from kvkernels.layout.cache import KVCache
+from kvkernels.layout.convert import Caches, as_caches, convert_blocks
+from kvkernels.layout.layout import KVLayout
+
+_DIRECTIONS = ("to_buffer", "to_cache")
+
+
+def copy_slots(
+    cache: Caches, slots: Tensor, buffer: Tensor | Sequence[Tensor], *, direction: str, pattern: str = "K L T H D",
+    skip_first: int = 0, executor: str = "auto", sm_budget: int = 0,
+) -> None:  # fmt: skip
+    """Copy token slots of a paged cache to contiguous buffers, or back.
+
+    Parameters
+    ----------
+    cache : KVCache or sequence of KVCache
+        The paged cache, or one a tensor-parallel rank: the buffer then holds all ranks' heads.
+    slots : Tensor
+        int64 or int32 ``[T]``, on the CPU or the caches' CUDA device: the slot of each token of the buffer, block times
+        block size plus the token's place in the block. A negative slot is skipped.
+    buffer : Tensor or sequence of Tensor
+        One chunk of tokens, or several, which take their slots one after the other: together they have ``T`` tokens.
+    direction : {'to_buffer', 'to_cache'}
+        Where the bytes go.
+    pattern : str
+        The order of a chunk's memory, as in ``KVLayout`` with ``T`` for its tokens. By default LMCache's ``[K, L, T,
+        H*D]``, which is ``[1, L, T, D]`` for MLA; SGLang's is ``"L T H D"``, one buffer for K and one for V.
+    skip_first : int
+        Tokens at the start that are left alone: the engine has them already.
+    executor, sm_budget
+        As in ``copy_pages``.
+
+    Raises
+    ------
+    IndexError
+        A slot on the CPU is past the cache.
+    ValueError
+        The buffers' size is not what the pattern and the slots say; a slot comes twice where the cache is written; what
+        ``copy_pages`` refuses. With several chunks, all of them are checked against the cache before the first is
+        copied, the values of the slots chunk by chunk.
+    RuntimeError
+        CUDA failed; the message has CUDA's name for it, and the destination is undefined.
+
+    Notes
+    -----
+    Streams, graph capture and ids on a device are as in ``copy_pages``. Chunks that lie evenly spaced in one
+    allocation are one call.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from kvkernels import KVCache, KVLayout, copy_slots
+    >>> layout = KVLayout("L | K B N H D", L=1, K=2, B=2, N=2, D=1, dtype=torch.uint8)
+    >>> cache = KVCache(layout, torch.arange(8, dtype=torch.uint8).reshape(2, 2, 2, 1))
+    >>> chunk = torch.zeros(2, 1, 3, 1, dtype=torch.uint8)
+    >>> copy_slots(cache, torch.tensor([3, -1, 0]), chunk, direction="to_buffer")
+    >>> chunk.flatten().tolist()
+    [3, 0, 0, 7, 0, 4]
+    """
+    if direction not in _DIRECTIONS:
+        raise ValueError(f"copy_slots: direction must be 'to_buffer' or 'to_cache', got {direction!r}")
+    caches = as_caches("copy_slots", "cache", cache)
+    chunks = _chunks(caches, buffer, pattern)
+    _check_slots(slots, skip_first, chunks, caches, direction)
+    if direction == "to_buffer":
+        _check_apart(chunks)
+    first = 0
+    for chunk in _neighbours_joined(chunks):
+        tokens = chunk.layout.B * chunk.layout.N
+        begin = min(max(skip_first - first, 0), tokens)
+        wanted = slots[first + begin : first + tokens]
+        mine = torch.arange(begin, tokens, dtype=wanted.dtype, device=wanted.device)
+        first += tokens
+        if not len(wanted):
+            continue
+        sides = (list(caches), [chunk]) if direction == "to_buffer" else ([chunk], list(caches))
+        mapping = torch.stack((wanted, mine) if direction == "to_buffer" else (mine, wanted), dim=1)
+        convert_blocks(
+            *sides, mapping, unit_tokens=1, skip_negative=True, executor=executor, sm_budget=sm_budget
+        )  # fmt: skip
+
+
+def _chunks(caches: Sequence[KVCache], buffer: Tensor | Sequence[Tensor], pattern: str) -> list[KVCache]:
+    """Each chunk as a cache of one block, whose tokens are the chunk's."""
+    outside, bar, inside = pattern.rpartition("|")
+    if "T" not in inside or set("BN") & set(pattern):
+        raise ValueError(f"copy_slots: pattern must have T right of the bar, and neither B nor N, got {pattern!r}")
+    of = caches[0].layout
+    if of.opaque:
+        raise ValueError(f"copy_slots: opaque pages have no token slots, got {of!r}")
+    heads, first_head = (of.total_heads, 0) if len(caches) > 1 else (of.H, of.first_head)
+    one = KVLayout(
+        f"{outside}{bar} B {inside.replace('T', 'N')}", L=of.L, K=of.K, B=1, H=heads, D=of.D, dtype=of.dtype,
+        D_v=of.D_v, first_head=first_head, total_heads=of.total_heads,
+    )  # fmt: skip
+    chunks: list[KVCache] = []
+    for i, tensors in enumerate(_tensors_of_chunks(buffer, one.num_tensors)):
+        total_bytes = sum(tensor.nbytes for tensor in tensors)
+        tokens, rest = divmod(total_bytes, one.block_bytes)
+        if rest:
+            raise ValueError(
+                f"copy_slots: buffer[{i}] must have whole tokens of {one.block_bytes} bytes in {pattern!r}, "
+                f"got {total_bytes} bytes"
+            )
+        if tokens:
+            chunks.append(KVCache(replace(one, N=tokens, page_bytes=0), tensors))
+    return chunks
+
+
+def _tensors_of_chunks(buffer: Tensor | Sequence[Tensor], each: int) -> list[list[Tensor]]:
+    tensors = [buffer] if isinstance(buffer, Tensor) else list(buffer)
+    if len(tensors) % each:
+        raise ValueError(f"copy_slots: buffer must have {each} tensors a chunk, got {len(tensors)}")
+    return [tensors[i : i + each] for i in range(0, len(tensors), each)]
+
+
+def _check_slots(
+    slots: Tensor, skip_first: int, chunks: Sequence[KVCache], caches: Sequence[KVCache], direction: str
+) -> None:
+    """Over all chunks, before the first of them is copied."""
+    tokens = sum(chunk.layout.N for chunk in chunks)
+    if slots.dim() != 1 or slots.dtype not in (torch.int64, torch.int32):
+        kind = f"{dtype_text(slots.dtype)} of shape {shape_text(slots.shape)}"
+        raise ValueError(f"copy_slots: slots must be int64 or int32 [T], got {kind}")
+    if len(slots) != tokens:
+        raise ValueError(f"copy_slots: buffer must have as many tokens as slots has, {len(slots)}, got {tokens}")
+    if not 0 <= skip_first <= tokens:
+        raise ValueError(f"copy_slots: skip_first must be between 0 and the {tokens} tokens, got {skip_first}")
+    if slots.device.type != "cpu":
+        return
+    used = slots[skip_first:].numpy()
+    limit = min(cache.layout.B for cache in caches) * caches[0].layout.N
+    bad = np.flatnonzero(used >= limit)
+    if len(bad):
+        at = int(bad[0])
+        raise IndexError(
+            f"copy_slots: slots[{skip_first + at}] = {used[at]} is out of range for a cache with {limit} slots"
+        )
+    used = np.sort(used[used >= 0])
+    if direction == "to_cache" and (used[1:] == used[:-1]).any():
+        twice = int(used[1:][used[1:] == used[:-1]][0])
+        raise ValueError(f"copy_slots: slots must name a slot once where the cache is written, got {twice} twice")
+
+
+def _check_apart(chunks: Sequence[KVCache]) -> None:
+    """Each copies on its own, so that none of them would notice."""
+    parts = sorted((pool.data_ptr(), pool.data_ptr() + pool.nbytes) for chunk in chunks for pool in chunk.pools)
+    if any(before[1] > after[0] for before, after in pairwise(parts)):
+        raise ValueError("copy_slots: buffer's chunks must not share memory where they are written")
+
+
+def _neighbours_joined(chunks: list[KVCache]) -> Iterator[KVCache]:
+    """With chunks that lie evenly spaced in one storage made blocks of one cache."""
+    start = 0
+    while start < len(chunks):
+        first = chunks[start]
+        end, spacing = start + 1, 0
+        while end < len(chunks) and _follows(chunks[end - 1], chunks[end], spacing):
+            spacing = chunks[end].tensors[0].data_ptr() - chunks[end - 1].tensors[0].data_ptr()
+            end += 1
+        if end - start == 1:
+            yield first
+        else:
+            layout = replace(first.layout, B=end - start, row_bytes=spacing, page_bytes=0)
+            yield KVCache(layout, [_from_here(tensor) for tensor in first.tensors])
+        start = end
+
+
+def _follows(before: KVCache, after: KVCache, spacing: int) -> bool:
+    """Whether each tensor of a chunk lies ``spacing`` bytes behind the one before, or evenly where it is 0."""
+    if before.layout.N != after.layout.N:
+        return False
+    for a, b in zip(before.tensors, after.tensors, strict=True):
+        distance = b.data_ptr() - a.data_ptr()
+        spacing = spacing or distance
+        if a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr() or distance != spacing:
+            return False
+    return spacing >= before.layout.page_bytes
+
+
+def _from_here(tensor: Tensor) -> Tensor:
+    """All bytes of its storage from its first on."""
+    storage = tensor.untyped_storage()
+    start = tensor.storage_offset() * tensor.element_size()
+    raw = torch.empty(0, dtype=torch.uint8, device=tensor.device)
+    return raw.set_(storage, start, (storage.nbytes() - start,), (1,))

@@ -1,0 +1,447 @@
+"""Canonical KV caches: every backend's tensors as pages on their own memory, and transfers of several groups."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from kvkernels import copy_pages
+from kvkernels.layout import (
+    CanonicalPageMapping,
+    CopyRun,
+    TensorParallel,
+    canonicalize,
+    copy_groups,
+    empty_host_caches,
+    mapping_of_plan,
+    plan_of_mapping,
+)
+from kvkernels.layout.specs import MLA, ChunkedLocalAttention, FullAttention, KVCacheGroup, Mamba, SlidingWindow
+
+B, N, H, D = 10, 16, 4, 64
+PAGE = 2 * N * H * D * 2
+FULL = FullAttention(block_size=N, num_kv_heads=H, head_size=D, dtype=torch.float16)
+
+
+def _half(*shape: int) -> torch.Tensor:
+    return torch.zeros(*shape, dtype=torch.float16)
+
+
+def _one(cache, spec=FULL, **options):
+    return canonicalize({"layer": cache}, [KVCacheGroup(["layer"], spec)], **options)
+
+
+def _geometry(canonical):
+    return [(tuple(t.tensor.shape), t.tensor.stride(0), t.page_size_bytes) for t in canonical.tensors]
+
+
+def _refs(canonical):
+    return [[(ref.tensor_idx, ref.page_size_bytes) for ref in refs] for refs in canonical.group_data_refs]
+
+
+@pytest.mark.parametrize(
+    "shape", [(B, 2, N, H, D), (B, H, N, 2 * D), (B, N, H, 2 * D), (B, PAGE // 2)], ids=lambda shape: str(shape)
+)
+def test_blocks_outermost_are_one_view(shape):
+    cache = _half(*shape)
+    canonical = _one(cache)
+    (one,) = canonical.tensors
+    assert one.tensor.dtype == torch.int8 and one.tensor.data_ptr() == cache.data_ptr()
+    assert _geometry(canonical) == [((B, PAGE), PAGE, PAGE)] and _refs(canonical) == [[(0, PAGE)]]
+
+
+def test_blocks_outermost_in_memory_though_not_by_shape():
+    cache = _half(B, 2, H, N, D).permute(1, 0, 3, 2, 4)
+    assert cache.shape == (2, B, N, H, D)
+    canonical = _one(cache)
+    assert _geometry(canonical) == [((B, PAGE), PAGE, PAGE)]
+    assert canonical.tensors[0].tensor.data_ptr() == cache.data_ptr()
+
+
+def test_k_before_v_is_two_tensors_of_half_a_page():
+    cache = _half(2, B, N, H, D)
+    canonical = _one(cache)
+    assert _geometry(canonical) == [((B, PAGE // 2), PAGE // 2, PAGE // 2)] * 2
+    assert _refs(canonical) == [[(0, PAGE // 2), (1, PAGE // 2)]]
+    assert [t.tensor.data_ptr() for t in canonical.tensors] == [cache.data_ptr(), cache[1].data_ptr()]
+
+
+def test_k_and_v_apart_with_offsets_and_other_head_sizes():
+    """Ascend: views into one buffer, each from an offset of its own."""
+    spec = FullAttention(block_size=N, num_kv_heads=H, head_size=D, head_size_v=32, dtype=torch.float16)
+    buffer = _half(3 + B * N * H * (D + 32) + 5)
+    k = buffer[3 : 3 + B * N * H * D].view(B, N, H, D)
+    v = buffer[8 + B * N * H * D :].view(B, N, H, 32)
+    canonical = _one([k, v], spec)
+    assert _geometry(canonical) == [((B, 8192), 8192, 8192), ((B, 4096), 4096, 4096)]
+    assert [t.tensor.data_ptr() for t in canonical.tensors] == [k.data_ptr(), v.data_ptr()]
+    assert _refs(canonical) == [[(0, 8192), (1, 4096)]]
+
+
+def test_padded_rows_are_kept():
+    spec = FullAttention(block_size=N, num_kv_heads=H, head_size=D, dtype=torch.float16, page_size_padded=PAGE + 512)
+    padded = _half(B, (PAGE + 512) // 2)
+    cache = padded.as_strided((B, 2, N, H, D), ((PAGE + 512) // 2, N * H * D, H * D, D, 1))
+    canonical = _one(cache, spec, num_blocks=B)
+    assert _geometry(canonical) == [((B, PAGE + 512), PAGE + 512, PAGE + 512)]
+    assert _refs(canonical) == [[(0, PAGE)]]
+
+
+def test_layers_packed_into_one_block_are_views_at_the_blocks_distance():
+    """Two layers take turns in a block: a row is longer than a page, and no byte is in two tensors."""
+    packed = _half(B, 2, N, H, 2 * D)
+    caches = {"a": packed[:, 0].transpose(1, 2), "b": packed[:, 1].transpose(1, 2)}
+    canonical = canonicalize(caches, [KVCacheGroup(["a", "b"], FULL)])
+    assert _geometry(canonical) == [((B, PAGE), 2 * PAGE, PAGE)] * 2
+    assert [t.tensor.data_ptr() - packed.data_ptr() for t in canonical.tensors] == [0, PAGE]
+
+
+def _mamba(padded: int | None, *, storage: torch.Tensor | None = None, blocks: int = B):
+    """A state of two tensors in one page."""
+    spec = Mamba(shapes=((8, 128), (4, 1760)), dtypes=(torch.float32, torch.float16), page_size_padded=padded)
+    row = spec.page_size_bytes
+    storage = torch.zeros(blocks * row, dtype=torch.int8) if storage is None else storage
+    conv = storage.view(torch.float32).as_strided((blocks, 8, 128), (row // 4, 128, 1))
+    ssm = storage.view(torch.float16).as_strided((blocks, 4, 1760), (row // 2, 1760, 1), 2048)
+    return spec, [conv, ssm], storage
+
+
+def test_mamba_is_the_page_its_states_share():
+    spec, states, storage = _mamba(18432)
+    assert spec.unpadded_page_size_bytes == 18176
+    canonical = _one(states, spec)
+    assert _geometry(canonical) == [((B, 18432), 18432, 18432)] and _refs(canonical) == [[(0, 18176)]]
+    assert canonical.tensors[0].tensor.data_ptr() == storage.data_ptr()
+
+
+def test_states_with_storages_of_their_own_are_a_tensor_each():
+    spec, states, _ = _mamba(None)
+    canonical = _one([state.clone() for state in states], spec)
+    assert _geometry(canonical) == [((B, 4096), 4096, 4096), ((B, 14080), 14080, 14080)]
+    assert _refs(canonical) == [[(0, 4096), (1, 14080)]]
+
+
+def test_the_worked_case():
+    """Four groups over three shared tensors: attention, MLA, states that fill their page or not."""
+    storages = [torch.zeros(B * PAGE, dtype=torch.int8) for _ in range(3)]
+    typed = [storage.view(torch.float16) for storage in storages]
+
+    def state(shapes, index):
+        row, at, tensors = PAGE // 2, 0, []
+        for shape in shapes:
+            tensors.append(typed[index].as_strided((B, *shape), (row, shape[1], 1), at))
+            at += shape[0] * shape[1]
+        return tensors
+
+    mla = MLA(block_size=N, head_size=512, dtype=torch.float16)
+    unaligned = Mamba(shapes=((32, 126), (64, 64)), dtypes=(torch.float16,) * 2, page_size_padded=PAGE)
+    aligned = Mamba(shapes=((32, 128), (64, 64)), dtypes=(torch.float16,) * 2)
+    assert (mla.page_size_bytes, unaligned.unpadded_page_size_bytes, aligned.page_size_bytes) == (16384, 16256, 16384)
+    caches = {f"full.{i}": typed[i].view(B, 2, N, H, D) for i in range(3)}
+    caches |= {f"mla.{i}": typed[i].view(B, N, 512) for i in range(3)}
+    caches |= {f"unaligned.{i}": state(unaligned.shapes, i) for i in range(3)}
+    caches |= {f"aligned.{i}": state(aligned.shapes, i) for i in range(2)}
+    groups = [
+        KVCacheGroup([f"full.{i}" for i in range(3)], FULL), KVCacheGroup([f"mla.{i}" for i in range(3)], mla),
+        KVCacheGroup([f"unaligned.{i}" for i in range(3)], unaligned),
+        KVCacheGroup([f"aligned.{i}" for i in range(2)], aligned),
+    ]  # fmt: skip
+    canonical = canonicalize(caches, groups)
+    assert _geometry(canonical) == [((10, 16384), 16384, 16384)] * 3
+    assert [t.tensor.data_ptr() for t in canonical.tensors] == [storage.data_ptr() for storage in storages]
+    assert _refs(canonical) == [
+        [(0, 16384), (1, 16384), (2, 16384)], [(0, 16384), (1, 16384), (2, 16384)],
+        [(0, 16256), (1, 16256), (2, 16256)], [(0, 16384), (1, 16384)],
+    ]  # fmt: skip
+
+
+def test_layers_of_one_group_may_differ():
+    wide = FullAttention(block_size=N, num_kv_heads=2 * H, head_size=D, dtype=torch.float16)
+    caches = {"a": _half(B, 2, N, H, D), "b": _half(B, 2, N, 2 * H, D)}
+    by_name = {"a": FULL, "b": wide}
+    for spec in (by_name, SimpleNamespace(kv_cache_specs=by_name)):
+        canonical = canonicalize(caches, [KVCacheGroup(["a", "b"], spec)])
+        assert _refs(canonical) == [[(0, 16384), (1, 32768)]]
+
+
+def test_all_layers_in_one_block():
+    cache = _half(B, 5, 2, N, H, D)
+    canonical = canonicalize(cache, [KVCacheGroup([f"{i}" for i in range(5)], FULL)])
+    assert _geometry(canonical) == [((B, 5 * PAGE), 5 * PAGE, 5 * PAGE)] and _refs(canonical) == [[(0, 5 * PAGE)]]
+    assert canonical.tensors[0].tensor.data_ptr() == cache.data_ptr()
+    with pytest.raises(ValueError, match="must come with one group, got 2"):
+        canonicalize(cache, [KVCacheGroup(["a"], FULL), KVCacheGroup(["b"], FULL)])
+    with pytest.raises(ValueError, match="of all layers must have"):
+        canonicalize(_half(2, B, 2, N, H, D), [KVCacheGroup(["a", "b"], FULL)], num_blocks=B)
+
+
+@pytest.mark.parametrize("ratio", [2, 4])
+def test_kernel_blocks_are_regrouped(ratio):
+    cache = _half(B * ratio, 2, N // ratio, H, D)
+    canonical = _one(cache, num_blocks=B)
+    assert _geometry(canonical) == [((B, PAGE), PAGE, PAGE)] and _refs(canonical) == [[(0, PAGE)]]
+    assert (
+        _geometry(_one(_half(2, B * ratio, N // ratio, H, D), num_blocks=B))
+        == [((B, PAGE // 2),) + (PAGE // 2,) * 2] * 2
+    )
+    with pytest.raises(ValueError, match="'layer' must have 7 blocks of 16384 bytes"):
+        _one(cache, num_blocks=7)
+
+
+def test_a_shape_that_could_be_read_in_two_ways_is_refused():
+    cache = _half(2, 2, N, H, D)
+    with pytest.raises(ValueError, match=r"one dimension that counts blocks \(block_dim names it\)"):
+        _one(cache)
+    assert _geometry(_one(cache, block_dim=0)) == [((2, PAGE), PAGE, PAGE)]
+    assert _geometry(_one(cache, block_dim=1)) == [((2, PAGE // 2), PAGE // 2, PAGE // 2)] * 2
+
+
+def test_each_kind_of_attention_has_a_spec():
+    common = {"block_size": N, "num_kv_heads": H, "head_size": D, "dtype": torch.float16}
+    for spec in (SlidingWindow(sliding_window=64, **common), ChunkedLocalAttention(attention_chunk_size=64, **common)):
+        assert _geometry(_one(_half(B, 2, N, H, D), spec)) == [((B, PAGE), PAGE, PAGE)]
+
+
+def test_refusals():
+    cache = _half(B, 2, N, H, D)
+    with pytest.raises(
+        ValueError, match="layer 'layer' must have the spec of an attention layer or of a state, got dict_keys"
+    ):
+        _one(cache, {}.keys())
+    with pytest.raises(ValueError, match="kv_caches must have layer 'other' of the groups"):
+        canonicalize({"layer": cache}, [KVCacheGroup(["other"], FULL)])
+    with pytest.raises(ValueError, match="specs must have layer 'layer', got"):
+        _one(cache, {"other": FULL})
+    with pytest.raises(ValueError, match="must have blocks of 16384 bytes, as its spec says, got 102400 bytes in all"):
+        _one(_half(B, 5, 1024))
+    with pytest.raises(ValueError, match="must have 5 blocks of 16384 bytes"):
+        canonicalize({"a": _half(5, 2, N, H, D), "b": cache}, [KVCacheGroup(["a", "b"], FULL)], num_blocks=5)
+    with pytest.raises(ValueError, match="each in one piece"):
+        _one(_half(B, 2, N, H, 2 * D)[..., :D])
+    spec, states, _ = _mamba(None)
+    with pytest.raises(ValueError, match="must have the tensors of its state, got none"):
+        _one([], spec)
+    with pytest.raises(ValueError, match="must have 18176 bytes a block in its state, as its spec says, got 4096"):
+        _one(states[:1], spec)
+    with pytest.raises(ValueError, match="must have 10 blocks, each in one piece"):
+        _one([states[0], states[1][:9]], spec)
+
+
+def test_sharers_that_disagree_are_refused():
+    storage = _half(B * PAGE // 2)
+    half = FullAttention(block_size=N, num_kv_heads=H // 2, head_size=D, dtype=torch.float16)
+    caches = {"a": storage.view(B, 2, N, H, D), "b": storage[: B * PAGE // 4].view(B, 2, N, H // 2, D)}
+    with pytest.raises(ValueError, match="must agree on their pages, got 16384 bytes every 16384, and 8192"):
+        canonicalize(caches, [KVCacheGroup(["a"], FULL), KVCacheGroup(["b"], half)])
+    shifted = _half((B + 1) * PAGE // 2)
+    caches = {
+        "a": shifted[: B * PAGE // 2].view(B, 2, N, H, D),
+        "b": shifted[256 : 256 + B * PAGE // 2].view(B, 2, N, H, D),
+    }
+    with pytest.raises(ValueError, match="from byte 512 on"):
+        canonicalize(caches, [KVCacheGroup(["a", "b"], FULL)])
+
+
+# Transfers.
+
+
+def _engine(blocks: int = 12):
+    """Two groups on one tensor, of which the second uses less of a page, and a third on one of its own."""
+    storage = torch.randint(-128, 128, (blocks, 64), dtype=torch.int8)
+    mla = MLA(block_size=4, head_size=8, dtype=torch.float16)
+    state = Mamba(shapes=((5, 5),), dtypes=(torch.float16,), page_size_padded=64)
+    small = MLA(block_size=4, head_size=3, dtype=torch.float16)
+    caches = {
+        "mla": storage.view(torch.float16).view(blocks, 4, 8),
+        "state": [storage.view(torch.float16).as_strided((blocks, 5, 5), (32, 5, 1))],
+        "small": torch.randint(-128, 128, (blocks, 24), dtype=torch.int8).view(torch.float16).view(blocks, 4, 3),
+    }
+    groups = [KVCacheGroup(["mla"], mla), KVCacheGroup(["state"], state), KVCacheGroup(["small"], small)]
+    return canonicalize(caches, groups)
+
+
+@pytest.mark.parametrize("ratio", [1, 3])
+@pytest.mark.parametrize("seed", range(30))
+def test_transfers_of_groups(seed, ratio):
+    """Engine to host and back, groups empty or not, beginning and ending anywhere in a host block."""
+    rng = np.random.default_rng(seed)
+    engine = _engine()
+    host = empty_host_caches(engine, 13, blocks_per_host_block=ratio)
+    for one in host.tensors:
+        one.tensor.copy_(torch.randint(-128, 128, one.tensor.shape, dtype=torch.int8))
+    taken = rng.permutation(12)
+    sizes = [int(n) for n in rng.multinomial(int(rng.integers(0, 12)), [1 / 3] * 3)]
+    skips = [int(rng.integers(ratio)) for _ in sizes]
+    hosts, free = [], list(rng.permutation(13))
+    for size, skip in zip(sizes, skips, strict=True):
+        hosts.append([int(free.pop()) for _ in range(-(-(skip + size) // ratio) if size else 0)])
+    engine_ids = torch.tensor([int(b) for b in taken[: sum(sizes)]], dtype=torch.int64)
+    host_ids = torch.tensor([b for group in hosts for b in group], dtype=torch.int64)
+    starts = np.cumsum([0, *sizes])
+    used = [64, 50, 24]
+    for store in (True, False):
+        pairs = [
+            (group, int(engine_ids[starts[group] + i]), hosts[group][(skips[group] + i) // ratio],
+             (skips[group] + i) % ratio)
+            for group in range(3) for i in range(sizes[group])
+        ]  # fmt: skip
+        src, dst = (engine, host) if store else (host, engine)
+        if not store:
+            for one in engine.tensors:
+                one.tensor.copy_(torch.randint(-128, 128, one.tensor.shape, dtype=torch.int8))
+        wanted = [one.tensor.clone() for one in dst.tensors]
+        kept = [one.tensor.clone() for one in src.tensors]
+        for group, engine_block, host_block, part in pairs:
+            t, n = (0, 0, 1)[group], used[group]
+            page = engine.tensors[t].page_size_bytes
+            host_bytes = slice(part * page, part * page + n)
+            if store:
+                wanted[t][host_block, host_bytes] = kept[t][engine_block, :n]
+            else:
+                wanted[t][engine_block, :n] = kept[t][host_block, host_bytes]
+        ids = (engine_ids, host_ids) if store else (host_ids, engine_ids)
+        moved = copy_groups(src, dst, *ids, sizes, first_blocks=skips)
+        assert moved == sum(size * n for size, n in zip(sizes, used, strict=True))
+        assert all(torch.equal(one.tensor, w) for one, w in zip(dst.tensors, wanted, strict=True))
+        assert all(torch.equal(one.tensor, k) for one, k in zip(src.tensors, kept, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("src", "dst", "sizes", "options", "error", "match"),
+    [
+        ([0, 1], [0], [1, 1], {}, ValueError, r"must have 3 groups, got \(2, 2\)"),
+        ([0], [0], [-1, 1, 1], {}, ValueError, "must not be negative, got"),
+        ([0], [0], [1, 0, 0], {"first_blocks": [3, 0, 0]}, ValueError, "must lie inside a block of 3, got"),
+        ([0, 1], [0], [1, 0, 0], {}, ValueError, r"src_block_ids must be \[1\], which the group sizes make"),
+        ([0, 1], [0], [2, 0, 0], {"first_blocks": [2, 0, 0]}, ValueError, r"dst_block_ids must be \[2\]"),
+        ([0, 12], [0, 1], [1, 1, 0], {}, IndexError, "src_block_ids has 12 in group 1, of 12 blocks"),
+        ([0, 1], [0, 9], [1, 0, 1], {}, IndexError, "dst_block_ids has 9 in group 2, of 9 blocks"),
+        ([0, -1], [0, 1], [1, 1, 0], {}, IndexError, "src_block_ids has -1 in group 1"),
+        ([0, 1], [4, 4], [1, 1, 0], {}, ValueError, "dst_block_ids must name a block once, got 4 of tensor 0 twice"),
+    ],
+)  # fmt: skip
+def test_bad_transfers_move_nothing(src, dst, sizes, options, error, match):
+    engine = _engine()
+    host = empty_host_caches(engine, 9, blocks_per_host_block=3)
+    before = [one.tensor.clone() for one in host.tensors]
+    with pytest.raises(error, match=f"^copy_groups: .*{match}"):
+        copy_groups(engine, host, torch.tensor(src), torch.tensor(dst), sizes, **options)
+    assert all(torch.equal(one.tensor, b) for one, b in zip(host.tensors, before, strict=True))
+
+
+# Tensor parallelism.
+
+LOCAL_SHAPES = {
+    "B K N H D": lambda h: _half(B, 2, 4, h, 8),
+    "B K H N D": lambda h: _half(B, 2, h, 4, 8).transpose(2, 3),
+    "B H N K D": lambda h: _half(B, h, 4, 16),
+    "B N H K D": lambda h: _half(B, 4, h, 16).transpose(1, 2),
+    "K B N H D": lambda h: _half(2, B, 4, h, 8),
+}
+
+
+def _mapping(cache, heads, rank, size, total):
+    spec = FullAttention(block_size=4, num_kv_heads=heads, head_size=8, dtype=torch.float16)
+    canonical = _one(cache, spec, tensor_parallel=TensorParallel(rank, size, total), num_blocks=B)
+    return [ref.mapping for ref in canonical.group_data_refs[0]]
+
+
+@pytest.mark.parametrize("order", LOCAL_SHAPES)
+@pytest.mark.parametrize(("total", "size"), [(8, 1), (8, 2), (8, 4), (8, 8), (2, 4), (1, 4), (4, 8)])
+def test_pages_of_ranks_tile_the_canonical_page(order, total, size):
+    """Each byte has a number of its own; the canonical page has all heads, in the same order of letters."""
+    heads = max(1, total // size)
+    tags = np.arange(2 * 4 * total * 8 * 2).reshape(2, 4, total, 8, 2)  # K N H D and bytes of an element
+    axes = {"K": 0, "N": 1, "H": 2, "D": 3}
+    inside = order.replace(" ", "").split("B")[1]
+    whole = tags.transpose([*(axes[c] for c in inside), 4]) if "K" in inside else None
+    for block in range(size):
+        page: dict[int, np.ndarray] = {}
+        for rank in range(size):
+            first = rank * heads if total >= size else rank * total // size
+            mappings = _mapping(LOCAL_SHAPES[order](heads), heads, rank, size, total)
+            assert len(mappings) == (1 if "K" in inside else 2)
+            for half, mapping in enumerate(mappings):
+                mine = tags[:, :, first : first + heads]
+                mine = mine.transpose([*(axes[c] for c in inside), 4]) if "K" in inside else (
+                    mine[half].transpose([*(axes[c] - 1 for c in inside), 3]))  # fmt: skip
+                assert mapping.parallelism_agnostic and mapping.num_writers == max(1, size // total)
+                if not mapping.is_writer(block):
+                    continue
+                canonical = page.setdefault(half, np.full(mapping.canonical_page_size_bytes, -1))
+                for run in mapping.runs:
+                    for i in range(run.num_fragments):
+                        a = run.local_offset + i * run.local_stride
+                        b = run.canonical_offset + i * run.canonical_stride
+                        assert (canonical[b : b + run.fragment_size] == -1).all()
+                        canonical[b : b + run.fragment_size] = mine.ravel()[a : a + run.fragment_size]
+        for half, canonical in page.items():
+            all_of_it = whole if whole is not None else tags[half].transpose([*(axes[c] - 1 for c in inside), 3])
+            assert (canonical == all_of_it.ravel()).all()
+
+
+def test_mla_is_replicated():
+    spec = MLA(block_size=4, head_size=16, dtype=torch.float16)
+    options = {"tensor_parallel": TensorParallel(2, 4, 1), "num_blocks": B}
+    (ref,) = _one(_half(B, 4, 16), spec, **options).group_data_refs[0]
+    assert ref.mapping == CanonicalPageMapping(128, 128, (CopyRun(0, 0, 128, 1, 128, 128),), 4, 2, True)
+    assert [ref.mapping.is_writer(block) for block in range(4)] == [False, False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("cache", "spec", "heads"),
+    [
+        (_half(B, 2, 4, 2, 8), {"num_kv_heads": 2}, 7),
+        (_half(B, 2, 4, 2, 8), {"num_kv_heads": 2, "kv_quant_mode": SimpleNamespace(is_per_token_head=True)}, 6),
+        (_half(B, 4, 2, 2, 8), {"num_kv_heads": 2}, 6),
+        (_half(B, 128), {"num_kv_heads": 2}, 6),
+    ],
+    ids=["heads not divisible", "scales inside", "unknown shape", "flat"],
+)
+def test_what_cannot_be_proven_is_opaque(cache, spec, heads):
+    known = {"block_size": 4, "head_size": 8, "dtype": torch.float16, "page_size_bytes": 256, **spec}
+    options = {"tensor_parallel": TensorParallel(1, 3, heads), "num_blocks": B}
+    (ref,) = _one(cache, SimpleNamespace(**known), **options).group_data_refs[0]
+    assert ref.mapping == CanonicalPageMapping(768, 256, (CopyRun(0, 256, 256, 1, 256, 256),), 1, 0, False)
+
+
+@pytest.mark.parametrize("order", LOCAL_SHAPES)
+def test_a_mapping_is_a_plan_and_back(order):
+    (mapping, *_) = _mapping(LOCAL_SHAPES[order](2), 2, 1, 4, 8)
+    plan = plan_of_mapping(mapping)
+    assert plan.bytes == mapping.local_page_size_bytes
+    rng = np.random.default_rng(1)
+    local = torch.from_numpy(rng.integers(0, 256, (3, mapping.local_page_size_bytes), dtype=np.uint8))
+    canonical = torch.zeros(3, mapping.canonical_page_size_bytes, dtype=torch.uint8)
+    copy_pages([local], [canonical], torch.tensor([[2, 0]]), plan.runs.all)
+    wanted = torch.zeros_like(canonical)
+    for run in mapping.runs:
+        for i in range(run.num_fragments):
+            a, b = run.local_offset + i * run.local_stride, run.canonical_offset + i * run.canonical_stride
+            wanted[0, b : b + run.fragment_size] = local[2, a : a + run.fragment_size]
+    assert torch.equal(canonical, wanted)
+    back = torch.zeros_like(local)
+    copy_pages([canonical], [back], torch.tensor([[0, 1]]), plan.inverse().runs.all)
+    assert torch.equal(back[1], local[2])
+    again = mapping_of_plan(plan)
+    assert sorted(map(str, again.runs)) == sorted(map(str, mapping.runs))
+    assert plan_of_mapping(again) == plan and hash(plan_of_mapping(again)) == hash(plan)
+
+
+def test_a_mapping_needs_one_pool_a_side():
+    from kvkernels import KVLayout, compile_plan
+
+    two = KVLayout("L | B N D", L=2, B=1, N=4, D=1, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="each side must be one pool, got 2 and 2"):
+        mapping_of_plan(compile_plan(two, two))
+    one, other = (KVLayout("B N D", B=1, N=n, D=1, dtype=torch.uint8) for n in (2, 4))
+    with pytest.raises(ValueError, match="blocks must be of one size, got 1 and 2 units"):
+        mapping_of_plan(compile_plan(one, other))
+
+
+def test_opaque_mappings_lie_side_by_side():
+    mapping = CanonicalPageMapping(768, 256, (CopyRun(0, 256, 256, 1, 256, 256),), 1, 0, False)
+    assert mapping_of_plan(plan_of_mapping(mapping)) == mapping

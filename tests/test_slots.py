@@ -1,0 +1,185 @@
+"""copy_slots against torch's own indexing, in every shape that connectors keep tokens in."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import kvkernels
+from kvkernels import KVCache, KVLayout, copy_slots
+
+L, B, N, H, D = 3, 6, 4, 4, 5
+SLOTS = B * N
+
+
+def _random(*shape: int) -> torch.Tensor:
+    return torch.randint(0, 256, (*shape, 2), dtype=torch.uint8).view(torch.float16).squeeze(-1)
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(torch.uint8)
+
+
+def _cache(kind: str) -> tuple[list[KVCache], torch.Tensor]:
+    """A cache in one of the engines' shapes, and its values as [K, L, slot, H, D]."""
+    torch.manual_seed(7)
+    sizes = {"L": L, "B": B, "N": N, "D": D, "dtype": torch.float16}
+    if kind == "MLA":
+        tensors = [_random(B, N, D) for _ in range(L)]
+        return [KVCache(KVLayout("L | B N D", **sizes), tensors)], torch.stack(tensors).reshape(1, L, SLOTS, 1, D)
+    sizes |= {"K": 2, "H": H}
+    if kind == "vLLM NHD":
+        tensors = [_random(2, B, N, H, D) for _ in range(L)]
+        logical = torch.stack(tensors)
+        cache = [KVCache(KVLayout("L | K B N H D", **sizes), tensors)]
+    elif kind == "vLLM HND":
+        tensors = [_random(B, 2, H, N, D).transpose(2, 3) for _ in range(L)]
+        logical = torch.stack([tensor.transpose(0, 1) for tensor in tensors])
+        cache = [KVCache(KVLayout("L | B K H N D", **sizes), tensors)]
+    elif kind == "packed":
+        tensors = [_random(B, H, N, 2 * D) for _ in range(L)]
+        logical = torch.stack([t.unflatten(-1, (2, D)).permute(3, 0, 2, 1, 4) for t in tensors])
+        cache = [KVCache(KVLayout("L | B H N K D", **sizes), tensors)]
+    elif kind == "SGLang":
+        k, v = ([_random(SLOTS, H, D) for _ in range(L)] for _ in range(2))
+        logical = torch.stack([torch.stack(pair) for pair in zip(k, v, strict=True)])
+        cache = [KVCache(KVLayout("K L | B N H D", **sizes), [*k, *v])]
+    else:
+        whole = KVLayout("L | K B N H D", **sizes)
+        shards = [[_random(2, B, N, H // 2, D) for _ in range(L)] for _ in range(2)]
+        logical = torch.stack([torch.cat(pair, dim=3) for pair in zip(*shards, strict=True)])
+        cache = [KVCache(whole.shard(rank, 2), tensors) for rank, tensors in enumerate(shards)]
+    return cache, logical.transpose(0, 1).reshape(2, L, SLOTS, H, D)
+
+
+KINDS = ("vLLM NHD", "vLLM HND", "packed", "SGLang", "MLA", "two ranks")
+# Patterns, and how the logical [K, L, T, H, D] becomes a chunk's tensors.
+PATTERNS = {
+    "K L T H D": lambda x: [x],
+    "K | L T H D": lambda x: list(x),
+    "T L K H D": lambda x: [x.permute(2, 1, 0, 3, 4)],
+    "K L H T D": lambda x: [x.transpose(2, 3)],
+}
+
+
+def _read(cache: list[KVCache], kind: str) -> torch.Tensor:
+    """The cache's values now."""
+    if kind == "two ranks":
+        parts = [torch.stack(list(rank.tensors)) for rank in cache]
+        return torch.cat(parts, dim=4).transpose(0, 1).reshape(2, L, SLOTS, H, D)
+    tensors = list(cache[0].tensors)
+    if kind == "MLA":
+        return torch.stack(tensors).reshape(1, L, SLOTS, 1, D)
+    if kind == "vLLM HND":
+        tensors = [tensor.transpose(0, 1) for tensor in tensors]
+    if kind == "packed":
+        tensors = [tensor.unflatten(-1, (2, D)).permute(3, 0, 2, 1, 4) for tensor in tensors]
+    if kind == "SGLang":
+        return torch.stack(tensors).reshape(2, L, SLOTS, H, D)
+    return torch.stack(tensors).transpose(0, 1).reshape(2, L, SLOTS, H, D)
+
+
+def _chunks(tokens: list[int], k: int, heads: int, pattern: str, where: str) -> list[torch.Tensor]:
+    """Poisoned chunks, each with memory of its own, or evenly spaced in one slab."""
+    shapes = [[tuple(t.shape) for t in PATTERNS[pattern](torch.empty(k, L, n, heads, D))] for n in tokens]
+    if where == "apart":
+        return [_random(*shape) for chunk in shapes for shape in chunk]
+    each = [int(np.prod(shape)) for chunk in shapes for shape in chunk]
+    stride = max(each) + 3
+    slab = _random(stride * len(each))
+    flat = [shape for chunk in shapes for shape in chunk]
+    return [slab[i * stride : i * stride + n].view(shape) for i, (n, shape) in enumerate(zip(each, flat, strict=True))]
+
+
+def _logical(tensors: list[torch.Tensor], pattern: str) -> torch.Tensor:
+    if pattern == "K | L T H D":
+        return torch.stack(tensors)
+    (tensor,) = tensors
+    if pattern == "T L K H D":
+        return tensor.permute(2, 1, 0, 3, 4)
+    return tensor.transpose(2, 3) if pattern == "K L H T D" else tensor
+
+
+@pytest.mark.parametrize("where", ["apart", "slab"])
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("skip_first", [0, 1, 6, 11])
+def test_there_and_back(kind, pattern, where, skip_first):
+    cache, logical = _cache(kind)
+    rng = np.random.default_rng(3)
+    tokens = [5, 5, 1]
+    slots = torch.from_numpy(rng.permutation(SLOTS)[: sum(tokens)])
+    slots[[2, 7]] = -1
+    taken = torch.tensor([i for i in range(sum(tokens)) if i >= skip_first and slots[i] >= 0], dtype=torch.int64)
+    k, heads = logical.shape[0], logical.shape[3]
+    buffer = _chunks(tokens, k, heads, pattern, where)
+    each = len(buffer) // len(tokens)
+    grouped = [buffer[i : i + each] for i in range(0, len(buffer), each)]
+    before = torch.cat([_logical(chunk, pattern) for chunk in grouped], dim=2).clone()
+
+    copy_slots(cache, slots, buffer, direction="to_buffer", pattern=pattern, skip_first=skip_first)
+    wanted = before.clone()
+    wanted[:, :, taken] = logical[:, :, slots[taken]]
+    got = torch.cat([_logical(chunk, pattern) for chunk in grouped], dim=2)
+    assert torch.equal(_bits(got), _bits(wanted))
+    assert torch.equal(_bits(_read(cache, kind)), _bits(logical))
+
+    for tensor in buffer:
+        tensor.copy_(_random(*tensor.shape))
+    copy_slots(cache, slots, buffer, direction="to_cache", pattern=pattern, skip_first=skip_first)
+    got = torch.cat([_logical(chunk, pattern) for chunk in grouped], dim=2)
+    wanted = logical.clone()
+    wanted[:, :, slots[taken]] = got[:, :, taken]
+    assert torch.equal(_bits(_read(cache, kind)), _bits(wanted))
+
+
+def test_evenly_spaced_chunks_are_one_call():
+    cache, _ = _cache("vLLM NHD")
+    slab = _random(4, 2, L, 5, H * D)
+    kvkernels.reset_counters()
+    copy_slots(cache, torch.arange(20), list(slab), direction="to_buffer")
+    assert kvkernels.counters()["cpu"]["calls"] == 1
+    apart = [chunk.clone() for chunk in slab]
+    copy_slots(cache, torch.arange(20), apart, direction="to_buffer")
+    assert kvkernels.counters()["cpu"]["calls"] == 5
+    assert all(torch.equal(_bits(a), _bits(b)) for a, b in zip(apart, slab, strict=True))
+
+
+def _refused(error, match, cache=None, slots=(0, 1), buffer=None, **options):
+    cache = _cache("vLLM NHD")[0] if cache is None else cache
+    buffer = _random(2, L, 2, H, D) if buffer is None else buffer
+    before = [_bits(tensor).clone() for tensor in ([buffer] if isinstance(buffer, torch.Tensor) else buffer)]
+    kept = [_bits(tensor).clone() for tensor in cache[0].tensors]
+    options = {"direction": "to_buffer", **options}
+    with pytest.raises(error, match=match):
+        copy_slots(cache, torch.as_tensor(slots), buffer, **options)
+    after = [buffer] if isinstance(buffer, torch.Tensor) else buffer
+    assert all(torch.equal(_bits(a), b) for a, b in zip(after, before, strict=True))
+    assert all(torch.equal(_bits(a), b) for a, b in zip(cache[0].tensors, kept, strict=True))
+
+
+def test_refusals():
+    _refused(ValueError, "^copy_slots: direction must be 'to_buffer' or 'to_cache', got 'out'$", direction="out")
+    _refused(ValueError, r"^copy_slots: pattern must have T right of the bar", pattern="K L H D")
+    _refused(ValueError, r"^copy_slots: pattern must have T right of the bar", pattern="K L B T H D")
+    _refused(ValueError, r"^copy_slots: slots must be int64 or int32 \[T\], got float32", slots=(0.5, 1.0))
+    _refused(ValueError, "^copy_slots: buffer must have as many tokens as slots has, 3, got 2$", slots=(0, 1, 2))
+    _refused(ValueError, "^copy_slots: skip_first must be between 0 and the 2 tokens, got 3$", skip_first=3)
+    _refused(ValueError, "^copy_slots: buffer must have 2 tensors a chunk, got 1$", pattern="K | L T H D")
+    _refused(ValueError, r"^copy_slots: buffer\[0\] must have whole tokens of 240 bytes", buffer=_random(7))
+    _refused(ValueError, "the pattern lacks K, whose size is 2", buffer=_random(L, 2, H, D), pattern="L T H D")
+    _refused(IndexError, r"^copy_slots: slots\[1\] = 24 is out of range for a cache with 24 slots$", slots=(0, 24))
+    twice = "^copy_slots: slots must name a slot once where the cache is written, got 3 twice$"
+    _refused(ValueError, twice, slots=(3, 3), direction="to_cache")
+    _refused(ValueError, r"^KVCache: tensors\[0\] must be", buffer=_random(L, 2, 2, H, D), slots=range(2))
+    chunk = _random(2, L, 1, H, D)
+    _refused(ValueError, "^copy_slots: buffer's chunks must not share memory", buffer=[chunk, chunk])
+    opaque = KVCache(KVLayout("L | B", L=L, B=B, opaque=True, page_bytes=8), [_random(B, 4) for _ in range(L)])
+    _refused(ValueError, "^copy_slots: opaque pages have no token slots", cache=[opaque])
+
+
+def test_a_slot_past_the_end_in_a_later_chunk_moves_nothing():
+    chunks = [_random(2, L, 1, H, D) for _ in range(2)]
+    _refused(IndexError, r"^copy_slots: slots\[1\] = 24 is out of range", slots=(0, 24), buffer=chunks)
+    _refused(ValueError, "got 3 twice$", slots=(3, 3), buffer=chunks, direction="to_cache")
