@@ -93,7 +93,7 @@ simgpu-build: $(VENV)/.requirements
 	cmake --build --preset simgpu
 	rm -rf $(SIMGPU)/package
 	cmake --install $(SIMGPU) --prefix $(SIMGPU)/package/kvkernels
-	cp -r kvkernels/*.py kvkernels/triton $(SIMGPU)/package/kvkernels
+	cp -r kvkernels/*.py kvkernels/layout kvkernels/triton $(SIMGPU)/package/kvkernels
 
 $(STAND_IN)/.requirements: tests/simgpu/requirements.txt
 	@echo "Installing torch's CUDA build into $(STAND_IN): 5 GB"
