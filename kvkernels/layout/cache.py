@@ -108,6 +108,8 @@ def _is_in_order(layout: KVLayout, tensor: Tensor, index: int) -> bool:
     dimensions = layout.dimensions(index)
     if dimensions is None or layout.offset_bytes:
         return False
+    if layout.B == 0:
+        return tensor.numel() == 0
     item = tensor.element_size()
     mine = [(n, s * item) for n, s in zip(tensor.shape, tensor.stride(), strict=True) if n != 1]
     mine = [*sorted(mine, key=lambda dimension: -dimension[1]), (item, 1)]

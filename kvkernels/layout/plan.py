@@ -127,11 +127,11 @@ class PlanRuns(Sequence[Tensor]):
         return self._plan.src[0].L
 
     def __getitem__(self, layer: int) -> Tensor:  # type: ignore[override]
-        layers = range(len(self))
-        wanted = layers[layer]
-        if wanted not in self._layers:
-            self._layers[wanted] = torch.from_numpy(_compile(self._plan, range(wanted, wanted + 1)))
-        return self._layers[wanted]
+        if not 0 <= layer < len(self):
+            raise IndexError(f"layer must be below {len(self)} and not negative, got {layer}")
+        if layer not in self._layers:
+            self._layers[layer] = torch.from_numpy(_compile(self._plan, range(layer, layer + 1)))
+        return self._layers[layer]
 
 
 def compile_plan(src: Layouts, dst: Layouts, *, allow_partial: bool = False, unit_tokens: int | None = None) -> Plan:
@@ -170,15 +170,14 @@ def compile_plan(src: Layouts, dst: Layouts, *, allow_partial: bool = False, uni
     >>> plan.bytes, plan.fragments, plan.largest_fragment_bytes
     (131072, 128, 1024)
     """
-    return _compiled(_as_tuple("src", src), _as_tuple("dst", dst), unit_tokens, allow_partial)
+    srcs, dsts = _as_tuple("src", src), _as_tuple("dst", dst)
+    common = math.gcd(srcs[0].N, dsts[0].N)
+    return _compiled(srcs, dsts, common if unit_tokens is None else unit_tokens, allow_partial)
 
 
 @lru_cache(maxsize=256)
-def _compiled(
-    src: tuple[KVLayout, ...], dst: tuple[KVLayout, ...], unit_tokens: int | None, allow_partial: bool
-) -> Plan:
+def _compiled(src: tuple[KVLayout, ...], dst: tuple[KVLayout, ...], unit: int, allow_partial: bool) -> Plan:
     common = math.gcd(src[0].N, dst[0].N)
-    unit = common if unit_tokens is None else unit_tokens
     if unit < 1 or common % unit:
         _refuse(src, dst, f"unit_tokens must divide {common}, which divides both block sizes, got {unit}")
     _check_one_cache(src, dst, unit)
@@ -396,24 +395,26 @@ def _merged(fragment_bytes: int, loops: list[_Dimension]) -> tuple[int, list[_Di
 
 
 def _joined(rows: _Rows) -> _Rows:
-    """With runs of one fragment that continue each other on both sides made one."""
-    plain = (rows[:, _EXTENTS] == 1).all(axis=1)
-    if plain.sum() < 2:
-        return np.ascontiguousarray(rows)
-    keys = (_DST_SUBBLOCK, _SRC_SUBBLOCK, _SRC_OFFSET, _SRC_POOL, _DST_POOL)
-    single = rows[plain]
-    single = single[np.lexsort(tuple(single[:, key] for key in keys))]
-    before, after = single[:-1], single[1:]
-    joins = (
-        (before[:, [_SRC_POOL, _DST_POOL, _SRC_SUBBLOCK, _DST_SUBBLOCK]]
-         == after[:, [_SRC_POOL, _DST_POOL, _SRC_SUBBLOCK, _DST_SUBBLOCK]]).all(axis=1)
-        & (before[:, _SRC_OFFSET] + before[:, _FRAGMENT] == after[:, _SRC_OFFSET])
-        & (before[:, _DST_OFFSET] + before[:, _FRAGMENT] == after[:, _DST_OFFSET])
-    )  # fmt: skip
+    """With runs made one that are the same nest of neighbouring fragments."""
+    same = [_SRC_POOL, _DST_POOL, _SRC_SUBBLOCK, _DST_SUBBLOCK, *range(_FIRST_LOOP, RUN_COLUMNS)]
+    rows = rows[np.lexsort(tuple(rows[:, column] for column in (_SRC_OFFSET, *reversed(same))))]
+    before, after = rows[:-1], rows[1:]
+    joins = (before[:, same] == after[:, same]).all(axis=1)
+    for offset in (_SRC_OFFSET, _DST_OFFSET):
+        joins &= before[:, offset] + before[:, _FRAGMENT] == after[:, offset]
     heads = np.flatnonzero(np.concatenate(([True], ~joins)))
-    kept = single[heads]
-    kept[:, _FRAGMENT] = np.add.reduceat(single[:, _FRAGMENT], heads)
-    return np.ascontiguousarray(np.concatenate((rows[~plain], kept)))
+    if len(heads) == len(rows):
+        return np.ascontiguousarray(rows)
+    kept = rows[heads]
+    kept[:, _FRAGMENT] = np.add.reduceat(rows[:, _FRAGMENT], heads)
+    return np.concatenate([_folded(row) for row in kept])
+
+
+def _folded(row: _Rows) -> _Rows:
+    """With loops that continue a fragment that has grown made part of it."""
+    loops = [_Dimension(int(row[i]), 0, 0, int(row[i + 1]), int(row[i + 2])) for i in _EXTENTS if row[i] > 1]
+    base = [int(value) for value in row[: _DST_OFFSET + 1]]
+    return _nest(base, int(row[_FRAGMENT]), (int(row[_SRC_SUBBLOCK]), int(row[_DST_SUBBLOCK])), loops)
 
 
 def _explain(plan: Plan) -> str:

@@ -1,0 +1,155 @@
+"""Plans: what is merged, what one layer is, what goes back, and what is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from kvkernels import KVLayout, compile_plan, copy_pages, expand_blocks, whole_page_runs
+
+SIZES = {"L": 3, "K": 2, "B": 8, "N": 4, "H": 4, "D": 8, "dtype": torch.float16}
+NHD = KVLayout("L | K B N H D", **SIZES)
+HND = KVLayout("L | B K H N D", **SIZES)
+PAGE = 4 * 4 * 8 * 2
+
+
+@pytest.mark.parametrize(
+    ("src", "dst", "runs", "fragments", "largest"),
+    [
+        ("L | K B N H D", "L | K B N H D", 6, 6, PAGE),
+        ("L | K B N H D", "L | B K N H D", 6, 6, PAGE),
+        ("L | B K N H D", "L | B K N H D", 3, 3, 2 * PAGE),
+        ("B L K N H D", "B L K N H D", 1, 1, 6 * PAGE),
+        ("L | K B N H D", "L | B K H N D", 6, 96, 16),
+        ("L | B N H K D", "L | K B N H D", 6, 96, 16),
+        ("B L K N H D", "B K L N H D", 1, 6, PAGE),
+        ("B L K N H D", "B H L K N D", 1, 96, 16),
+        ("B N H D L K", "B K L D H N", 6, 768, 2),
+    ],
+)
+def test_what_is_contiguous_on_both_sides_is_one_fragment(src, dst, runs, fragments, largest):
+    plan = compile_plan(KVLayout(src, **SIZES), KVLayout(dst, **SIZES))
+    assert (len(plan.runs.all), plan.fragments) == (runs, fragments)
+    assert (plan.largest_fragment_bytes, plan.smallest_fragment_bytes) == (largest, largest)
+    assert plan.bytes == 6 * PAGE and plan.src_subblocks == plan.dst_subblocks == 1
+
+
+def test_k_and_v_of_other_sizes_are_merged_where_they_lie_together():
+    sizes = {**SIZES, "D_v": 4}
+    plan = compile_plan(KVLayout("B L K N H D", **sizes), KVLayout("B L K N H D", **sizes))
+    assert (len(plan.runs.all), plan.fragments, plan.bytes) == (1, 1, 3 * (PAGE + PAGE // 2))
+    plan = compile_plan(KVLayout("L | B N H K D", **sizes), KVLayout("L | K B N H D", **sizes))
+    assert (plan.largest_fragment_bytes, plan.smallest_fragment_bytes) == (16, 8)
+    assert "16 fragments of 8 to 16 bytes" not in plan.explain() and "8 to 16 bytes" in plan.explain()
+
+
+def test_the_runs_of_the_layers_are_the_runs():
+    plan = compile_plan(NHD, KVLayout("B L K H N D", **SIZES))
+    assert len(plan.runs) == 3
+    rows = sorted(tuple(row) for layer in plan.runs for row in layer.tolist())
+    assert rows == sorted(map(tuple, plan.runs.all.tolist()))
+    paged = KVLayout("B L K N H D", **SIZES)
+    one = compile_plan(paged, paged)
+    assert [layer.tolist()[0][2:5] for layer in one.runs] == [[i * 2 * PAGE, i * 2 * PAGE, 2 * PAGE] for i in range(3)]
+    for layer in (-1, 3):
+        with pytest.raises(IndexError, match=f"layer must be below 3 and not negative, got {layer}"):
+            one.runs[layer]
+
+
+def test_plans_are_cached_and_equal_where_their_layouts_are():
+    a, b = compile_plan(NHD, HND), compile_plan([replace(NHD, page_bytes=0)], (HND,))
+    assert a is b and a == b and hash(a) == hash(b)
+    assert compile_plan(HND, NHD) != a
+    assert a.inverse() is compile_plan(HND, NHD) and a.inverse().inverse() is a
+
+
+def test_the_inverse_of_a_part_is_a_part():
+    shard = NHD.shard(1, 2)
+    there = compile_plan(shard, NHD, allow_partial=True)
+    back = there.inverse()
+    assert back.bytes == there.bytes == 3 * PAGE
+    assert "stay untouched" in there.explain() and "every byte" in back.explain()
+    replicas = [NHD.shard(rank, 8) for rank in range(8)]
+    assert compile_plan(replicas, NHD).bytes == 6 * PAGE
+    assert compile_plan(replicas, NHD).inverse().bytes == 12 * PAGE
+
+
+def test_units():
+    large = replace(HND, N=16, page_bytes=0)
+    plan = compile_plan(NHD, large)
+    assert (plan.unit_tokens, plan.src_subblocks, plan.dst_subblocks) == (4, 1, 4)
+    assert "an id is a unit of 4 tokens: 1 a source block, 4 a destination block" in plan.explain()
+    slots = compile_plan(NHD, large, unit_tokens=1)
+    assert (slots.src_subblocks, slots.dst_subblocks, slots.bytes) == (4, 16, 6 * PAGE // 4)
+    assert slots.inverse() is compile_plan(large, NHD, unit_tokens=1)
+    six = replace(HND, N=6, page_bytes=0)
+    assert (compile_plan(six, NHD).src_subblocks, compile_plan(six, NHD).dst_subblocks) == (3, 2)
+
+
+@pytest.mark.parametrize(
+    ("src", "dst", "match"),
+    [
+        (NHD, replace(HND, L=2), "L must be the same on both sides, got 3 and 2"),
+        (NHD, replace(HND, D=4, page_bytes=0), "D must be the same on both sides, got 8 and 4"),
+        (NHD, replace(HND, dtype=torch.bfloat16), "dtype must be the same on both sides, got torch.float16 and"),
+        (NHD, replace(HND, H=2, total_heads=2, page_bytes=0), "total_heads must be the same on both sides, got 4"),
+        (NHD, replace(HND, D_v=4, page_bytes=0), "D_v must be the same on both sides, got None and 4"),
+        (NHD, KVLayout("L | B N H D", **{**SIZES, "K": 1}), "K must be the same on both sides, got 2 and 1"),
+        (NHD.shard(0, 2), NHD, "the sources lack heads that the destination has; allow_partial=True leaves them"),
+        ([NHD, replace(NHD, N=8, page_bytes=0)], NHD, "the shards of a side must have one block size"),
+        (KVLayout("L | N B K H D", **{**SIZES, "N": 8}), HND, "blocks of 8 tokens cannot be cut into 4 where N counts"),
+        (KVLayout("L|B", L=3, B=8, opaque=True, page_bytes=8), NHD, "an opaque page can only become the same"),
+        (
+            KVLayout("L|B", L=3, B=8, opaque=True, page_bytes=8), KVLayout("L|B", L=3, B=8, opaque=True, page_bytes=9),
+            "opaque pages must be as many and as large on both sides",
+        ),
+        (
+            KVLayout("B N D", B=8, N=4, D=2, dtype=torch.uint8, scales=KVLayout("B N", B=8, N=4, dtype=torch.float32)),
+            KVLayout("B N D", B=8, N=4, D=2, dtype=torch.uint8), "scales must be on both sides or on neither",
+        ),
+        (
+            KVLayout("L | K B N H D", **{**SIZES, "L": 2049}), KVLayout("L | B K N H D", **{**SIZES, "L": 2049}),
+            "more than 4096 runs would be needed",
+        ),
+        ([], NHD, "src must be a KVLayout or a list of them"),
+    ],
+)  # fmt: skip
+def test_refusals_name_both_layouts(src, dst, match):
+    with pytest.raises(ValueError, match=match) as caught:
+        compile_plan(src, dst)
+    text = str(caught.value)
+    assert text.startswith("compile_plan: ") and text.count("KVLayout(") >= (2 if src else 0)
+
+
+@pytest.mark.parametrize("unit", [0, 3, 8])
+def test_refused_units(unit):
+    with pytest.raises(ValueError, match=f"unit_tokens must divide 4, which divides both block sizes, got {unit}"):
+        compile_plan(NHD, HND, unit_tokens=unit)
+
+
+def test_4096_runs_are_allowed():
+    layouts = [KVLayout(p, **{**SIZES, "L": 2048}) for p in ("L | K B N H D", "L | B K N H D")]
+    assert len(compile_plan(*layouts).runs.all) == 4096
+
+
+def test_expand_blocks():
+    assert expand_blocks([3], 2).tolist() == [6, 7]
+    assert expand_blocks(torch.tensor([3, -1, 0], dtype=torch.int32), 2).tolist() == [6, 7, -1, -1, 0, 1]
+    assert expand_blocks([3, 1], 2, skip=1).tolist() == [7, 2, 3] and expand_blocks([3], 2, 2).tolist() == []
+    assert expand_blocks([], 4).tolist() == [] and expand_blocks([5, 6], 1, count=1).tolist() == [5]
+    for blocks, skip, count in ((0, 0, None), (-1, 0, None), (2, 3, None), (2, -1, None), (2, 1, 2), (2, 0, -1)):
+        with pytest.raises(ValueError, match=r"^expand_blocks: "):
+            expand_blocks([3], blocks, skip, count)
+
+
+def test_whole_page_runs():
+    pools = [torch.arange(12, dtype=torch.int16).reshape(3, 4), torch.arange(30, dtype=torch.uint8).reshape(3, 2, 5)]
+    out = [torch.zeros(3, 8, dtype=torch.uint8), torch.zeros(3, 10, dtype=torch.uint8)]
+    copy_pages(pools, out, torch.tensor([[2, 1]]), whole_page_runs(pools, [8, 3]))
+    assert out[0].view(torch.int16).tolist() == [[0] * 4, [8, 9, 10, 11], [0] * 4]
+    assert out[1].tolist() == [[0] * 10, [20, 21, 22] + [0] * 7, [0] * 10]
+    for sizes in ([8], [8, 11], [-1, 1]):
+        with pytest.raises(ValueError, match=r"^whole_page_runs: page_bytes must be at most the pools' \[8, 10\]"):
+            whole_page_runs(pools, sizes)
