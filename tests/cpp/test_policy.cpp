@@ -159,6 +159,23 @@ void check_addresses_as_ids() {
   expect(!addresses_as_ids(listed({})), "an empty list");
 }
 
+void check_lowering() {
+  std::byte memory[1] = {};
+  const std::vector<Pool> pools = {{memory, 4, 1 << 20, 1 << 20}};
+  const Run nest = {0, 0, 0, 0, 8, 0, 0, {{2, 240, 480}, {3, 80, 160}, {5, 16, 32}}};
+  const std::vector<Move> moves = bind_runs({nest}, pools, pools, 1, 1, Direction::kHostToHost);
+  expect(moves[0].loop_count == 1 && moves[0].loops[0].extent == 30 && moves[0].loops[0].src_stride == 16,
+         "three loops that continue each other are one");
+  const Run rows = {0, 0, 0, 0, 8, 0, 0, {{2, 240, 8}, {3, 80, 16}, {5, 16, 48}}};
+  expect(bind_runs({rows}, pools, pools, 1, 1, Direction::kHostToHost)[0].fragment_bytes == 8,
+         "loops that continue on one side only stay");
+  for (const Direction direction : {Direction::kHostToDevice, Direction::kDeviceToHost, Direction::kDeviceToDevice}) {
+    const Work work = lower_device_ids(moves, 7, direction);
+    expect(work.direction == direction && work.pairs == 7 && work.segments.empty(), "ids on the device");
+    expect(work.bytes == 7 * 240 && work.descriptors == 7 * 30, "what ids on the device may move");
+  }
+}
+
 // Runs check() in a child where KVKERNELS_STREAM_BYTES is `value`.
 template <class Check>
 void expect_with(const char* value, Check check) {
@@ -185,6 +202,7 @@ int main() {
   check_bulk_pays();
   check_gpu_override();
   check_addresses_as_ids();
+  check_lowering();
   std::printf("policy: %d failures\n", failures);
   return failures == 0 ? 0 : 1;
 }
