@@ -149,8 +149,8 @@ Issued copy_in_order(const Work& work, const Loops& loops, int64_t begin, int64_
 }
 
 // Moves [first, last), which hold `bytes` of the work. Where row_bytes is not 0 they are zipped: a fragment of each in
-// turn, because together they fill rows of the destination that each alone leaves in stripes, as shards side by side
-// do.
+// turn, because together they fill rows of the destination, or read rows of the source, that each alone takes in
+// stripes, as shards side by side do.
 struct Stretch {
   size_t first;
   size_t last;
@@ -158,34 +158,44 @@ struct Stretch {
   int64_t row_bytes;
 };
 
-bool fills_next_part(const Move& move, const Move& next) {
-  const auto zips = [](const Move& m) {
-    return m.loop_count > 0 && m.fragment_bytes >= kZipMinBytes && m.fragment_bytes <= kZipMaxBytes;
-  };
-  bool same = zips(move) && zips(next) && next.dst.base == move.dst.base + move.fragment_bytes &&
-              next.dst.block_stride == move.dst.block_stride && next.dst.subblocks == move.dst.subblocks &&
-              next.dst.subblock_stride == move.dst.subblock_stride && next.loop_count == move.loop_count;
+bool zips(const Move& move) {
+  return move.loop_count > 0 && move.fragment_bytes >= kZipMinBytes && move.fragment_bytes <= kZipMaxBytes;
+}
+
+// Whether `next` takes the part of each row of one side that follows the one `move` takes.
+bool takes_next_part(const Move& move, const Move& next, Side Move::* side, int64_t Loop::* stride) {
+  const Side& mine = move.*side;
+  const Side& its = next.*side;
+  bool same = zips(move) && zips(next) && its.base == mine.base + move.fragment_bytes &&
+              its.block_stride == mine.block_stride && its.subblocks == mine.subblocks &&
+              its.subblock_stride == mine.subblock_stride && next.loop_count == move.loop_count;
   for (int i = 0; same && i < move.loop_count; ++i) {
-    same = next.loops[i].extent == move.loops[i].extent && next.loops[i].dst_stride == move.loops[i].dst_stride;
+    same = next.loops[i].extent == move.loops[i].extent && next.loops[i].*stride == move.loops[i].*stride;
   }
   return same;
 }
 
-size_t zip_end(const std::vector<Move>& moves, size_t first) {
+size_t zip_end(const std::vector<Move>& moves, size_t first, Side Move::* side, int64_t Loop::* stride) {
   size_t last = first + 1;
-  while (last < moves.size() && last < first + kZipMost && fills_next_part(moves[last - 1], moves[last])) ++last;
+  while (last < moves.size() && last < first + kZipMost && takes_next_part(moves[last - 1], moves[last], side, stride))
+    ++last;
   return last;
+}
+
+size_t zip_end(const std::vector<Move>& moves, size_t first, bool fills_rows) {
+  const size_t reads = zip_end(moves, first, &Move::src, &Loop::src_stride);
+  return fills_rows ? std::max(reads, zip_end(moves, first, &Move::dst, &Loop::dst_stride)) : reads;
 }
 
 Stretch stretch_from(const Work& work, const Loops& loops, size_t first) {
   const std::vector<Move>& moves = work.moves;
   Stretch stretch = {first, moves.size(), 0, 0};
-  if (work.streaming && loops.zips) {
-    size_t last = zip_end(moves, first);
-    const bool zips = last > first + 1;
-    while (!zips && last < moves.size() && zip_end(moves, last) == last + 1) ++last;
+  if (work.streaming) {
+    size_t last = zip_end(moves, first, loops.zips);
+    const bool zipped = last > first + 1;
+    while (!zipped && last < moves.size() && zip_end(moves, last, loops.zips) == last + 1) ++last;
     stretch.last = last;
-    for (size_t i = first; zips && i < last; ++i) stretch.row_bytes += moves[i].fragment_bytes;
+    for (size_t i = first; zipped && i < last; ++i) stretch.row_bytes += moves[i].fragment_bytes;
   }
   for (size_t i = first; i < stretch.last; ++i) stretch.bytes += work.pairs * moves[i].bytes_per_pair();
   return stretch;

@@ -31,7 +31,8 @@ struct Loops {
   void (*copy_strips)(const Strip* strips, int64_t count);
   void (*ceiling)(std::byte* dst, const std::byte* src, int64_t bytes, Ceiling loop);
   void (*fence)();
-  // Whether moves that stripe the same destination rows are better copied together, row by row.
+  // Whether moves that stripe the same destination rows are better copied together, row by row. (Those that stripe the
+  // same source rows always are.)
   bool zips;
 };
 

@@ -279,7 +279,12 @@ def _compile(plan: Plan, layers: range) -> _Rows:
                 if count > MAX_RUNS:
                     _refuse(plan.src, plan.dst, f"more than {MAX_RUNS} runs would be needed")
                 parts.append(rows)
-    return _joined(np.concatenate(parts)) if parts else np.empty((0, RUN_COLUMNS), dtype=np.int64)
+    if not parts:
+        return np.empty((0, RUN_COLUMNS), dtype=np.int64)
+    rows = _joined(np.concatenate(parts))
+    # Shards that stripe one side's rows follow each other, so that an executor can take those rows whole.
+    first = (_DST_OFFSET, _DST_POOL) if len(plan.src) > len(plan.dst) else (_SRC_OFFSET, _SRC_POOL)
+    return np.ascontiguousarray(rows[np.lexsort(tuple(rows[:, column] for column in first))])
 
 
 def _tensors_of(plan: Plan) -> Iterator[tuple[tuple[KVLayout, ...], tuple[KVLayout, ...], list[int], list[int]]]:
@@ -404,7 +409,7 @@ def _joined(rows: _Rows) -> _Rows:
         joins &= before[:, offset] + before[:, _FRAGMENT] == after[:, offset]
     heads = np.flatnonzero(np.concatenate(([True], ~joins)))
     if len(heads) == len(rows):
-        return np.ascontiguousarray(rows)
+        return rows
     kept = rows[heads]
     kept[:, _FRAGMENT] = np.add.reduceat(rows[:, _FRAGMENT], heads)
     return np.concatenate([_folded(row) for row in kept])

@@ -207,7 +207,7 @@ Case random_nests(Random& random, int64_t most_bytes) {
   return result;
 }
 
-// Shards of several widths side by side in one tensor: moves that the executor may take in turns.
+// Shards of several widths side by side in one tensor, on either side: moves that the executor may take in turns.
 Case random_shards(Random& random, int64_t most_bytes) {
   Case result;
   Work& work = result.work;
@@ -223,21 +223,26 @@ Case random_shards(Random& random, int64_t most_bytes) {
   const int64_t rows = std::clamp<int64_t>(most_bytes / row_bytes / planes, 1, random.in(2, 500));
   const int64_t stride = row_bytes + (random.once_in(2) ? 0 : random.in(1, 100));
   const bool nested = random.once_in(2);
-  result.src = std::make_unique<Memory>(planes * rows * row_bytes, random.in(0, 63));
-  result.dst = std::make_unique<Memory>(planes * rows * stride + 2 * kGuardBytes, random.in(0, 63));
+  const bool splits = random.once_in(2);  // the shards are the destination
+  const int64_t whole_bytes = planes * rows * stride;
+  const int64_t parts_bytes = planes * rows * row_bytes;
+  result.src = std::make_unique<Memory>(splits ? whole_bytes : parts_bytes, random.in(0, 63));
+  result.dst = std::make_unique<Memory>((splits ? parts_bytes : whole_bytes) + 2 * kGuardBytes, random.in(0, 63));
   std::byte* src = result.src->data();
   std::byte* dst = result.dst->data() + kGuardBytes;
   for (Move& move : work.moves) {
     const int64_t bytes = move.fragment_bytes;
-    move.src = {src, rows * bytes, 0, 1};
-    move.dst = {dst, rows * stride, 0, 1};
+    const int64_t src_step = splits ? stride : bytes;
+    const int64_t dst_step = splits ? bytes : stride;
+    move.src = {src, rows * src_step, 0, 1};
+    move.dst = {dst, rows * dst_step, 0, 1};
     move.loop_count = nested ? 2 : 1;
-    move.loops[0] = {planes, rows * bytes, rows * stride};
-    move.loops[nested ? 1 : 0] = {rows, bytes, stride};
+    move.loops[0] = {planes, rows * src_step, rows * dst_step};
+    move.loops[nested ? 1 : 0] = {rows, src_step, dst_step};
     // Now and then one that is shorter than its neighbours, and so must not go in turns with them.
     if (random.once_in(10)) move.loops[move.loop_count - 1].extent = random.in(1, rows);
-    src += planes * rows * bytes;
-    dst += bytes;
+    src += splits ? bytes : planes * rows * bytes;
+    dst += splits ? planes * rows * bytes : bytes;
   }
   work.segments = nested ? std::vector<Segment>{{0, 0, 1}} : random_segments(random, planes, planes);
   for (const Segment& segment : work.segments) work.pairs += segment.count;

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 FOLDERS = ("csrc/core", "csrc/cpu", "csrc/cuda", "kvkernels/triton")
@@ -51,6 +51,15 @@ class Mutant:
             raise ValueError(f"{self.path}:{self.line} is not {self.before!r}")
         lines[self.line - 1] = self.after
         target.write_text("\n".join(lines))
+
+    def moved(self, root: Path) -> Mutant | None:
+        """The same edit where its line is now: None where it is gone, or there several times."""
+        path = root / self.path
+        lines = path.read_text().split("\n") if path.exists() else []
+        if self.line <= len(lines) and lines[self.line - 1] == self.before:
+            return self
+        found = [number for number, line in enumerate(lines, 1) if line == self.before]
+        return replace(self, line=found[0]) if len(found) == 1 else None
 
     def __str__(self) -> str:
         return f"{self.path}:{self.line} {self.kind}: {self.before.strip()}  ->  {self.after.strip()}"
@@ -107,7 +116,6 @@ def candidates(root: Path) -> list[Mutant]:
 
 def choose(root: Path, count: int, seed: int, only: str = "") -> list[Mutant]:
     """Spread over folders, files and kinds: at most one edit a line, and files by the root of their size."""
-    rng = random.Random(seed)
     by_file: dict[str, list[Mutant]] = {}
     for mutant in candidates(root):
         if only in mutant.path:
@@ -116,6 +124,8 @@ def choose(root: Path, count: int, seed: int, only: str = "") -> list[Mutant]:
     scale = count / sum(weights.values()) if weights else 0
     chosen: list[Mutant] = []
     for path, mutants in sorted(by_file.items()):
+        # Of its own, so that a change to one file leaves the others' edits as they were.
+        rng = random.Random(f"{seed} {path}")
         kinds: dict[str, list[Mutant]] = {}
         for mutant in rng.sample(mutants, len(mutants)):
             kinds.setdefault(mutant.kind, []).append(mutant)

@@ -20,7 +20,7 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -220,6 +220,35 @@ def read_outcomes() -> list[Outcome]:
     return [Outcome(Mutant(**fields.pop("mutant")), **fields) for fields in map(json.loads, lines)]
 
 
+def still_known(outcomes: list[Outcome], mutants: list[Mutant]) -> list[Outcome]:
+    """Outcomes of edits that the sources still allow, as many of a file as are wanted; not of those that survived and
+    are not equivalent, since a test may find them now."""
+    equivalent = known_equivalent()
+    wanted = Counter(mutant.path for mutant in mutants)
+    kept: dict[str, Outcome] = {}
+    for outcome in outcomes:
+        mutant = outcome.mutant.moved(ROOT)
+        alive = outcome.result == "survived" and key(outcome.mutant) not in equivalent
+        if mutant is None or alive or wanted[mutant.path] == 0 or str(mutant) in kept:
+            continue
+        wanted[mutant.path] -= 1
+        kept[str(mutant)] = replace(outcome, mutant=mutant)
+    return list(kept.values())
+
+
+def not_tried(mutants: list[Mutant], outcomes: list[Outcome]) -> list[Mutant]:
+    """What is left to try: as many edits of each file as its outcomes lack, on other lines."""
+    lacking = Counter(mutant.path for mutant in mutants)
+    lacking.subtract(Counter(outcome.mutant.path for outcome in outcomes))
+    tried = {(outcome.mutant.path, outcome.mutant.line) for outcome in outcomes}
+    left = []
+    for mutant in mutants:
+        if lacking[mutant.path] > 0 and (mutant.path, mutant.line) not in tried:
+            lacking[mutant.path] -= 1
+            left.append(mutant)
+    return left
+
+
 def try_all(mutants: list[Mutant], worker_count: int, outcomes: list[Outcome]) -> None:
     """Adds to the outcomes, and to their file as they come."""
     workers = [Worker(i) for i in range(worker_count)]
@@ -262,11 +291,10 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="writes the table there as well")
     asked = parser.parse_args()
     mutants = choose(ROOT, asked.count, asked.seed, asked.only)
-    known = {str(o.mutant): o for o in read_outcomes()} if asked.resume else {}
-    outcomes = [known[str(m)] for m in mutants if str(m) in known]
-    left = [m for m in mutants if str(m) not in known]
-    if not asked.resume:
-        OUTCOMES.unlink(missing_ok=True)
+    outcomes = still_known(read_outcomes(), mutants) if asked.resume else []
+    left = not_tried(mutants, outcomes)
+    OUTCOMES.parent.mkdir(parents=True, exist_ok=True)
+    OUTCOMES.write_text("".join(json.dumps(asdict(outcome)) + "\n" for outcome in outcomes))
     print(f"{len(left)} edits; building {asked.workers} trees and running the tests once on each", flush=True)
     try_all(left, asked.workers, outcomes)
     outcomes.sort(key=lambda o: (o.mutant.path, o.mutant.line))
