@@ -5,6 +5,8 @@ from __future__ import annotations
 import doctest
 import importlib.util
 import pkgutil
+import re
+from pathlib import Path
 
 import pytest
 
@@ -36,6 +38,13 @@ def test_each_op_has_an_example_that_runs(op):
 def test_each_op_says(op, word):
     """Its arguments, its errors, its order on a stream, and whether a CUDA graph may capture it."""
     assert word in getattr(kvkernels, op).__doc__
+
+
+def test_the_code_of_the_layouts_page_runs():
+    page = (Path(__file__).resolve().parents[1] / "docs" / "layouts.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 3
+    exec("\n".join(blocks), {})
 
 
 def test_everything_public_has_a_docstring():

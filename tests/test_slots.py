@@ -183,3 +183,15 @@ def test_a_slot_past_the_end_in_a_later_chunk_moves_nothing():
     chunks = [_random(2, L, 1, H, D) for _ in range(2)]
     _refused(IndexError, r"^copy_slots: slots\[1\] = 24 is out of range", slots=(0, 24), buffer=chunks)
     _refused(ValueError, "got 3 twice$", slots=(3, 3), buffer=chunks, direction="to_cache")
+
+
+@pytest.mark.cuda
+def test_slots_on_the_device():
+    cache, logical = _cache("vLLM NHD")
+    on_device = KVCache(cache[0].layout, [tensor.cuda() for tensor in cache[0].tensors])
+    slots = torch.tensor([7, 0, -1, 11])
+    chunk = torch.zeros(2, L, 4, H * D, dtype=torch.float16).pin_memory()
+    copy_slots(on_device, slots.cuda(), chunk, direction="to_buffer")
+    torch.cuda.synchronize()
+    taken = torch.tensor([0, 1, 3])
+    assert torch.equal(_bits(chunk[:, :, taken]), _bits(logical[:, :, slots[taken]].flatten(3)))
