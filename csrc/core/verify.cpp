@@ -274,7 +274,9 @@ class Verified {
 };
 
 Verified::Key key_of(const Run* runs, int64_t count, const PageSizes& pages) {
-  Verified::Key key{pages.src_subblocks, pages.dst_subblocks, static_cast<int64_t>(pages.src.size()), count};
+  Verified::Key key;
+  key.reserve(4 + pages.src.size() + pages.dst.size() + static_cast<size_t>(count) * kRunColumns);
+  key = {pages.src_subblocks, pages.dst_subblocks, static_cast<int64_t>(pages.src.size()), count};
   key.insert(key.end(), pages.src.begin(), pages.src.end());
   key.insert(key.end(), pages.dst.begin(), pages.dst.end());
   const auto* columns = reinterpret_cast<const int64_t*>(runs);

@@ -20,6 +20,10 @@ std::vector<Run> read_runs(const char* op, const Tensor& tensor) {
   checked_tensor(op, Name{"runs"}, tensor);
   std::vector<Run> runs(static_cast<size_t>(facts.size(0)));
   const auto* data = static_cast<const std::byte*>(tensor.const_data_ptr());
+  if (facts.stride(0) == kRunColumns && facts.stride(1) == 1) {
+    if (!runs.empty()) std::memcpy(runs.data(), data, runs.size() * sizeof(Run));
+    return runs;
+  }
   for (size_t row = 0; row < runs.size(); ++row) {
     int64_t columns[kRunColumns];
     for (int64_t column = 0; column < kRunColumns; ++column) {

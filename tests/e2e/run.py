@@ -5,8 +5,9 @@
     make e2e ARGS="--model my-model/ --prompts my-prompts.txt --blocks-per-chunk 2"
     make e2e ARGS="--model llama-bf16 --defect half_a_page"      (must fail)
 
-Without --model or --stress: the README's commands; the tiny models, each with one and three blocks a chunk and with
-each of the example's specs; the stress run; and every seeded defect, which must be found. With either, what it names.
+Without --model or --stress: the README's commands; vLLM's specs as canonical KV caches; the tiny models, each with one
+and three blocks a chunk and with each of the example's specs; the stress run; and every seeded defect, which must be
+found. With either, what it names.
 """
 
 from __future__ import annotations
@@ -68,6 +69,10 @@ def work(case: Case, answer: Path) -> None:
     try:
         if case.kind == "readme":
             result = readme.run()
+        elif case.kind == "canonical":
+            import canonical
+
+            result = canonical.run()
         elif case.kind == "stress":
             result = stress.run(case.folder, case.spec, case.blocks_per_chunk, case.defect)
         else:

@@ -19,7 +19,7 @@ STRESS_DEFECTS = ("copy_nothing", "exchange_two_blocks_on_load", "wrong_byte_cou
 
 @dataclass
 class Case:
-    kind: str  # "roundtrip", "stress" or "readme"
+    kind: str  # "roundtrip", "stress", "readme" or "canonical"
     model: str = ""  # a tiny model's name, or a folder
     spec: str | None = None
     blocks_per_chunk: int = 1
@@ -65,4 +65,4 @@ def default_cases() -> list[Case]:
     seeded = [Case("roundtrip", "llama-bf16", SPECS[0], 3, defect) for defect in BY_NAME]
     seeded += [Case("roundtrip", "llama-bf16", SPECS[1], 3, defect) for defect in list(BY_NAME)[:4]]
     seeded += [Case("stress", STRESS_MODEL, SPECS[0], 2, defect) for defect in STRESS_DEFECTS]
-    return [Case("readme"), *stress, *trips, *seeded]
+    return [Case("readme"), Case("canonical"), *stress, *trips, *seeded]
