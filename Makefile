@@ -2,7 +2,7 @@
 PYTHON ?= python3
 KVKERNELS_CUDA ?= AUTO
 KVKERNELS_WERROR ?= OFF
-# Arguments for benchmarks/swap.py, benchmarks/pages.py, pytest, tests/e2e/run.py and tests/mutants/run.py.
+# Arguments for benchmarks/swap.py, pages.py and layouts.py, pytest, tests/e2e/run.py and tests/mutants/run.py.
 ARGS ?=
 # Processes of make test and make simgpu; auto is one a core.
 JOBS ?= auto
@@ -25,11 +25,12 @@ export KVKERNELS_COMPILED = ON
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build swap pages sass test simgpu simgpu-build e2e mutants lint format audit clean distclean always
+.PHONY: help build swap pages layouts sass test simgpu simgpu-build e2e mutants lint format audit clean distclean always
 
 help:
 	@echo "make swap       build, check every byte and time the copies (ARGS=\"--model qwen3-32b\"; see --help)"
 	@echo "make pages      the page-size table of benchmarks/results"
+	@echo "make layouts    the table of conversions between layouts and shards of benchmarks/results"
 	@echo "make sass       what the CUDA kernels' machine code looks like (needs cuobjdump)"
 	@echo "make test       build and run all tests (ARGS=\"-k gather\" goes to pytest)"
 	@echo "make simgpu     the GPU tests without a GPU: torch's CUDA build on a stand-in for CUDA (needs nvcc; 5 GB)"
@@ -82,6 +83,9 @@ swap: build
 
 pages: build
 	$(BIN)/python benchmarks/pages.py $(ARGS)
+
+layouts: build
+	$(BIN)/python benchmarks/layouts.py $(ARGS)
 
 test: build $(VENV)/.requirements-dev
 	$(BIN)/pytest -n $(JOBS) --maxprocesses=8 --dist loadfile $(ARGS)

@@ -2,8 +2,8 @@
 """The table of conversions in benchmarks/results: layouts and tensor-parallel shards on the CPU, against torch.
 
 Writes layouts.json, layouts.md and layouts.png. The geometries are those of real models (models.py says whence);
-torch's side is its best spelling on paged tensors with preallocated buffers. GB/s is 1e9 bytes of payload a second; harness.py
-says how sides are timed.
+torch's side is its best spelling on paged tensors with preallocated buffers. GB/s is 1e9 bytes of payload a second;
+harness.py says how sides are timed.
 """
 
 import argparse
@@ -82,7 +82,7 @@ class Conversion:
         generator = torch.Generator().manual_seed(0)
         self.src_ids, self.dst_ids = (torch.randperm(blocks, generator=generator) for _ in range(2))
         self.mapping = torch.stack((self.src_ids, self.dst_ids), dim=1)
-        compile_plan([cache.layout for cache in self.src], [cache.layout for cache in self.dst])
+        self.plan = compile_plan([cache.layout for cache in self.src], [cache.layout for cache in self.dst])
 
     def ours(self) -> None:
         convert_blocks(self.src, self.dst, self.mapping)
@@ -214,7 +214,7 @@ def measure_case(case: Case, threads: int, seconds: float, memory: Sequence[harn
     mine = times["convert_blocks"]
     return Row(
         op=case.name,
-        pages=plot.bytes_in_words(compile_plan([c.layout for c in conversion.src], [c.layout for c in conversion.dst]).smallest_fragment_bytes),
+        pages=plot.bytes_in_words(conversion.plan.smallest_fragment_bytes),
         threads=threads,
         gb_per_s=mine.gb_per_s,
         ceiling_gb_per_s=ceiling.gb_per_s,

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
-MODULES = ("contest", "geometry", "harness", "machine", "models", "plot", "verify")
+MODULES = ("contest", "geometry", "harness", "layouts", "machine", "models", "pages", "plot", "verify")
 OPS = ("swap_blocks", "copy_pages", "gather_blocks", "scatter_blocks")
 
 pytest.importorskip("kvkernels._host", reason="the benchmarks need the compiled library")
@@ -112,6 +112,30 @@ def test_pages_writes_its_table(tmp_path):
     text = (tmp_path / "pages.md").read_text()
     assert text.count("\n| ") == 2 + 2 + len(result["rows"]) + len(result["costs"])
     assert_png_with_a_drawing(tmp_path / "pages.png")
+
+
+def test_layouts_writes_its_table(tmp_path):
+    done = run_script("layouts.py", "--total-mib", 24, "--seconds", 0, "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "layouts.json").read_text())["rows"]
+    assert len(rows) == 20 and {row["threads"] for row in rows} == {1, 2}
+    assert {row["pages"] for row in rows} >= {"128 B", "256 B", "1 KiB", "18 KiB", "32 KiB"}
+    assert (tmp_path / "layouts.md").read_text().count("\n| ") == 2 + len(rows)
+    assert_png_with_a_drawing(tmp_path / "layouts.png")
+
+
+def test_layouts_gives_no_figure_for_wrong_bytes(modules, monkeypatch):
+    layouts = modules("layouts")
+    memory = [modules("harness").HostMemory(24 << 19) for _ in range(3)]
+    right = layouts.convert_blocks
+
+    def forget_a_block(src, dst, mapping):
+        right(src, dst, mapping[1:])
+
+    monkeypatch.setattr(layouts, "convert_blocks", forget_a_block)
+    with pytest.raises(layouts.WrongBytes, match="convert_blocks wrote other bytes than torch for Llama split TP2"):
+        (case,) = [case for case in layouts.CASES if case.name == "Llama split TP2"]
+        layouts.measure_case(case, 1, 0.0, memory)
 
 
 def corrupt_a_moved_byte(geometry, moves, src, dst):
