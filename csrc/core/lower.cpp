@@ -58,6 +58,9 @@ std::string_view name_of(Shape shape) {
 
 namespace {
 
+// Shorter fragments lose more to sources apart than streaming stores gain from destinations in order.
+constexpr int64_t kWrittenInOrderBytes = 256;
+
 // Consecutive sub-blocks that also continue from block to block need no division: the id counts them directly.
 Side bind_side(const Pool& pool, int64_t offset, int64_t subblocks, int64_t subblock_stride) {
   const bool continues = subblocks > 1 && subblocks * subblock_stride == pool.block_stride;
@@ -208,6 +211,11 @@ Work lower(std::vector<Move> moves, PairList pairs, int64_t src_ids, Direction d
   if (options.executor == Executor::kCpu) {
     work.lanes = cpu_policy().lanes_for(work.bytes, options.threads);
     work.streaming = cpu_policy().streams(work.bytes, options.soon_read);
+    if (work.streaming && options.writes_rows) {
+      for (Move& move : moves) {
+        if (move.fragment_bytes >= kWrittenInOrderBytes) order_loops(move, true);
+      }
+    }
   }
   work.moves = std::move(moves);
   work.segments = std::move(pairs.segments);

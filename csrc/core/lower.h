@@ -84,6 +84,7 @@ struct LowerOptions {
   Executor executor = Executor::kCpu;  // already chosen
   int threads = 1;                     // that the CPU executor may use
   bool soon_read = false;              // the destination is a buffer that the caller reads next, not a pool
+  bool writes_rows = false;            // the CPU's streaming stores gain more from order than its loads
 };
 
 // Moves and checked pairs to a Work for one executor.

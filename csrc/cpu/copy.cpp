@@ -191,9 +191,9 @@ Stretch stretch_from(const Work& work, const Loops& loops, size_t first) {
   const std::vector<Move>& moves = work.moves;
   Stretch stretch = {first, moves.size(), 0, 0};
   if (work.streaming) {
-    size_t last = zip_end(moves, first, loops.zips);
+    size_t last = zip_end(moves, first, loops.writes_rows);
     const bool zipped = last > first + 1;
-    while (!zipped && last < moves.size() && zip_end(moves, last, loops.zips) == last + 1) ++last;
+    while (!zipped && last < moves.size() && zip_end(moves, last, loops.writes_rows) == last + 1) ++last;
     stretch.last = last;
     for (size_t i = first; zipped && i < last; ++i) stretch.row_bytes += moves[i].fragment_bytes;
   }
@@ -298,5 +298,7 @@ Issued copy(const Work& work, ParallelFor parallel, Isa isa) {
 }
 
 Issued copy(const Work& work, ParallelFor parallel) { return copy(work, parallel, selected_isa()); }
+
+bool writes_rows() { return loops_for(selected_isa()).writes_rows; }
 
 }  // namespace kvkernels::cpu

@@ -25,4 +25,7 @@ Issued copy(const Work& work, ParallelFor parallel, Isa isa);
 // The same with selected_isa(), whose exception comes before the first byte.
 Issued copy(const Work& work, ParallelFor parallel);
 
+// Whether, with selected_isa(), rows of the destination are better written whole than rows of the source read whole.
+bool writes_rows();
+
 }  // namespace kvkernels::cpu

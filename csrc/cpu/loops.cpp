@@ -27,7 +27,7 @@ void fence() { _mm_sfence(); }
 constexpr bool kStreams = true;
 // Measured on Sapphire Rapids: 1.15 of the ceiling with four, 1.06 with two.
 constexpr int kInterleave = 4;
-constexpr bool kZips = true;
+constexpr bool kWritesRows = true;
 #include "cpu/loops.inc"
 #undef KVKERNELS_TARGET
 
@@ -50,7 +50,7 @@ void fence() { _mm_sfence(); }
 constexpr bool kStreams = true;
 // The processors that end here (AMD up to Zen 3) lose with three or more.
 constexpr int kInterleave = 2;
-constexpr bool kZips = false;
+constexpr bool kWritesRows = false;
 #include "cpu/loops.inc"
 #undef KVKERNELS_TARGET
 
@@ -74,7 +74,7 @@ inline void stream(std::byte* dst, Vector value) { store(dst, value); }
 void fence() {}
 constexpr bool kStreams = false;
 constexpr int kInterleave = 2;
-constexpr bool kZips = false;
+constexpr bool kWritesRows = false;
 #include "cpu/loops.inc"
 #undef KVKERNELS_TARGET
 

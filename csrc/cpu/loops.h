@@ -31,9 +31,9 @@ struct Loops {
   void (*copy_strips)(const Strip* strips, int64_t count);
   void (*ceiling)(std::byte* dst, const std::byte* src, int64_t bytes, Ceiling loop);
   void (*fence)();
-  // Whether moves that stripe the same destination rows are better copied together, row by row. (Those that stripe the
-  // same source rows always are.)
-  bool zips;
+  // Whether rows of the destination are better written whole, by moves in turns if need be, than rows of the source
+  // read whole.
+  bool writes_rows;
 };
 
 const Loops& loops_for(Isa isa);

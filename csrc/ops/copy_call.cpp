@@ -82,8 +82,9 @@ void carry_out(CopyCall call) {
     return carry_out_on_triton(call, std::move(moves), std::move(list), "both sides are in host memory");
   }
   const Choice choice = choose_on_host(call.op, call.executor);
-  Work work = lower(std::move(moves), std::move(list), call.src_limit.ids(), direction,
-                    {choice.executor, torch_threads(), call.soon_read});
+  Work work = lower(
+      std::move(moves), std::move(list), call.src_limit.ids(), direction,
+      {choice.executor, torch_threads(), call.soon_read, choice.executor == Executor::kCpu && cpu::writes_rows()});
   run_on_cpu(call.op, work, choice.reason);
   recycle(std::move(work.segments));
 }
