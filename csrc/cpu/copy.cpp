@@ -16,12 +16,13 @@ namespace {
 // Lanes cut only fragments from this size on, and those at multiples of kPieceBytes.
 constexpr int64_t kCutMinBytes = 64 << 10;
 
-// Below this, neighbours along the innermost loop are copied as strips.
-constexpr int64_t kStripBytes = kLineBytes;
+// Neighbours along the innermost loop are copied as strips up to this size; pages without loops only below a line.
+constexpr int64_t kStripMaxBytes = 256;
 
 // Moves are zipped only if they have loops (random pages of many pools at once lose more on the way to their sources),
-// fragments of these sizes, and at most so many at a time.
-constexpr int64_t kZipMinBytes = 256;
+// fragments of these sizes, and at most so many at a time. Strips fill rows as well by themselves.
+constexpr int64_t kReadZipMinBytes = 256;
+constexpr int64_t kWriteZipMinBytes = kStripMaxBytes + 1;
 constexpr int64_t kZipMaxBytes = kPieceBytes;
 constexpr size_t kZipMost = 16;
 
@@ -31,7 +32,9 @@ constexpr int64_t kBatch = 256;
 constexpr int64_t kStrips = 64;
 
 bool goes_in_strips(const FragmentCursor& cursor) {
-  return !cursor.listed() && cursor.move().fragment_bytes < kStripBytes && !cursor.move().merges;
+  if (cursor.listed() || cursor.move().merges) return false;
+  const Move& move = cursor.move();
+  return move.fragment_bytes < kLineBytes || (move.loop_count > 0 && move.fragment_bytes <= kStripMaxBytes);
 }
 
 // Hands out pieces in order: fragments, those above kPieceBytes cut. Of several cursors, which have as many fragments
@@ -118,13 +121,13 @@ Issued copy_pieces(std::span<FragmentCursor> cursors, const Loops& loops, bool s
   return issued;
 }
 
-Issued copy_strips(FragmentCursor& cursor, const Loops& loops) {
+Issued copy_strips(FragmentCursor& cursor, const Loops& loops, bool streaming) {
   Issued issued;
   Strip strips[kStrips];
   issued.descriptors -= cursor.resumes() ? 1 : 0;
   while (cursor.left() > 0 && goes_in_strips(cursor)) {
     const int64_t count = cursor.next_of_move(strips, kStrips);
-    loops.copy_strips(strips, count);
+    loops.copy_strips(strips, count, streaming);
     for (int64_t i = 0; i < count; ++i) {
       issued.descriptors += strips[i].count;
       issued.bytes += strips[i].count * strips[i].bytes;
@@ -138,12 +141,29 @@ void add(Issued& total, const Issued& part) {
   total.bytes += part.bytes;
 }
 
+// Of several cursors, which have as many fragments each at the same places of their loops, a strip in turn.
+Issued copy_strips_in_turns(std::span<FragmentCursor> cursors, const Loops& loops, bool streaming) {
+  Issued issued;
+  Strip strips[kZipMost];
+  while (cursors.front().left() > 0) {
+    int64_t count = 0;
+    for (FragmentCursor& cursor : cursors) count += cursor.next_of_move(strips + count, 1);
+    loops.copy_strips(strips, count, streaming);
+    for (int64_t i = 0; i < count; ++i) {
+      issued.descriptors += strips[i].count;
+      issued.bytes += strips[i].count * strips[i].bytes;
+    }
+  }
+  return issued;
+}
+
 // A part of the work, from one position to another.
 Issued copy_in_order(const Work& work, const Loops& loops, int64_t begin, int64_t end) {
   Issued issued;
   FragmentCursor cursor(work, begin, end);
   while (cursor.left() > 0) {
-    add(issued, goes_in_strips(cursor) ? copy_strips(cursor, loops) : copy_pieces({&cursor, 1}, loops, work.streaming));
+    add(issued, goes_in_strips(cursor) ? copy_strips(cursor, loops, work.streaming)
+                                       : copy_pieces({&cursor, 1}, loops, work.streaming));
   }
   return issued;
 }
@@ -158,33 +178,41 @@ struct Stretch {
   int64_t row_bytes;
 };
 
-bool zips(const Move& move) {
-  return move.loop_count > 0 && move.fragment_bytes >= kZipMinBytes && move.fragment_bytes <= kZipMaxBytes;
+// One side of moves, and from which size on they are zipped there.
+struct ZipSide {
+  Side Move::* side;
+  int64_t Loop::* stride;
+  int64_t min_bytes;
+};
+constexpr ZipSide kReads = {&Move::src, &Loop::src_stride, kReadZipMinBytes};
+constexpr ZipSide kWrites = {&Move::dst, &Loop::dst_stride, kWriteZipMinBytes};
+
+bool zips(const Move& move, const ZipSide& by) {
+  return move.loop_count > 0 && move.fragment_bytes >= by.min_bytes && move.fragment_bytes <= kZipMaxBytes;
 }
 
 // Whether `next` takes the part of each row of one side that follows the one `move` takes.
-bool takes_next_part(const Move& move, const Move& next, Side Move::* side, int64_t Loop::* stride) {
-  const Side& mine = move.*side;
-  const Side& its = next.*side;
-  bool same = zips(move) && zips(next) && its.base == mine.base + move.fragment_bytes &&
+bool takes_next_part(const Move& move, const Move& next, const ZipSide& by) {
+  const Side& mine = move.*by.side;
+  const Side& its = next.*by.side;
+  bool same = zips(move, by) && zips(next, by) && its.base == mine.base + move.fragment_bytes &&
               its.block_stride == mine.block_stride && its.subblocks == mine.subblocks &&
               its.subblock_stride == mine.subblock_stride && next.loop_count == move.loop_count;
   for (int i = 0; same && i < move.loop_count; ++i) {
-    same = next.loops[i].extent == move.loops[i].extent && next.loops[i].*stride == move.loops[i].*stride;
+    same = next.loops[i].extent == move.loops[i].extent && next.loops[i].*by.stride == move.loops[i].*by.stride;
   }
   return same;
 }
 
-size_t zip_end(const std::vector<Move>& moves, size_t first, Side Move::* side, int64_t Loop::* stride) {
+size_t zip_end(const std::vector<Move>& moves, size_t first, const ZipSide& by) {
   size_t last = first + 1;
-  while (last < moves.size() && last < first + kZipMost && takes_next_part(moves[last - 1], moves[last], side, stride))
-    ++last;
+  while (last < moves.size() && last < first + kZipMost && takes_next_part(moves[last - 1], moves[last], by)) ++last;
   return last;
 }
 
-size_t zip_end(const std::vector<Move>& moves, size_t first, bool fills_rows) {
-  const size_t reads = zip_end(moves, first, &Move::src, &Loop::src_stride);
-  return fills_rows ? std::max(reads, zip_end(moves, first, &Move::dst, &Loop::dst_stride)) : reads;
+size_t zip_end(const std::vector<Move>& moves, size_t first, bool writes_rows) {
+  const size_t reads = zip_end(moves, first, kReads);
+  return writes_rows ? std::max(reads, zip_end(moves, first, kWrites)) : reads;
 }
 
 Stretch stretch_from(const Work& work, const Loops& loops, size_t first) {
@@ -215,7 +243,9 @@ Issued copy_zipped(const Work& work, const Loops& loops, const Stretch& stretch,
                          move_begin + last_row * move.fragment_bytes);
     move_begin += work.pairs * move.bytes_per_pair();
   }
-  return copy_pieces(cursors, loops, work.streaming);
+  const bool short_ones = std::all_of(cursors.begin(), cursors.end(), goes_in_strips);
+  return short_ones ? copy_strips_in_turns(cursors, loops, work.streaming)
+                    : copy_pieces(cursors, loops, work.streaming);
 }
 
 Issued copy_range(const Work& work, const Loops& loops, int64_t begin, int64_t end) {

@@ -27,8 +27,8 @@ struct Loops {
   // Copies pieces[0, count); pieces[count, known) are only prefetched. With `streaming`, stores bypass the caches
   // and the caller fences.
   void (*copy_pieces)(const Fragment* pieces, int64_t count, int64_t known, bool streaming);
-  // For fragments below 64 bytes, where a record each would cost more than the bytes.
-  void (*copy_strips)(const Strip* strips, int64_t count);
+  // For short fragments at regular distances, where a record each would cost more than the bytes.
+  void (*copy_strips)(const Strip* strips, int64_t count, bool streaming);
   void (*ceiling)(std::byte* dst, const std::byte* src, int64_t bytes, Ceiling loop);
   void (*fence)();
   // Whether rows of the destination are better written whole, by moves in turns if need be, than rows of the source
