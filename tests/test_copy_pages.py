@@ -272,3 +272,25 @@ def test_many_threads_at_once():
 
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(work, range(8)))
+
+
+@pytest.mark.parametrize(
+    ("offsets", "loops"),
+    [
+        ((0, 48), [(4, 16, 64)]),
+        ((192, 0), [(4, -64, 8)]),
+        ((0, 8), [(2, 256, 256), (4, 16, 24)]),
+        ((0, 8), [(4, 16, 24), (2, 256, 256)]),
+        ((0, 8), [(1, 0, 0), (1, 0, 0), (4, 16, 24)]),
+    ],
+)
+def test_an_overlap_of_later_fragments_is_found(offsets, loops):
+    """The first fragments of a nest are apart; one of the others is both read and written."""
+    pool = torch.randint(256, (2, 512), dtype=torch.uint8)
+    before = pool.clone()
+    runs = runs_tensor(run_row((0, 0), offsets, 8, (0, 0), loops))
+    with pytest.raises(
+        ValueError, match="mapping must not write what it reads, got destination 1 overlapping source 1"
+    ):
+        kvkernels.copy_pages([pool], [pool], torch.tensor([[1, 1]]), runs)
+    assert torch.equal(pool, before)

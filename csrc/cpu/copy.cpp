@@ -72,8 +72,9 @@ class PieceSource {
 
   bool refill() {
     FragmentCursor& first = cursors_.front();
-    if (first.left() == 0 || goes_in_strips(first)) return false;
+    if (first.left() == 0) return false;
     if (cursors_.size() == 1) {
+      if (goes_in_strips(first)) return false;
       descriptors_ -= first.resumes() ? 1 : 0;
       count_ = first.next_of_move(fragments_, kFragments);
     } else {

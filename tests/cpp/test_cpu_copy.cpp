@@ -217,6 +217,7 @@ Case random_shards(Random& random, int64_t most_bytes) {
   for (int64_t i = 0; i < shards; ++i) {
     Move move{};
     move.fragment_bytes = random.once_in(6) ? random_size(random) : random.in(200, 1200);
+    if (random.once_in(2)) move.fragment_bytes = int64_t{64} << random.in(0, 4);
     row_bytes += move.fragment_bytes;
     work.moves.push_back(move);
   }
