@@ -184,8 +184,17 @@ def _compiled(src: tuple[KVLayout, ...], dst: tuple[KVLayout, ...], unit: int, a
     plan = Plan(src, dst, unit, allow_partial)
     if not allow_partial and not _covers(src, dst):
         _refuse(src, dst, "the sources lack heads that the destination has; allow_partial=True leaves them untouched")
-    _ = plan.runs
+    _check_tiles(plan)
     return plan
+
+
+def _check_tiles(plan: Plan) -> None:
+    """That the runs write every byte of the destination once. They come from disjoint heads, and a layout gives each
+    element a byte of its own, so that counting the bytes is enough."""
+    wanted = sum(layout.block_bytes for layout in plan.dst)
+    written = plan.bytes * plan.dst_subblocks
+    if written > wanted or (written < wanted and not plan.allow_partial):
+        _refuse(plan.src, plan.dst, f"{written} bytes would be written into blocks of {wanted}")
 
 
 def _as_tuple(name: str, layouts: Layouts) -> tuple[KVLayout, ...]:

@@ -16,6 +16,7 @@ from simgpu.ptx.memory import Area
 from simgpu.triton_device import SimulatedLaunch
 
 import kvkernels
+from kvkernels import KVCache, KVLayout, convert_blocks
 from kvkernels.triton import kernels
 
 pytestmark = pytest.mark.cuda
@@ -150,3 +151,29 @@ def test_ids_out_of_range_are_reported_there(sim, launch, op):
     with pytest.raises(IndexError, match=f"^{op}: 1 pairs had ids out of range on cuda:0, the first in row 0$"):
         kvkernels.check_device(0)
     kvkernels.check_device(0)
+
+
+@pytest.mark.parametrize(("src_ranks", "dst_ranks"), [(1, 1), (3, 2)])
+@pytest.mark.parametrize("direction", ["h2d", "d2h"])
+def test_a_conversion_of_layouts(launch, direction, src_ranks, dst_ranks):
+    """Token-first shards to head-first pages of all layers, in one launch."""
+    sizes = {"L": 2, "K": 2, "N": 4, "H": 6, "D": 16, "dtype": torch.float16}
+    generator = torch.Generator().manual_seed(5)
+
+    def convert(src_place, dst_place, executor):
+        sides = []
+        for pattern, ranks, place in (("L | K B N H D", src_ranks, src_place), ("B L K H N D", dst_ranks, dst_place)):
+            whole = KVLayout(pattern, B=3, **sizes)
+            generator.manual_seed(5)
+            caches = []
+            for layout in (whole.shard(rank, ranks) for rank in range(ranks)):
+                sizes_bytes = [layout.needed_bytes(i) for i in range(layout.num_tensors)]
+                flat = [torch.randint(256, (n,), dtype=torch.uint8, generator=generator) for n in sizes_bytes]
+                caches.append(KVCache(layout, [place(t) for t in flat]))
+            sides.append(caches)
+        convert_blocks(*sides, torch.tensor([[2, 0], [0, 1]]), executor=executor)
+        return [tensor.cpu().tolist() for cache in sides[1] for tensor in cache.tensors]
+
+    got = convert(*places(direction, 0), "triton")
+    assert len(launch.reports) == 1
+    assert got == convert(pageable, pageable, "reference")
