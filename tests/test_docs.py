@@ -47,7 +47,14 @@ def test_the_code_of_the_layouts_page_runs():
     exec("\n".join(blocks), {})
 
 
-def test_everything_public_has_a_docstring():
-    for name in kvkernels.__all__:
-        value = getattr(kvkernels, name)
+@pytest.mark.parametrize("function", ["convert_blocks", "copy_slots", "copy_groups"])
+@pytest.mark.parametrize("word", ["Parameters", "Raises", "IndexError", "ValueError", "stream", "graph", ">>>"])
+def test_each_conversion_says(function, word):
+    assert word in getattr(kvkernels.layout, function).__doc__
+
+
+@pytest.mark.parametrize("module", [kvkernels, kvkernels.layout], ids=lambda module: module.__name__)
+def test_everything_public_has_a_docstring(module):
+    for name in module.__all__:
+        value = getattr(module, name)
         assert isinstance(value, str) or value.__doc__, name

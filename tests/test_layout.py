@@ -120,6 +120,8 @@ def test_shards():
     for rank, size in ((-1, 2), (2, 2), (0, 0)):
         with pytest.raises(ValueError, match=f"rank must be below size and not negative, got rank {rank} of {size}"):
             whole.shard(rank, size)
+    mla = KVLayout("L | B N D", L=2, B=3, N=4, D=8, dtype=torch.uint8, row_bytes=64).shard(2, 3)
+    assert (mla.H, mla.replica, mla.replicas, mla.row_bytes, mla.page_bytes) == (1, 2, 3, None, 32)
     with pytest.raises(ValueError, match="a shard cannot be sharded again"):
         shard.shard(0, 1)
     with pytest.raises(ValueError, match="opaque pages cannot be sharded"):

@@ -291,9 +291,9 @@ class KVLayout:
         if self.total_heads != self.H or self.replicas != 1:
             self._fail("a shard cannot be sharded again")
         scales = self.scales.shard(rank, size) if self.scales else None
-        if "H" not in self.outside + self.inside:
-            return replace(self, scales=scales, replica=rank, replicas=size)
         first, heads, replica, replicas = _heads_of_rank(self.H, rank, size)
+        if "H" not in self.outside + self.inside:
+            first, heads, replica, replicas = 0, 1, rank, size
         return replace(
             self, H=heads, first_head=first, total_heads=self.H, replica=replica, replicas=replicas, scales=scales,
             row_bytes=None, offset_bytes=0, page_bytes=0,

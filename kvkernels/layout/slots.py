@@ -56,8 +56,9 @@ def copy_slots(
 
     Notes
     -----
-    Streams, graph capture and ids on a device are as in ``copy_pages``. Chunks that lie evenly spaced in one
-    allocation are one call.
+    As in ``copy_pages``, the copy is ordered on the device's current stream and not waited for, a CUDA graph that
+    captures it freezes slots on the CPU, and slots on the device are checked there. Chunks that lie evenly spaced in
+    one allocation are one call.
 
     Examples
     --------
