@@ -431,6 +431,15 @@ def test_a_mapping_is_a_plan_and_back(order):
     assert plan_of_mapping(again) == plan and hash(plan_of_mapping(again)) == hash(plan)
 
 
+def test_heads_outside_the_blocks_are_parts_of_their_own_and_opaque():
+    """Two heads, each with all blocks: no page holds both, so nothing is known of a page of all ranks' heads."""
+    cache = _half(2, B, 4, 16).transpose(0, 1)
+    spec = FullAttention(block_size=4, num_kv_heads=2, head_size=8, dtype=torch.float16)
+    canonical = _one(cache, spec, tensor_parallel=TensorParallel(0, 2, 4), num_blocks=B)
+    assert _geometry(canonical) == [((B, 128), 128, 128)] * 2
+    assert [ref.mapping.parallelism_agnostic for ref in canonical.group_data_refs[0]] == [False, False]
+
+
 def test_a_mapping_needs_one_pool_a_side():
     from kvkernels import KVLayout, compile_plan
 

@@ -205,7 +205,7 @@ def derive_page_mappings(
     if getattr(getattr(spec, "kv_quant_mode", None), "is_per_token_head", False):
         return opaque
     layout = layout_of(cache, spec)
-    if layout is None:
+    if layout is None or set(layout.pool_letters) - {"K"}:
         return opaque
     if "H" in layout.pattern:
         total = tensor_parallel.total_kv_heads
