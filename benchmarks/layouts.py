@@ -8,6 +8,7 @@ harness.py says how sides are timed.
 
 import argparse
 import json
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -228,6 +229,31 @@ def measure_case(case: Case, threads: int, seconds: float, memory: Sequence[harn
     )  # fmt: skip
 
 
+@dataclass
+class Cost:
+    """What compiling a plan costs."""
+
+    what: str
+    cold_ms: float
+    cached_ms: float
+
+
+def costs() -> list[Cost]:
+    """Plans for 80 layers, from token-first to head-first: of layouts never seen, then of the same again."""
+    found = []
+    for ranks in (1, 8):
+        cold, cached = [], []
+        for blocks in range(1000, 1021):
+            sizes = {**LLAMA, "L": 80, "B": blocks, "N": BLOCK_TOKENS}
+            src, dst = KVLayout(NHD, **sizes), KVLayout(HND, **sizes)
+            shards = [dst.shard(rank, ranks) for rank in range(ranks)] if ranks > 1 else [dst]
+            for times in (cold, cached):
+                times.append(harness.host_seconds(lambda src=src, shards=shards: compile_plan(src, shards)))
+        what = "80 layers" + (f" into {ranks} shards" if ranks > 1 else "")
+        found.append(Cost(what, statistics.median(cold) * 1e3, statistics.median(cached) * 1e3))
+    return found
+
+
 def markdown(result: dict[str, Any]) -> str:
     rows, machine_line = result["rows"], machine.in_words(result["machine"])
     lines = [
@@ -260,6 +286,10 @@ def markdown(result: dict[str, Any]) -> str:
             against(row["ratio_to_torch"], row["goal_ratio"]),
         )
         lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "| compiling a plan | cold / goal | cached / goal |", "| --- | ---: | ---: |"]
+    for cost in result["costs"]:
+        cells = (against(cost[key], goal, at_least=False) for key, goal in (("cold_ms", 50.0), ("cached_ms", 1.0)))
+        lines.append(f"| {cost['what']} | {' ms | '.join(cells)} ms |")
     return "\n".join([*lines, "", "![share of the ceiling and ratio to torch](layouts.png)", ""])
 
 
@@ -298,6 +328,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "settings": {"total_mib": options.total_mib, "seconds": options.seconds},
         "checked": True,
         "rows": [asdict(row) for row in rows],
+        "costs": [asdict(cost) for cost in costs()],
     }
     (options.out / "layouts.json").write_text(json.dumps(result, indent=2) + "\n")
     (options.out / "layouts.md").write_text(markdown(result))

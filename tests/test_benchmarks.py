@@ -117,10 +117,11 @@ def test_pages_writes_its_table(tmp_path):
 def test_layouts_writes_its_table(tmp_path):
     done = run_script("layouts.py", "--total-mib", 24, "--seconds", 0, "--out", tmp_path)
     assert done.returncode == 0, done.stderr
-    rows = json.loads((tmp_path / "layouts.json").read_text())["rows"]
+    result = json.loads((tmp_path / "layouts.json").read_text())
+    rows = result["rows"]
     assert len(rows) == 20 and {row["threads"] for row in rows} == {1, 2}
     assert {row["pages"] for row in rows} >= {"128 B", "256 B", "1 KiB", "18 KiB", "32 KiB"}
-    assert (tmp_path / "layouts.md").read_text().count("\n| ") == 2 + len(rows)
+    assert (tmp_path / "layouts.md").read_text().count("\n| ") == 2 + len(rows) + 2 + len(result["costs"])
     assert_png_with_a_drawing(tmp_path / "layouts.png")
 
 
