@@ -14,7 +14,7 @@ OUTPUT_SUFFIXES = ("RetainedState", "InternalRetainedState")
 
 _NAME = re.compile(
     rf"(?P<kind>{'|'.join(STEMS)})\.(?P<layer>0|[1-9][0-9]*)"
-    rf"(?:_(?!(?:{'|'.join(OUTPUT_SUFFIXES)})\Z)(?P<prefix>[A-Za-z0-9]+))?"
+    rf"(?:_(?!(?:{'|'.join(OUTPUT_SUFFIXES)})(?:_|\Z))(?P<prefix>[A-Za-z0-9]+))?"
     rf"(?:_(?P<suffix>{'|'.join(OUTPUT_SUFFIXES)}))?"
 )
 _PREFIX = re.compile(r"[A-Za-z0-9]+")
@@ -89,6 +89,8 @@ def add_prefix(names: Names, prefix: str | None) -> Names:
     >>> add_prefix(["past_key.0", "past_key.0_RetainedState", "logits"], "VLLM")
     ['past_key.0_VLLM', 'past_key.0_VLLM_RetainedState', 'logits']
     """
+    if isinstance(names, str):
+        raise ValueError(f"add_prefix: names must be a list or a dict, got {names!r}")
     if prefix is not None:
         check_prefix(prefix)
     if isinstance(names, dict) and names and set(names) <= set(_PARTS):
@@ -153,9 +155,9 @@ def pattern(prefix: str | None = None, *, kinds: Iterable[str] = STEMS) -> re.Pa
     """
     if prefix is not None:
         check_prefix(prefix)
-    unknown = [kind for kind in kinds if kind not in STEMS]
-    if unknown:
-        raise ValueError(f"kinds must be of {', '.join(STEMS)}, got {unknown[0]!r}")
+    kinds = tuple(kinds)
+    if not kinds or any(kind not in STEMS for kind in kinds):
+        raise ValueError(f"kinds must be some of {', '.join(STEMS)}, got {list(kinds)}")
     end = f"_{prefix}" if prefix else ""
     return re.compile(rf"(?P<kind>{'|'.join(kinds)})\.(?P<layer>0|[1-9][0-9]*){end}")
 
@@ -190,7 +192,9 @@ def select(
     >>> select(["logits", "past_value.0", "past_key.0", "past_key.1_VLLM"])
     {('past_key', 0): 'past_key.0', ('past_value', 0): 'past_value.0'}
     """
-    wanted = pattern(prefix, kinds=tuple(kinds))
+    if isinstance(buffers, str):
+        raise ValueError(f"select: buffers must be a mapping or an iterable of names, got {buffers!r}")
+    wanted = pattern(prefix, kinds=kinds)
     items = buffers.items() if isinstance(buffers, Mapping) else ((name, name) for name in buffers)
     found: dict[tuple[str, int], Any] = {}
     for name, value in items:

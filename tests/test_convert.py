@@ -129,6 +129,8 @@ def test_a_state_of_many_tensors_is_its_own_shape():
         ({"sm_budget": -1}, ValueError, "sm_budget must not be negative"),
         ({"unit_tokens": 3}, ValueError, "unit_tokens must divide 2, which divides both block sizes, got 3"),
         ({"layer": 5}, IndexError, "layer must be below 2 and not negative, got 5"),
+        ({"layer": 0.5}, IndexError, "layer must be below 2 and not negative, got 0.5"),
+        ({"src": None}, ValueError, "convert_blocks: src must be a KVCache or a list of them, got None"),
         ({"src": []}, ValueError, r"convert_blocks: src must be a KVCache or a list of them, got \[\]"),
         ({"dst": [torch.zeros(3)]}, ValueError, "convert_blocks: dst must be a KVCache or a list of them"),
     ],

@@ -73,9 +73,9 @@ def test_patterns_are_read_loosely_and_printed_in_one_way():
         ("", {}, "must have B"),
         ("L | B N H D", {}, "the pattern lacks K, whose size is 2"),
         ("L | K B N H D", {"H": 0}, "H must be a positive integer, got 0"),
-        ("L | K B N H D", {"N": 2.0}, "N must be a positive integer, got 2.0"),
+        ("L | K B N H D", {"N": 2.0}, "N must be an integer, got 2.0"),
         ("L | K B N H D", {"B": -1}, "B must be a positive integer, got -1"),
-        ("L | K B N H D", {"L": True}, "L must be a positive integer, got True"),
+        ("L | K B N H D", {"L": True}, "L must be an integer, got True"),
         ("L | K B N H D", {"K": 3}, "K must be 1 or 2, got 3"),
         ("L | K B N H D", {"dtype": None}, "dtype must be given"),
         (
@@ -84,6 +84,9 @@ def test_patterns_are_read_loosely_and_printed_in_one_way():
             f"at least the page's {PAGE} bytes, got {PAGE - 1}",
         ),
         ("L | K B N H D", {"offset_bytes": -1}, "offset_bytes must not be negative, got -1"),
+        ("L | K B N H D", {"row_bytes": 999.0}, "row_bytes must be an integer, got 999.0"),
+        ("L | K B N H D", {"dtype": "float16"}, "dtype must be a dtype, got 'float16'"),
+        (None, {}, "pattern must be a str, got None"),
         ("L | K B N H D", {"page_bytes": 5}, f"page_bytes must be {PAGE} or left out, got 5"),
         ("L | K B N H D", {"D_v": 0}, "D_v must be positive"),
         ("L | D B K N H", {"D_v": 4}, "in the page, right of K; got 4"),
@@ -102,7 +105,7 @@ def test_patterns_are_read_loosely_and_printed_in_one_way():
 def test_refused_layouts(pattern, changes, match):
     with pytest.raises(ValueError, match=match) as caught:
         KVLayout(pattern, **{**SIZES, **changes})
-    assert str(caught.value).startswith('KVLayout("')
+    assert str(caught.value).startswith("KVLayout")
 
 
 def test_shards():
@@ -201,10 +204,25 @@ def test_refused_caches():
         )
     with pytest.raises(ValueError, match=r"must be a strided tensor, got layout torch\.sparse_coo"):
         KVCache(NHD, _zeros(5, 2, 4, 3, 8).to_sparse())
+    with pytest.raises(ValueError, match="must be a Tensor or a list of them, got ndarray"):
+        KVCache(NHD, _zeros(5, 2, 4, 3, 8).numpy())
+    with pytest.raises(ValueError, match="layout must be a KVLayout, got 'B'"):
+        KVCache("B", _zeros(5))
+    complex_layout = KVLayout("B D", B=2, D=3, dtype=torch.complex64)
+    with pytest.raises(ValueError, match="must hold its values as they are"):
+        KVCache(complex_layout, torch.zeros(2, 3, dtype=torch.complex64).conj())
     short = _zeros(5, 2, 4, 3, 8)
     short.untyped_storage().resize_(100)
     with pytest.raises(ValueError, match=rf"tensors\[0\] must have {10 * PAGE} bytes of storage behind it"):
         KVCache(NHD, short)
+
+
+def test_rows_padded_to_the_larger_of_k_and_v_are_not_those_of_v():
+    layout = KVLayout("K | B N D", K=2, B=4, N=2, D=4, D_v=2, dtype=torch.uint8)
+    k, v = _zeros(4, 8, dtype=torch.uint8), _zeros(4, 8, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"tensors\[1\] must be \[4, 2, 2\] with strides of \[4, 2, 1\] bytes"):
+        KVCache(layout, [k, v])
+    assert KVCache(layout, [k, v[:, :4].contiguous()]).pools[1].stride() == (4, 1)
 
 
 def test_offsets_and_padding():

@@ -18,7 +18,8 @@ NEVER = [
     *(f"past_{kind}_{where}.{i}" for kind in ("key", "value") for where in ("self", "cross") for i in (0, 10)),
     "past_key_self.0_RetainedState", "past_key.", "past_key.x", "past_key.0_", "xpast_key.0", "past_key.0.1",
     "past_key.01",
-    "past_key.0\n", "past_key.٣", "past_key.0__RetainedState", "past_key.0_a_b", "past_key.0_é",
+    "past_key.0\n", "past_key.٣", "past_key.0__RetainedState", "past_key.0_RetainedState_RetainedState",
+    "past_key.0_a_b", "past_key.0_é",
 ]  # fmt: skip
 
 
@@ -120,7 +121,11 @@ def test_a_selection_is_pools_by_kind_and_layer():
 
 
 def test_refused_selections():
-    with pytest.raises(ValueError, match=r"kinds must be of past_key, .*, got 'keys'"):
+    with pytest.raises(ValueError, match=r"kinds must be some of past_key, .*, got \[.keys.\]"):
         select([], kinds=["keys"])
+    assert list(select(["k_pe.0"], kinds=iter(["k_pe"]))) == [("k_pe", 0)]
+    for call in (lambda: select("k_pe.0"), lambda: select([], kinds=[]), lambda: add_prefix("k_pe.0", "V")):
+        with pytest.raises(ValueError, match=r"must be"):
+            call()
     with pytest.raises(ValueError, match=r"each name once, got 'k_pe.0' twice"):
         select(["k_pe.0", "k_pe.0"])

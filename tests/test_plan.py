@@ -123,6 +123,20 @@ def test_refusals_name_both_layouts(src, dst, match):
     assert text.startswith("compile_plan: ") and text.count("KVLayout(") >= (2 if src else 0)
 
 
+def test_a_cached_plan_cannot_be_changed():
+    plan = compile_plan(NHD, HND)
+    for runs in (plan.runs.all, plan.runs[0]):
+        runs.zero_()
+    assert plan.runs.all[:, 4].tolist() == [16] * 6 and plan.runs[0][:, 4].tolist() == [16] * 2
+
+
+def test_units_are_integers():
+    for unit in (1.0, True, "1"):
+        with pytest.raises(ValueError, match=f"unit_tokens must be an integer, got {unit!r}"):
+            compile_plan(NHD, HND, unit_tokens=unit)
+    assert compile_plan(NHD, HND, unit_tokens=1).src_subblocks == 4
+
+
 @pytest.mark.parametrize("unit", [0, 3, 8])
 def test_refused_units(unit):
     with pytest.raises(ValueError, match=f"unit_tokens must divide 4, which divides both block sizes, got {unit}"):
@@ -139,6 +153,9 @@ def test_expand_blocks():
     assert expand_blocks(torch.tensor([3, -1, 0], dtype=torch.int32), 2).tolist() == [6, 7, -1, -1, 0, 1]
     assert expand_blocks([3, 1], 2, skip=1).tolist() == [7, 2, 3] and expand_blocks([3], 2, 2).tolist() == []
     assert expand_blocks([], 4).tolist() == [] and expand_blocks([5, 6], 1, count=1).tolist() == [5]
+    for ids in (torch.tensor([1.5]), torch.tensor([True]), torch.tensor([[1]]), [2**62]):
+        with pytest.raises(ValueError, match=r"^expand_blocks: chunk_ids must"):
+            expand_blocks(ids, 4)
     for blocks, skip, count in ((0, 0, None), (-1, 0, None), (2, 3, None), (2, -1, None), (2, 1, 2), (2, 0, -1)):
         with pytest.raises(ValueError, match=r"^expand_blocks: "):
             expand_blocks([3], blocks, skip, count)

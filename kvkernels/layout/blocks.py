@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kvkernels.checks import RUN_COLUMNS
+from kvkernels.checks import RUN_COLUMNS, dtype_text, shape_text
+
+_INT64_MAX = (1 << 63) - 1
 
 
 def expand_blocks(
@@ -37,7 +39,8 @@ def expand_blocks(
     Raises
     ------
     ValueError
-        ``blocks_per_chunk`` is not positive, or there are fewer blocks than ``skip`` and ``count`` name.
+        An argument is of another kind, ``blocks_per_chunk`` is not positive, an id is too large, or there are fewer
+        blocks than ``skip`` and ``count`` name.
 
     Examples
     --------
@@ -45,9 +48,15 @@ def expand_blocks(
     >>> expand_blocks([7, 2], 4, skip=1, count=5).tolist()
     [29, 30, 31, 8, 9]
     """
-    if blocks_per_chunk <= 0:
-        raise ValueError(f"expand_blocks: blocks_per_chunk must be positive, got {blocks_per_chunk}")
-    ids = torch.as_tensor(chunk_ids, dtype=torch.int64).reshape(-1, 1)
+    if not isinstance(blocks_per_chunk, int) or blocks_per_chunk <= 0:
+        raise ValueError(f"expand_blocks: blocks_per_chunk must be a positive integer, got {blocks_per_chunk}")
+    given = chunk_ids if isinstance(chunk_ids, Tensor) else torch.tensor(list(chunk_ids), dtype=torch.int64)
+    if given.dim() != 1 or given.dtype not in (torch.int64, torch.int32):
+        kind = f"{dtype_text(given.dtype)} of shape {shape_text(given.shape)}"
+        raise ValueError(f"expand_blocks: chunk_ids must be int64 or int32 [n], got {kind}")
+    if given.device.type == "cpu" and len(given) and int(given.max()) > (_INT64_MAX // blocks_per_chunk) - 1:
+        raise ValueError(f"expand_blocks: chunk_ids must leave their blocks in int64, got {int(given.max())}")
+    ids = given.to(torch.int64).reshape(-1, 1)
     blocks = ids * blocks_per_chunk + torch.arange(blocks_per_chunk, device=ids.device)
     blocks = torch.where(ids < 0, -1, blocks).flatten()
     wanted = len(blocks) - skip if count is None else count

@@ -47,8 +47,10 @@ class KVCache:
     """
 
     def __init__(self, layout: KVLayout, tensors: Tensor | Sequence[Tensor]) -> None:
+        if not isinstance(layout, KVLayout):
+            raise ValueError(f"KVCache: layout must be a KVLayout, got {layout!r}")
         self.layout = layout
-        self.tensors = (tensors,) if isinstance(tensors, Tensor) else tuple(tensors)
+        self.tensors = (tensors,) if isinstance(tensors, Tensor) else _as_tensors(tensors)
         if len(self.tensors) != layout.num_tensors:
             raise ValueError(f"KVCache: {layout!r} has {layout.num_tensors} tensors, got {len(self.tensors)}")
         self.device = self.tensors[0].device
@@ -68,6 +70,12 @@ class KVCache:
         return f"KVCache({self.layout!r}, {len(self.tensors)} tensors on {self.device})"
 
 
+def _as_tensors(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    if not isinstance(tensors, (list, tuple)) or not all(isinstance(tensor, Tensor) for tensor in tensors):
+        raise ValueError(f"KVCache: tensors must be a Tensor or a list of them, got {type(tensors).__name__}")
+    return tuple(tensors)
+
+
 def _checked_pools(layout: KVLayout, tensors: Sequence[Tensor], first: int, device: torch.device) -> list[Tensor]:
     for i, tensor in enumerate(tensors):
         _check(layout, tensor, i, f"KVCache: tensors[{first + i}]", device)
@@ -79,12 +87,14 @@ def _check(layout: KVLayout, tensor: Tensor, index: int, name: str, device: torc
         raise ValueError(f"{name} must be on {device} like the first, got {tensor.device}")
     if tensor.layout != torch.strided:
         raise ValueError(f"{name} must be a strided tensor, got layout {tensor.layout}")
+    if tensor.is_conj() or tensor.is_neg():
+        raise ValueError(f"{name} must hold its values as they are, got one that is conjugated or negated when read")
     wanted = layout.dtype
     if not layout.opaque and tensor.dtype != wanted and tensor.dtype not in _RAW_DTYPES:
         raise ValueError(f"{name} must be {dtype_text(wanted)} or raw uint8, got {dtype_text(tensor.dtype)}")  # type: ignore[arg-type]
     needed = layout.needed_bytes(index)
     is_flat = tensor.dim() == 1 and tensor.is_contiguous() and tensor.nbytes >= needed
-    if not (is_flat or _is_in_order(layout, tensor, index) or _is_padded_rows(layout, tensor)):
+    if not (is_flat or _is_in_order(layout, tensor, index) or _is_padded_rows(layout, tensor, index)):
         strides = [stride * tensor.element_size() for stride in tensor.stride()]
         raise ValueError(
             f"{name} must be {_wanted(layout, index)}a flat buffer of {needed} bytes for {layout!r}, "
@@ -128,11 +138,12 @@ def _is_in_order(layout: KVLayout, tensor: Tensor, index: int) -> bool:
     return not theirs
 
 
-def _is_padded_rows(layout: KVLayout, tensor: Tensor) -> bool:
+def _is_padded_rows(layout: KVLayout, tensor: Tensor, index: int) -> bool:
     """Whether it is ``[B, row_bytes]`` with the padding shown."""
     if layout.inside[0] != "B" or layout.offset_bytes or tensor.dim() != 2 or not tensor.is_contiguous():
         return False
-    return tensor.shape[0] == layout.B and tensor.shape[1] * tensor.element_size() == layout.places[0].row_bytes
+    rows = {place.row_bytes for place in layout.places if place.tensor == index}
+    return tensor.shape[0] == layout.B and {tensor.shape[1] * tensor.element_size()} == rows
 
 
 def _pool(tensor: Tensor, place: PoolPlace, blocks: int) -> Tensor:

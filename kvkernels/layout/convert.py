@@ -68,6 +68,8 @@ def convert_blocks(
     >>> hnd.tensors[0].flatten().tolist()
     [1, 3, 2, 4]
     """
+    if not isinstance(mapping, Tensor):
+        raise ValueError(f"convert_blocks: mapping must be a Tensor, got {type(mapping).__name__}")
     src_caches, dst_caches = as_caches("convert_blocks", "src", src), as_caches("convert_blocks", "dst", dst)
     plan = compile_plan(
         [cache.layout for cache in src_caches], [cache.layout for cache in dst_caches],
@@ -76,14 +78,13 @@ def convert_blocks(
     copy_pages(
         [pool for cache in src_caches for pool in cache.pools],
         [pool for cache in dst_caches for pool in cache.pools],
-        mapping, plan.runs.all if layer is None else plan.runs[layer], plan.src_subblocks, plan.dst_subblocks,
-        skip_negative, executor, sm_budget,
+        mapping, plan.runs.of(layer), plan.src_subblocks, plan.dst_subblocks, skip_negative, executor, sm_budget,
     )  # fmt: skip
 
 
 def as_caches(op: str, name: str, caches: Caches) -> tuple[KVCache, ...]:
     """A list of at least one, or ValueError."""
-    result = (caches,) if isinstance(caches, KVCache) else tuple(caches)
+    result = (caches,) if isinstance(caches, KVCache) else tuple(caches) if isinstance(caches, Sequence) else ()
     if not result or not all(isinstance(cache, KVCache) for cache in result):
         raise ValueError(f"{op}: {name} must be a KVCache or a list of them, got {caches!r}")
     return result

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -11,6 +12,11 @@ from functools import cached_property
 import torch
 
 from kvkernels.checks import dtype_text
+
+_INTEGERS = (
+    "L", "K", "B", "N", "H", "D", "D_v", "row_bytes", "offset_bytes", "page_bytes", "first_head", "total_heads",
+    "replica", "replicas",
+)  # fmt: skip
 
 #: Layers, key/value, blocks, tokens of a block, heads, elements of a head.
 LETTERS = "LKBNHD"
@@ -112,6 +118,7 @@ class KVLayout:
     replicas: int = field(default=1, kw_only=True)
 
     def __post_init__(self) -> None:
+        self._check_types()
         outside, _, inside = self.pattern.rpartition("|")
         words = [" ".join(part.replace(" ", "")) for part in (outside, inside)]
         self._set("pattern", " | ".join(word for word in words if word))
@@ -136,6 +143,24 @@ class KVLayout:
 
     # What can be wrong.
 
+    def _check_types(self) -> None:
+        if not isinstance(self.pattern, str):
+            raise ValueError(f"KVLayout: pattern must be a str, got {self.pattern!r}")
+        for name in _INTEGERS:
+            value = getattr(self, name)
+            if value is None and name in ("D_v", "row_bytes"):
+                continue
+            try:
+                self._set(name, operator.index(value))
+            except TypeError:
+                self._fail(f"{name} must be an integer, got {value!r}")
+            if isinstance(value, bool):
+                self._fail(f"{name} must be an integer, got {value!r}")
+        for name, kind in (("dtype", torch.dtype), ("scales", KVLayout)):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, kind):
+                self._fail(f"{name} must be a {kind.__name__}, got {value!r}")
+
     def _check_letters(self) -> None:
         letters = self.outside + self.inside
         unknown = [letter for letter in letters if letter not in LETTERS]
@@ -149,7 +174,7 @@ class KVLayout:
     def _check_sizes(self) -> None:
         for letter in LETTERS:
             size = self.size(letter)
-            if not isinstance(size, int) or isinstance(size, bool) or size < (0 if letter == "B" else 1):
+            if size < (0 if letter == "B" else 1):
                 self._fail(f"{letter} must be a positive integer, got {size!r}")
             if size != 1 and letter != "B" and letter not in self.outside + self.inside:
                 self._fail(f"the pattern lacks {letter}, whose size is {size}")
@@ -175,7 +200,10 @@ class KVLayout:
 
     def _check_scales(self, scales: KVLayout) -> None:
         same = all(self.size(letter) == scales.size(letter) for letter in "LBN")
-        same = same and scales.H in (1, self.H) and scales.K in (1, self.K)
+        same = same and scales.K in (1, self.K)
+        if "H" in scales.pattern:
+            heads = ("H", "first_head", "total_heads")
+            same = same and all(getattr(self, name) == getattr(scales, name) for name in heads)
         if not same or self.opaque or scales.opaque or scales.scales is not None:
             self._fail(f"scales must have the same layers, blocks, tokens and heads (or none), got {scales!r}")
 
@@ -284,6 +312,7 @@ class KVLayout:
         >>> [(s.first_head, s.replica) for s in (layout.shard(rank, 4) for rank in range(4))]
         [(0, 0), (0, 1), (1, 0), (1, 1)]
         """
+        rank, size = operator.index(rank), operator.index(size)
         if not 0 <= rank < size:
             self._fail(f"rank must be below size and not negative, got rank {rank} of {size}")
         if self.opaque:

@@ -88,7 +88,8 @@ class Plan:
         """The plan back: every destination byte that has a source. Replicas are then written, each of them."""
         if self.given is not None:
             swapped = tuple(tuple(row[column] for column in _INVERSE) for row in self.given)
-            return Plan(self.dst, self.src, self.unit_tokens, self.allow_partial, swapped)
+            partial = self.bytes != self.src[0].page_bytes
+            return Plan(self.dst, self.src, self.unit_tokens, partial, swapped)
         back = not _covers(self.dst, self.src)
         return compile_plan(self.dst, self.src, allow_partial=back, unit_tokens=self.unit_tokens)
 
@@ -111,27 +112,37 @@ class Plan:
 
 
 class PlanRuns(Sequence[Tensor]):
-    """A plan's runs, layer by layer: ``runs[layer]`` is what copies one layer, ``runs.all`` everything."""
+    """A plan's runs, layer by layer: ``runs[layer]`` is what copies one layer, ``runs.all`` everything.
+
+    Both are copies that a caller may change.
+    """
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
         self.rows = _compile(plan, range(plan.src[0].L))
+        self._whole = torch.from_numpy(self.rows)
         self._layers: dict[int, Tensor] = {}
 
-    @cached_property
+    @property
     def all(self) -> Tensor:
         """Every layer's runs, int64 ``[r, 16]`` on the CPU."""
-        return torch.from_numpy(self.rows)
+        return self._whole.clone()
+
+    def of(self, layer: int | None) -> Tensor:
+        """The plan's own runs of a layer, or of all, which nobody may change."""
+        if layer is None:
+            return self._whole
+        if not isinstance(layer, int) or not 0 <= layer < len(self):
+            raise IndexError(f"layer must be below {len(self)} and not negative, got {layer!r}")
+        if layer not in self._layers:
+            self._layers[layer] = torch.from_numpy(_compile(self._plan, range(layer, layer + 1)))
+        return self._layers[layer]
 
     def __len__(self) -> int:
         return self._plan.src[0].L
 
     def __getitem__(self, layer: int) -> Tensor:  # type: ignore[override]
-        if not 0 <= layer < len(self):
-            raise IndexError(f"layer must be below {len(self)} and not negative, got {layer}")
-        if layer not in self._layers:
-            self._layers[layer] = torch.from_numpy(_compile(self._plan, range(layer, layer + 1)))
-        return self._layers[layer]
+        return self.of(layer).clone()
 
 
 def compile_plan(src: Layouts, dst: Layouts, *, allow_partial: bool = False, unit_tokens: int | None = None) -> Plan:
@@ -171,8 +182,12 @@ def compile_plan(src: Layouts, dst: Layouts, *, allow_partial: bool = False, uni
     (131072, 128, 1024)
     """
     srcs, dsts = _as_tuple("src", src), _as_tuple("dst", dst)
-    common = math.gcd(srcs[0].N, dsts[0].N)
-    return _compiled(srcs, dsts, common if unit_tokens is None else unit_tokens, allow_partial)
+    unit = math.gcd(srcs[0].N, dsts[0].N)
+    if unit_tokens is not None:
+        if not isinstance(unit_tokens, int) or isinstance(unit_tokens, bool):
+            raise ValueError(f"compile_plan: unit_tokens must be an integer, got {unit_tokens!r}")
+        unit = unit_tokens
+    return _compiled(srcs, dsts, unit, bool(allow_partial))
 
 
 @lru_cache(maxsize=256)
@@ -198,7 +213,7 @@ def _check_tiles(plan: Plan) -> None:
 
 
 def _as_tuple(name: str, layouts: Layouts) -> tuple[KVLayout, ...]:
-    result = (layouts,) if isinstance(layouts, KVLayout) else tuple(layouts)
+    result = (layouts,) if isinstance(layouts, KVLayout) else tuple(layouts) if isinstance(layouts, Sequence) else ()
     if not result or not all(isinstance(layout, KVLayout) for layout in result):
         raise ValueError(f"compile_plan: {name} must be a KVLayout or a list of them, got {layouts!r}")
     return result
