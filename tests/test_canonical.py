@@ -16,7 +16,9 @@ from kvkernels.layout import (
     canonicalize,
     copy_groups,
     empty_host_caches,
+    layout_of,
     mapping_of_plan,
+    opaque_mapping,
     plan_of_mapping,
 )
 from kvkernels.layout.specs import MLA, ChunkedLocalAttention, FullAttention, KVCacheGroup, Mamba, SlidingWindow
@@ -334,17 +336,18 @@ def test_bad_transfers_move_nothing(src, dst, sizes, options, error, match):
 
 # Tensor parallelism.
 
+TOKENS = 6
 LOCAL_SHAPES = {
-    "B K N H D": lambda h: _half(B, 2, 4, h, 8),
-    "B K H N D": lambda h: _half(B, 2, h, 4, 8).transpose(2, 3),
-    "B H N K D": lambda h: _half(B, h, 4, 16),
-    "B N H K D": lambda h: _half(B, 4, h, 16).transpose(1, 2),
-    "K B N H D": lambda h: _half(2, B, 4, h, 8),
+    "B K N H D": lambda h: _half(B, 2, TOKENS, h, 8),
+    "B K H N D": lambda h: _half(B, 2, h, TOKENS, 8).transpose(2, 3),
+    "B H N K D": lambda h: _half(B, h, TOKENS, 16),
+    "B N H K D": lambda h: _half(B, TOKENS, h, 16).transpose(1, 2),
+    "K B N H D": lambda h: _half(2, B, TOKENS, h, 8),
 }
 
 
 def _mapping(cache, heads, rank, size, total):
-    spec = FullAttention(block_size=4, num_kv_heads=heads, head_size=8, dtype=torch.float16)
+    spec = FullAttention(block_size=TOKENS, num_kv_heads=heads, head_size=8, dtype=torch.float16)
     canonical = _one(cache, spec, tensor_parallel=TensorParallel(rank, size, total), num_blocks=B)
     return [ref.mapping for ref in canonical.group_data_refs[0]]
 
@@ -354,7 +357,7 @@ def _mapping(cache, heads, rank, size, total):
 def test_pages_of_ranks_tile_the_canonical_page(order, total, size):
     """Each byte has a number of its own; the canonical page has all heads, in the same order of letters."""
     heads = max(1, total // size)
-    tags = np.arange(2 * 4 * total * 8 * 2).reshape(2, 4, total, 8, 2)  # K N H D and bytes of an element
+    tags = np.arange(2 * TOKENS * total * 8 * 2).reshape(2, TOKENS, total, 8, 2)  # K N H D and bytes of an element
     axes = {"K": 0, "N": 1, "H": 2, "D": 3}
     inside = order.replace(" ", "").split("B")[1]
     whole = tags.transpose([*(axes[c] for c in inside), 4]) if "K" in inside else None
@@ -398,8 +401,9 @@ def test_mla_is_replicated():
         (_half(B, 2, 4, 2, 8), {"num_kv_heads": 2, "kv_quant_mode": SimpleNamespace(is_per_token_head=True)}, 6),
         (_half(B, 4, 2, 2, 8), {"num_kv_heads": 2}, 6),
         (_half(B, 128), {"num_kv_heads": 2}, 6),
+        (_half(B, 4, 4, 8), {"num_kv_heads": 4, "head_size": 4}, 12),
     ],
-    ids=["heads not divisible", "scales inside", "unknown shape", "flat"],
+    ids=["heads not divisible", "scales inside", "unknown shape", "flat", "as many heads as tokens"],
 )
 def test_what_cannot_be_proven_is_opaque(cache, spec, heads):
     known = {"block_size": 4, "head_size": 8, "dtype": torch.float16, "page_size_bytes": 256, **spec}
@@ -438,6 +442,103 @@ def test_heads_outside_the_blocks_are_parts_of_their_own_and_opaque():
     canonical = _one(cache, spec, tensor_parallel=TensorParallel(0, 2, 4), num_blocks=B)
     assert _geometry(canonical) == [((B, 128), 128, 128)] * 2
     assert [ref.mapping.parallelism_agnostic for ref in canonical.group_data_refs[0]] == [False, False]
+
+
+def test_both_spellings_of_packed_pages_are_known():
+    spec = FullAttention(block_size=6, num_kv_heads=4, head_size=8, dtype=torch.float16)
+    assert layout_of(_half(B, 4, 6, 16), spec).pattern == "B H N K D"
+    assert layout_of(_half(B, 6, 4, 16), spec).pattern == "B N H K D"
+    square = FullAttention(block_size=4, num_kv_heads=4, head_size=8, dtype=torch.float16)
+    assert layout_of(_half(B, 4, 4, 16), square) is None
+
+
+def test_two_blocks_are_told_from_k_and_v_by_a_known_shape():
+    """A first dimension of two cannot be K and V of MLA, or of pages that hold both side by side."""
+    mla = MLA(block_size=4, head_size=8, dtype=torch.float16)
+    assert _geometry(_one(_half(2, 4, 8), mla)) == [((2, 64), 64, 64)]
+    spec = FullAttention(block_size=4, num_kv_heads=2, head_size=8, dtype=torch.float16)
+    assert _geometry(_one(_half(2, 2, 4, 16), spec)) == [((2, 256), 256, 256)]
+    assert _geometry(_one(_half(2, 1, 4, 2, 8), spec)) == [((1, 128), 128, 128)] * 2
+
+
+@pytest.mark.parametrize("shape", [(4, 4, 2, 4, 2, 8), (4, 2, 2, 4, 2, 8)])
+def test_layers_outermost_are_not_taken_for_blocks(shape):
+    spec = FullAttention(block_size=4, num_kv_heads=2, head_size=8, dtype=torch.float16)
+    group = KVCacheGroup([str(i) for i in range(shape[0])], spec)
+    with pytest.raises(ValueError, match="layer of all layers must have"):
+        canonicalize(_half(*shape), [group], num_blocks=shape[1])
+
+
+def test_heads_outermost_are_not_taken_for_blocks():
+    spec = FullAttention(block_size=6, num_kv_heads=8, head_size=8, dtype=torch.float16)
+    with pytest.raises(ValueError, match="layer 'layer' must have"):
+        _one(_half(8, 4, 6, 16), spec, num_blocks=4)
+
+
+def test_layers_that_share_a_tensor_in_one_group_are_copied_once():
+    cache = torch.randint(-128, 128, (6, 64), dtype=torch.int8)
+    mla = MLA(block_size=4, head_size=8, dtype=torch.float16)
+    small = MLA(block_size=2, head_size=8, dtype=torch.float16, page_size_padded=64)
+    typed = cache.view(torch.float16)
+    caches = {"a": typed.view(6, 4, 8), "b": typed[:, :16].unflatten(1, (2, 8)), "c": typed.view(6, 4, 8)}
+    engine = canonicalize(caches, [KVCacheGroup(["b", "a", "c"], {"a": mla, "b": small, "c": mla})], num_blocks=6)
+    assert _refs(engine) == [[(0, 32), (0, 64), (0, 64)]]
+    host = empty_host_caches(engine, 2)
+    assert copy_groups(engine, host, torch.tensor([4, 1]), torch.tensor([0, 1]), [2]) == 128
+    assert torch.equal(host.tensors[0].tensor, cache[[4, 1]])
+
+
+def test_groups_that_read_what_another_writes_move_nothing():
+    engine = _engine()
+    before = [one.tensor.clone() for one in engine.tensors]
+    with pytest.raises(ValueError, match="no block must be read and written, got block 1 of tensor 0"):
+        copy_groups(engine, engine, torch.tensor([0, 1]), torch.tensor([1, 2]), [1, 1, 0])
+    with pytest.raises(ValueError, match="no block must be read and written, got block 2 of tensor 1"):
+        copy_groups(engine, engine, torch.tensor([0, 2]), torch.tensor([1, 2]), [1, 0, 1])
+    assert all(torch.equal(one.tensor, b) for one, b in zip(engine.tensors, before, strict=True))
+    assert copy_groups(engine, engine, torch.tensor([0, 3]), torch.tensor([1, 2]), [1, 1, 0]) == 64 + 50
+    assert torch.equal(engine.tensors[0].tensor[1], before[0][0])
+
+
+def test_states_whose_blocks_overlap_are_refused():
+    spec = Mamba(shapes=((8,),), dtypes=(torch.float32,))
+    for state in (torch.arange(100.0).as_strided((10, 8), (4, 1)), torch.arange(8.0).expand(10, 8)):
+        with pytest.raises(ValueError, match="must have blocks of 32 bytes that do not overlap"):
+            _one([state], spec)
+
+
+def test_wrong_kinds_of_arguments_are_named():
+    mla = MLA(block_size=4, head_size=8, dtype=torch.float16)
+    group = [KVCacheGroup(["layer"], mla)]
+    for caches, match in (
+        ([_half(2, 4, 8)], "kv_caches must be a mapping by layer, or one Tensor, got list"),
+        ({"layer": None}, "'layer' must be a Tensor or a list of them, got NoneType"),
+        ({"layer": _half(0, 4, 8)}, "'layer' must have blocks, got shape"),
+        ({"layer": torch.tensor(1.0)}, "'layer' must have blocks, got shape"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            canonicalize(caches, group)
+    with pytest.raises(ValueError, match="block_dim must be one of 3 dimensions, got 7"):
+        canonicalize({"layer": _half(6, 4, 8)}, group, block_dim=7)
+    with pytest.raises(ValueError, match="must have layers, got none"):
+        canonicalize(_half(6, 4, 8), [KVCacheGroup([], mla)])
+    engine = _engine()
+    with pytest.raises(ValueError, match="blocks must be counted from 0, and from 1 in a host block"):
+        empty_host_caches(engine, 2, blocks_per_host_block=0)
+    host = empty_host_caches(engine, 4, blocks_per_host_block=4)
+    for ids in (torch.tensor([1.7]), torch.tensor([True]), [1]):
+        with pytest.raises(ValueError, match="src_block_ids must be an int64 or int32 Tensor on the cpu, got"):
+            copy_groups(engine, host, ids, torch.tensor([0]), [1, 0, 0])
+    with pytest.raises(ValueError, match="must leave their blocks in int64"):
+        copy_groups(engine, host, torch.tensor([1]), torch.tensor([2**62]), [1, 0, 0])
+    with pytest.raises(ValueError, match="must be integers, got"):
+        copy_groups(engine, host, torch.tensor([1]), torch.tensor([0]), [1.0, 0, 0])
+
+
+def test_all_layers_in_one_block_are_opaque_to_tensor_parallelism():
+    group = KVCacheGroup(["a", "b"], FULL)
+    found = canonicalize(_half(B, 2, 2, N, H, D), [group], tensor_parallel=TensorParallel(1, 2, 8))
+    assert found.group_data_refs[0][0].mapping == opaque_mapping(2 * PAGE, 1, 2)
 
 
 def test_a_mapping_needs_one_pool_a_side():

@@ -185,7 +185,43 @@ def test_a_slot_past_the_end_in_a_later_chunk_moves_nothing():
     _refused(ValueError, "got 3 twice$", slots=(3, 3), buffer=chunks, direction="to_cache")
 
 
-@pytest.mark.cuda
+def test_later_chunks_are_checked_before_the_first_is_copied():
+    cache = _cache("vLLM NHD")[0]
+    chunk = _random(2, L, 1, H, D)
+    with pytest.raises(ValueError, match="on the cpu or on one cuda device, got cpu and meta"):
+        copy_slots(cache, torch.tensor([0, 1]), [chunk, chunk.to("meta")], direction="to_cache")
+    inside = cache[0].tensors[0].flatten()[: chunk.numel()].view(chunk.shape)
+    for direction in ("to_buffer", "to_cache"):
+        _refused(ValueError, "storage of their own", cache, buffer=[chunk, inside], direction=direction)
+
+
+def test_chunks_that_share_k_may_fill_the_cache():
+    """The same K for two tokens, V one after the other: not evenly spaced, and not refused."""
+    cache, _ = _cache("vLLM NHD")
+    k, v = _random(L, 1, H, D), _random(2, L, 1, H, D)
+    copy_slots(cache, torch.tensor([5, 2]), [k, v[0], k, v[1]], direction="to_cache", pattern="K | L T H D")
+    got = _read(cache, "vLLM NHD")
+    for token, slot in enumerate((5, 2)):
+        assert torch.equal(_bits(got[0, :, slot]), _bits(k[:, 0]))
+        assert torch.equal(_bits(got[1, :, slot]), _bits(v[token, :, 0]))
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"slots": [0, 1]}, "slots must be a Tensor, got list"),
+        ({"pattern": None}, "pattern must be a str, got NoneType"),
+        ({"skip_first": 0.5}, "skip_first must be a int, got float"),
+        ({"buffer": "x"}, "buffer must be a Tensor or a list"),
+    ],
+)
+def test_wrong_kinds_of_arguments_are_named(options, match):
+    arguments = {"slots": torch.tensor([0, 1]), "buffer": _random(2, L, 2, H, D), "direction": "to_buffer", **options}
+    with pytest.raises(ValueError, match=f"^copy_slots: {match}"):
+        copy_slots(_cache("vLLM NHD")[0], **arguments)
+
+
+@pytest.mark.cuda(torch_kernels=True)
 def test_slots_on_the_device():
     cache, logical = _cache("vLLM NHD")
     on_device = KVCache(cache[0].layout, [tensor.cuda() for tensor in cache[0].tensors])

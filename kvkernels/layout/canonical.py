@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 
 from kvkernels.checks import shape_text
-from kvkernels.layout.mapping import CanonicalPageMapping, TensorParallel, derive_page_mappings
+from kvkernels.layout.mapping import (
+    CanonicalPageMapping,
+    TensorParallel,
+    derive_page_mappings,
+    known_forms,
+    opaque_mapping,
+)
 from kvkernels.layout.specs import PageFacts, page_facts, spec_of_layer
 
 
@@ -100,7 +106,10 @@ def canonicalize(
     """
     finder = _Finder(num_blocks, block_dim)
     if isinstance(kv_caches, Tensor):
-        return _cross_layer(kv_caches, groups, finder)
+        return _cross_layer(kv_caches, groups, finder, tensor_parallel)
+    if not isinstance(kv_caches, Mapping):
+        kind = type(kv_caches).__name__
+        raise ValueError(f"canonicalize: kv_caches must be a mapping by layer, or one Tensor, got {kind}")
     tensors: dict[_Region, int] = {}
     group_refs: list[list[CanonicalKVCacheRef]] = []
     for group in groups:
@@ -111,7 +120,7 @@ def canonicalize(
                     f"canonicalize: kv_caches must have layer {name!r} of the groups, got {sorted(kv_caches)}"
                 )
             facts = page_facts(name, spec_of_layer(group, name))
-            cache = kv_caches[name]
+            cache = _checked_cache(name, kv_caches[name])
             regions = finder.regions(name, cache, facts)
             mappings: Sequence[CanonicalPageMapping | None] = [None] * len(regions)
             if tensor_parallel is not None:
@@ -126,18 +135,35 @@ def canonicalize(
     return CanonicalKVCaches([_view(region, blocks) for region in tensors], group_refs)
 
 
-def _cross_layer(tensor: Tensor, groups: Sequence[Any], finder: _Finder) -> CanonicalKVCaches:
+def _checked_cache(name: str, cache: Tensor | Sequence[Tensor]) -> Tensor | Sequence[Tensor]:
+    tensors = [cache] if isinstance(cache, Tensor) else cache
+    if not isinstance(tensors, (list, tuple)) or not all(isinstance(tensor, Tensor) for tensor in tensors):
+        _fail(repr(name), "be a Tensor or a list of them", type(cache).__name__)
+    if any(tensor.dim() == 0 or tensor.numel() == 0 for tensor in tensors):
+        _fail(repr(name), "have blocks", ", ".join(map(_geometry, tensors)))
+    return cache
+
+
+def _cross_layer(
+    tensor: Tensor, groups: Sequence[Any], finder: _Finder, tensor_parallel: TensorParallel | None
+) -> CanonicalKVCaches:
     """All layers of one group in one block."""
     if len(groups) != 1:
         raise ValueError(f"canonicalize: one tensor of all layers must come with one group, got {len(groups)}")
     names = list(groups[0].layer_names)
+    if not names:
+        raise ValueError("canonicalize: the group of one tensor of all layers must have layers, got none")
+    _checked_cache("of all layers", tensor)
     facts = [page_facts(name, spec_of_layer(groups[0], name)) for name in names]
     page = sum(one.page_bytes for one in facts)
     whole = PageFacts(page, page, False, None)
     regions = finder.tensor_regions("of all layers", tensor, whole, page)
     if len(regions) != 1:
         _fail("of all layers", "have blocks outermost", _geometry(tensor))
-    return CanonicalKVCaches([_view(regions[0], finder.num_blocks or 0)], [[CanonicalKVCacheRef(0, page)]])
+    mapping = None
+    if tensor_parallel is not None:
+        mapping = opaque_mapping(page, tensor_parallel.rank, tensor_parallel.size)
+    return CanonicalKVCaches([_view(regions[0], finder.num_blocks or 0)], [[CanonicalKVCacheRef(0, page, mapping)]])
 
 
 class _Finder:
@@ -162,15 +188,25 @@ class _Finder:
             if total % used_bytes:
                 _fail(label, f"have blocks of {used_bytes} bytes, as its spec says", f"{total} bytes in all")
             self.num_blocks = total // used_bytes
-        dims = range(min(tensor.dim(), 2)) if self._block_dim is None else [self._block_dim]
-        tried = [_by_dim(tensor, dim, self.num_blocks, facts, used_bytes) for dim in dims]
-        found = [regions for regions in tried if regions]
-        if not found:
+        readings = [_by_dim(tensor, dim, self.num_blocks, facts, used_bytes) for dim in self._block_dims(tensor, facts)]
+        found = [regions for regions in readings if regions is not None]
+        if len(found) > 1 and any(regions != found[0] for regions in found):
+            _fail(label, "have one dimension that counts blocks (block_dim names it)", _geometry(tensor))
+        if not found or not found[0]:
             wanted = f"have {self.num_blocks} blocks of {used_bytes} bytes, each in one piece or as K and V"
             _fail(label, wanted, _geometry(tensor))
-        if len(found) > 1 and found[0] != found[1]:
-            _fail(label, "have one dimension that counts blocks (block_dim names it)", _geometry(tensor))
         return found[0]
+
+    def _block_dims(self, tensor: Tensor, facts: PageFacts) -> list[int]:
+        """Dimensions that may count blocks: the one of a shape that is known, or the first two."""
+        if self._block_dim is not None:
+            if not 0 <= self._block_dim < tensor.dim():
+                raise ValueError(
+                    f"canonicalize: block_dim must be one of {tensor.dim()} dimensions, got {self._block_dim}"
+                )
+            return [self._block_dim]
+        dims = {letters.index("B") for letters in known_forms(tensor, facts.spec)}
+        return sorted(dims) if len(dims) == 1 else list(range(min(tensor.dim(), 2)))
 
     def _separate_regions(self, label: str, tensors: list[Tensor], facts: PageFacts) -> list[_Region]:
         """K and V in tensors of their own."""
@@ -201,7 +237,10 @@ class _Finder:
             if state.dim() == 0 or state.shape[0] != self.num_blocks or used is None:
                 _fail(label, f"have {self.num_blocks} blocks, each in one piece", _geometry(state))
             else:
-                regions.append(_Region(state, state.data_ptr(), used, max(state.stride(0) * item, used), used))
+                row = state.stride(0) * item if self.num_blocks > 1 else used
+                if row < used:
+                    _fail(label, f"have blocks of {used} bytes that do not overlap", _geometry(state))
+                regions.append(_Region(state, state.data_ptr(), used, row, used))
         total = sum(region.used_bytes for region in regions)
         if total not in (facts.unpadded_page_bytes, facts.page_bytes):
             _fail(label, f"have {facts.unpadded_page_bytes} bytes a block in its state, as its spec says", str(total))
@@ -215,19 +254,19 @@ class _Finder:
         return regions
 
 
-def _by_dim(tensor: Tensor, dim: int, num_blocks: int, facts: PageFacts, used_bytes: int) -> list[_Region]:
-    """The regions if this dimension counts blocks, or none."""
+def _by_dim(tensor: Tensor, dim: int, num_blocks: int, facts: PageFacts, used_bytes: int) -> list[_Region] | None:
+    """The regions if this dimension counts blocks, none where pages cannot say them; None if it does not."""
     item = tensor.element_size()
     blocks, step = tensor.shape[dim], tensor.stride(dim) * item
     if num_blocks == 0 or blocks % num_blocks:
-        return []
+        return None
     ratio = blocks // num_blocks
     others = [(n, s * item) for i, (n, s) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)) if i != dim]
     outer = [(n, s) for n, s in others if n > 1 and s >= step * blocks]
     inside_bytes = _dense_bytes([other for other in others if other not in outer], item)
     parts = math.prod(n for n, _ in outer)
     if inside_bytes is None or inside_bytes > step or inside_bytes * ratio * parts != used_bytes:
-        return []
+        return None
     if len(outer) > 1 or parts not in (1, 2) or (ratio > 1 and inside_bytes != step):
         return []
     row = step * ratio

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvkernels.checks import shape_text
-from kvkernels.layout.blocks import expand_blocks, whole_page_runs
+from kvkernels.checks import RUN_COLUMNS, dtype_text, shape_text
+from kvkernels.layout.blocks import expand_blocks
 from kvkernels.layout.canonical import CanonicalKVCaches, CanonicalKVCacheTensor
 from kvkernels.ops import copy_pages
 
@@ -40,6 +40,9 @@ def empty_host_caches(
     >>> empty_host_caches(engine, 2, blocks_per_host_block=3).tensors[0].tensor.shape
     torch.Size([2, 192])
     """
+    if blocks_per_host_block < 1 or num_blocks < 0:
+        wrong = f"num_blocks {num_blocks} and blocks_per_host_block {blocks_per_host_block}"
+        raise ValueError(f"empty_host_caches: blocks must be counted from 0, and from 1 in a host block, got {wrong}")
     tensors = []
     for one in caches.tensors:
         page = one.page_size_bytes * blocks_per_host_block
@@ -73,7 +76,8 @@ def copy_groups(
     Returns
     -------
     int
-        Bytes copied: over the groups, their size times their layers' pages without padding.
+        Bytes copied: over the groups, their size times their tensors' pages without padding; of layers that share a
+        tensor in one group, the largest page.
 
     Raises
     ------
@@ -105,6 +109,10 @@ def copy_groups(
     >>> host.tensors[0].tensor.tolist()
     [[0, 4], [1, 0]]
     """
+    for name, ids in (("src_block_ids", src_block_ids), ("dst_block_ids", dst_block_ids)):
+        if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32) or ids.device.type != "cpu":
+            kind = f"{dtype_text(ids.dtype)} on {ids.device}" if isinstance(ids, Tensor) else type(ids).__name__
+            raise ValueError(f"copy_groups: {name} must be an int64 or int32 Tensor on the cpu, got {kind}")
     ratios = _ratios(src, dst)
     skips = [0] * len(group_sizes) if first_blocks is None else list(first_blocks)
     _check_sizes(len(src.group_data_refs), group_sizes, skips, max(ratios))
@@ -114,7 +122,8 @@ def copy_groups(
         _transfer(src, dst, group, torch.stack((src_ids[group], dst_ids[group]), dim=1), ratios)
         for group, size in enumerate(group_sizes) if size and src.group_data_refs[group]
     ]  # fmt: skip
-    _check_written_once(dst, transfers, ratios[1])
+    _check_written_once(transfers, ratios[1])
+    _check_not_read(src, dst, transfers, ratios)
     for transfer in transfers:
         copy_pages(
             transfer.src, transfer.dst, transfer.mapping, transfer.runs, ratios[0], ratios[1], False, executor,
@@ -138,11 +147,15 @@ class _Transfer:
 def _transfer(
     src: CanonicalKVCaches, dst: CanonicalKVCaches, group: int, mapping: Tensor, ratios: tuple[int, int]
 ) -> _Transfer:
-    refs = src.group_data_refs[group]
-    tensors = [ref.tensor_idx for ref in refs]
+    largest: dict[int, int] = {}
+    for ref in src.group_data_refs[group]:
+        largest[ref.tensor_idx] = max(ref.page_size_bytes, largest.get(ref.tensor_idx, 0))
+    tensors, pages = list(largest), list(largest.values())
     pools = [[side.tensors[i].tensor for i in tensors] for side in (src, dst)]
-    pages = [ref.page_size_bytes for ref in refs]
-    runs = whole_page_runs(pools[0], pages)
+    runs = torch.zeros(len(tensors), RUN_COLUMNS, dtype=torch.int64)
+    runs[:, 0] = runs[:, 1] = torch.arange(len(tensors))
+    runs[:, 4] = torch.tensor(pages)
+    runs[:, 7::3] = 1
     for i, (name, side) in enumerate((("src", src), ("dst", dst))):
         if ratios[i] > 1:
             runs[:, 5 + i] = torch.tensor([side.tensors[t].page_size_bytes // ratios[i] for t in tensors])
@@ -154,7 +167,7 @@ def _transfer(
     return _Transfer(tensors, pools[0], pools[1], mapping, runs, len(mapping) * sum(pages))
 
 
-def _check_written_once(dst: CanonicalKVCaches, transfers: Sequence[_Transfer], ratio: int) -> None:
+def _check_written_once(transfers: Sequence[_Transfer], ratio: int) -> None:
     """Over all groups: those that share a tensor must not write the same block of it."""
     written: dict[int, list[Tensor]] = {}
     for transfer in transfers:
@@ -167,9 +180,34 @@ def _check_written_once(dst: CanonicalKVCaches, transfers: Sequence[_Transfer], 
             raise ValueError(f"copy_groups: dst_block_ids must name a block once, got {twice} of tensor {tensor} twice")
 
 
+def _check_not_read(
+    src: CanonicalKVCaches, dst: CanonicalKVCaches, transfers: Sequence[_Transfer], ratios: tuple[int, int]
+) -> None:
+    """Over all groups: what one writes, none reads, whichever of them comes first."""
+    read = {src.tensors[t].tensor.untyped_storage().data_ptr() for transfer in transfers for t in transfer.tensors}
+    shared = [one for one in dst.tensors if one.tensor.untyped_storage().data_ptr() in read]
+    if not shared or not transfers:
+        return
+    if ratios != (1, 1) or any(
+        a.tensor.data_ptr() != b.tensor.data_ptr() for a, b in zip(src.tensors, dst.tensors, strict=True)
+    ):
+        raise ValueError(
+            "copy_groups: src and dst must be the same caches or share no storage, got parts of one storage"
+        )
+    sides: list[set[tuple[int, int]]] = [
+        {(t, int(i)) for transfer in transfers for t in transfer.tensors for i in transfer.mapping[:, side]}
+        for side in (0, 1)
+    ]
+    both = sorted(sides[0] & sides[1])
+    if both:
+        raise ValueError(
+            f"copy_groups: no block must be read and written, got block {both[0][1]} of tensor {both[0][0]}"
+        )
+
+
 def _ratios(src: CanonicalKVCaches, dst: CanonicalKVCaches) -> tuple[int, int]:
     """Of the smaller blocks, how many make one of each side's."""
-    if len(src.tensors) != len(dst.tensors) or src.group_data_refs != dst.group_data_refs:
+    if len(src.tensors) != len(dst.tensors) or _places(src) != _places(dst):
         raise ValueError(
             f"copy_groups: src and dst must have the same tensors and references, got {len(src.tensors)} and "
             f"{len(dst.tensors)} tensors"
@@ -182,7 +220,13 @@ def _ratios(src: CanonicalKVCaches, dst: CanonicalKVCaches) -> tuple[int, int]:
     return ratios.pop() if ratios else (1, 1)
 
 
+def _places(caches: CanonicalKVCaches) -> list[list[tuple[int, int]]]:
+    return [[(ref.tensor_idx, ref.page_size_bytes) for ref in refs] for refs in caches.group_data_refs]
+
+
 def _check_sizes(groups: int, group_sizes: Sequence[int], skips: Sequence[int], ratio: int) -> None:
+    if not all(isinstance(n, int) for n in (*group_sizes, *skips)):
+        raise ValueError(f"copy_groups: group_sizes and first_blocks must be integers, got {group_sizes} and {skips}")
     given = (len(group_sizes), len(skips))
     if given != (groups, groups):
         raise ValueError(f"copy_groups: group_sizes and first_blocks must have {groups} groups, got {given}")

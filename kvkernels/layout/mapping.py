@@ -139,8 +139,9 @@ def opaque_mapping(page_bytes: int, rank: int, size: int) -> CanonicalPageMappin
 def layout_of(tensor: Tensor, spec: Any) -> KVLayout | None:
     """The layout of a layer's tensor, if its shape is one that engines use and leaves nothing open; else None.
 
-    Known are ``[B, 2, N, H, D]``, ``[2, B, N, H, D]``, ``[B, H, N, 2 * D]`` and, for MLA, ``[B, N, D]``, each in any
-    physical order: the strides decide. With one head, equal strides are read as token-first.
+    Known are ``[B, 2, N, H, D]``, ``[2, B, N, H, D]``, ``[B, H, N, 2 * D]``, ``[B, N, H, 2 * D]`` and, for MLA,
+    ``[B, N, D]``, each in any physical order: the strides decide. With one head, equal strides are read as token-first.
+    The two shapes of four dimensions leave open which is which where there are as many heads as tokens.
 
     Examples
     --------
@@ -150,27 +151,15 @@ def layout_of(tensor: Tensor, spec: Any) -> KVLayout | None:
     >>> layout_of(torch.zeros(6, 2, 2, 4, 8, dtype=torch.float16).transpose(2, 3), spec)
     KVLayout("B K H N D", K=2, B=6, N=4, H=2, D=8, float16)
     """
-    n, heads, d = spec.block_size, spec.num_kv_heads, spec.head_size
-    d_v = getattr(spec, "head_size_v", None)
-    shape, steps = tuple(tensor.shape), tensor.stride()
-    forms: list[tuple[tuple[int, ...], str]] = []
-    if tensor.element_size() != spec.dtype.itemsize or 0 in shape:
-        return None
-    if d_v == 0:
-        forms = [((shape[0], n, d), "BND")] if heads == 1 else []
-    elif d_v in (None, d):
-        forms = [
-            ((shape[0], 2, n, heads, d), "BKNHD"),
-            ((2, shape[min(1, len(shape) - 1)], n, heads, d), "KBNHD"),
-            ((shape[0], heads, n, 2 * d), "BHNC"),
-        ]
-    fitting = [letters for wanted, letters in forms if shape == wanted]
+    steps = tensor.stride()
+    fitting = known_forms(tensor, spec)
     if len(fitting) != 1:
         return None
+    n, heads, d, d_v = spec.block_size, spec.num_kv_heads, spec.head_size, getattr(spec, "head_size_v", None)
     letters = fitting[0]
     order = sorted(range(len(letters)), key=lambda i: (-steps[i], "KBNHDC".index(letters[i])))
     pattern = " ".join(letters[i] for i in order).replace("C", "K D")
-    sizes = dict(zip(letters, shape, strict=True))
+    sizes = dict(zip(letters, tensor.shape, strict=True))
     layout = KVLayout(
         pattern, K=1 if d_v == 0 else 2, B=sizes["B"], N=n, H=heads, D=d, dtype=spec.dtype,
         row_bytes=_padded_row(tensor, letters, order),
@@ -180,6 +169,29 @@ def layout_of(tensor: Tensor, spec: Any) -> KVLayout | None:
     except ValueError:
         return None
     return layout
+
+
+def known_forms(tensor: Tensor, spec: Any) -> list[str]:
+    """The engines' shapes that a tensor has, as letters by dimension; ``C`` is K and V of one head."""
+    wanted = ("block_size", "num_kv_heads", "head_size", "dtype")
+    if not all(hasattr(spec, name) for name in wanted) or tensor.dim() == 0 or 0 in tensor.shape:
+        return []
+    if tensor.element_size() != spec.dtype.itemsize:
+        return []
+    n, heads, d = spec.block_size, spec.num_kv_heads, spec.head_size
+    d_v = getattr(spec, "head_size_v", None)
+    first, second = tensor.shape[0], tensor.shape[min(1, tensor.dim() - 1)]
+    forms: list[tuple[tuple[int, ...], str]] = []
+    if d_v == 0:
+        forms = [((first, n, d), "BND")] if heads == 1 else []
+    elif d_v in (None, d):
+        forms = [
+            ((first, 2, n, heads, d), "BKNHD"), ((2, second, n, heads, d), "KBNHD"),
+            ((first, heads, n, 2 * d), "BHNC"), ((first, n, heads, 2 * d), "BNHC"),
+        ]  # fmt: skip
+    # One head, or one token: both ways of writing [B, H, N, C] say the same then, and the strides decide.
+    fitting = [letters for shape, letters in forms if tuple(tensor.shape) == shape]
+    return fitting[:1] if fitting == ["BHNC", "BNHC"] and 1 in (n, heads) else fitting
 
 
 def _padded_row(tensor: Tensor, letters: str, order: list[int]) -> int | None:

@@ -37,7 +37,8 @@ def copy_slots(
         Where the bytes go.
     pattern : str
         The order of a chunk's memory, as in ``KVLayout`` with ``T`` for its tokens. By default LMCache's ``[K, L, T,
-        H*D]``, which is ``[1, L, T, D]`` for MLA; SGLang's is ``"L T H D"``, one buffer for K and one for V.
+        H*D]``, which is ``[1, L, T, D]`` for MLA; SGLang's ``[L, T, H, D]``, one buffer for K and one for V, is
+        ``"K | L T H D"``.
     skip_first : int
         Tokens at the start that are left alone: the engine has them already.
     executor, sm_budget
@@ -49,8 +50,8 @@ def copy_slots(
         A slot on the CPU is past the cache.
     ValueError
         The buffers' size is not what the pattern and the slots say; a slot comes twice where the cache is written; what
-        ``copy_pages`` refuses. With several chunks, all of them are checked against the cache before the first is
-        copied, the values of the slots chunk by chunk.
+        ``copy_pages`` refuses; of several chunks, one on another device or in the storage of the cache. All chunks are
+        checked before the first is copied.
     RuntimeError
         CUDA failed; the message has CUDA's name for it, and the destination is undefined.
 
@@ -73,8 +74,13 @@ def copy_slots(
     """
     if direction not in _DIRECTIONS:
         raise ValueError(f"copy_slots: direction must be 'to_buffer' or 'to_cache', got {direction!r}")
+    for name, value, kind in (("slots", slots, Tensor), ("pattern", pattern, str), ("skip_first", skip_first, int)):
+        if not isinstance(value, kind):
+            raise ValueError(f"copy_slots: {name} must be a {kind.__name__}, got {type(value).__name__}")
     caches = as_caches("copy_slots", "cache", cache)
     chunks = _chunks(caches, buffer, pattern)
+    if len(chunks) > 1:
+        _check_together(chunks, caches)
     _check_slots(slots, skip_first, chunks, caches, direction)
     if direction == "to_buffer":
         _check_apart(chunks)
@@ -122,7 +128,10 @@ def _chunks(caches: Sequence[KVCache], buffer: Tensor | Sequence[Tensor], patter
 
 
 def _tensors_of_chunks(buffer: Tensor | Sequence[Tensor], each: int) -> list[list[Tensor]]:
-    tensors = [buffer] if isinstance(buffer, Tensor) else list(buffer)
+    tensors = [buffer] if isinstance(buffer, Tensor) else buffer
+    if not isinstance(tensors, (list, tuple)) or not all(isinstance(tensor, Tensor) for tensor in tensors):
+        raise ValueError(f"copy_slots: buffer must be a Tensor or a list of them, got {type(buffer).__name__}")
+    tensors = list(tensors)
     if len(tensors) % each:
         raise ValueError(f"copy_slots: buffer must have {each} tensors a chunk, got {len(tensors)}")
     return [tensors[i : i + each] for i in range(0, len(tensors), each)]
@@ -156,6 +165,19 @@ def _check_slots(
         raise ValueError(f"copy_slots: slots must name a slot once where the cache is written, got {twice} twice")
 
 
+def _check_together(chunks: Sequence[KVCache], caches: Sequence[KVCache]) -> None:
+    """What a call for one chunk would find when chunks before it have been copied."""
+    first = chunks[0].device
+    for chunk in chunks:
+        if chunk.device != first or chunk.device.type not in ("cpu", "cuda"):
+            raise ValueError(
+                f"copy_slots: buffer must be on the cpu or on one cuda device, got {first} and {chunk.device}"
+            )
+    held = {tensor.untyped_storage().data_ptr() for cache in caches for tensor in cache.tensors}
+    if any(tensor.untyped_storage().data_ptr() in held for chunk in chunks for tensor in chunk.tensors):
+        raise ValueError("copy_slots: buffer's chunks must have storage of their own, got one in the cache's")
+
+
 def _check_apart(chunks: Sequence[KVCache]) -> None:
     """Each copies on its own, so that none of them would notice."""
     parts = sorted((pool.data_ptr(), pool.data_ptr() + pool.nbytes) for chunk in chunks for pool in chunk.pools)
@@ -168,7 +190,7 @@ def _neighbours_joined(chunks: list[KVCache]) -> Iterator[KVCache]:
     start = 0
     while start < len(chunks):
         first = chunks[start]
-        end, spacing = start + 1, 0
+        end, spacing = start + 1, None
         while end < len(chunks) and _follows(chunks[end - 1], chunks[end], spacing):
             spacing = chunks[end].tensors[0].data_ptr() - chunks[end - 1].tensors[0].data_ptr()
             end += 1
@@ -180,16 +202,15 @@ def _neighbours_joined(chunks: list[KVCache]) -> Iterator[KVCache]:
         start = end
 
 
-def _follows(before: KVCache, after: KVCache, spacing: int) -> bool:
-    """Whether each tensor of a chunk lies ``spacing`` bytes behind the one before, or evenly where it is 0."""
-    if before.layout.N != after.layout.N:
+def _follows(before: KVCache, after: KVCache, spacing: int | None) -> bool:
+    """Whether each tensor of a chunk lies ``spacing`` bytes behind the one before; as far as the first, where None."""
+    pairs = list(zip(before.tensors, after.tensors, strict=True))
+    distances = {b.data_ptr() - a.data_ptr() for a, b in pairs}
+    one_storage = all(a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr() for a, b in pairs)
+    if before.layout.N != after.layout.N or len(distances) != 1 or not one_storage:
         return False
-    for a, b in zip(before.tensors, after.tensors, strict=True):
-        distance = b.data_ptr() - a.data_ptr()
-        spacing = spacing or distance
-        if a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr() or distance != spacing:
-            return False
-    return spacing >= before.layout.page_bytes
+    distance = distances.pop()
+    return distance >= before.layout.page_bytes and spacing in (None, distance)
 
 
 def _from_here(tensor: Tensor) -> Tensor:
