@@ -514,12 +514,16 @@ def test_wrong_kinds_of_arguments_are_named():
         ([_half(2, 4, 8)], "kv_caches must be a mapping by layer, or one Tensor, got list"),
         ({"layer": None}, "'layer' must be a Tensor or a list of them, got NoneType"),
         ({"layer": _half(0, 4, 8)}, "'layer' must have blocks, got shape"),
+        ({"layer": _half(6, 4, 8).to("meta")}, "'layer' must be on the cpu or a cuda device, got meta"),
         ({"layer": torch.tensor(1.0)}, "'layer' must have blocks, got shape"),
     ):
         with pytest.raises(ValueError, match=match):
             canonicalize(caches, group)
     with pytest.raises(ValueError, match="block_dim must be one of 3 dimensions, got 7"):
         canonicalize({"layer": _half(6, 4, 8)}, group, block_dim=7)
+    for options in ({"num_blocks": 6.0}, {"num_blocks": -1}, {"block_dim": -1}):
+        with pytest.raises(ValueError, match="must be an integer from 0 on, got"):
+            canonicalize({"layer": _half(6, 4, 8)}, group, **options)
     with pytest.raises(ValueError, match="must have layers, got none"):
         canonicalize(_half(6, 4, 8), [KVCacheGroup([], mla)])
     engine = _engine()
@@ -550,6 +554,20 @@ def test_a_mapping_needs_one_pool_a_side():
     one, other = (KVLayout("B N D", B=1, N=n, D=1, dtype=torch.uint8) for n in (2, 4))
     with pytest.raises(ValueError, match="blocks must be of one size, got 1 and 2 units"):
         mapping_of_plan(compile_plan(one, other))
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        CopyRun(0, 120, 16, 1, 16, 16),
+        CopyRun(24, 0, 16, 1, 16, 16),
+        CopyRun(0, 0, 16, 2, 8, 32),
+        CopyRun(-1, 0, 8, 1, 8, 8),
+    ],
+)
+def test_mappings_that_leave_a_page_or_hold_a_byte_twice_are_refused(run):
+    with pytest.raises(ValueError, match="plan_of_mapping: runs must have each byte of the"):
+        plan_of_mapping(CanonicalPageMapping(128, 32, (run,), 1, 0, True))
 
 
 def test_opaque_mappings_lie_side_by_side():

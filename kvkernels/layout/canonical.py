@@ -104,6 +104,9 @@ def canonicalize(
     >>> [tuple(t.tensor.shape) for t in canonical.tensors], [r.tensor_idx for r in canonical.group_data_refs[0]]
     ([(10, 8192), (10, 8192)], [0, 1])
     """
+    for argument, value in (("num_blocks", num_blocks), ("block_dim", block_dim)):
+        if value is not None and (not isinstance(value, int) or value < 0):
+            raise ValueError(f"canonicalize: {argument} must be an integer from 0 on, got {value!r}")
     finder = _Finder(num_blocks, block_dim)
     if isinstance(kv_caches, Tensor):
         return _cross_layer(kv_caches, groups, finder, tensor_parallel)
@@ -139,6 +142,8 @@ def _checked_cache(name: str, cache: Tensor | Sequence[Tensor]) -> Tensor | Sequ
     tensors = [cache] if isinstance(cache, Tensor) else cache
     if not isinstance(tensors, (list, tuple)) or not all(isinstance(tensor, Tensor) for tensor in tensors):
         _fail(repr(name), "be a Tensor or a list of them", type(cache).__name__)
+    if any(tensor.device.type not in ("cpu", "cuda") for tensor in tensors):
+        _fail(repr(name), "be on the cpu or a cuda device", ", ".join(str(tensor.device) for tensor in tensors))
     if any(tensor.dim() == 0 or tensor.numel() == 0 for tensor in tensors):
         _fail(repr(name), "have blocks", ", ".join(map(_geometry, tensors)))
     return cache

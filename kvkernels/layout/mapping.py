@@ -107,6 +107,11 @@ def _copy_runs(row: list[int]) -> list[CopyRun]:
 def plan_of_mapping(mapping: CanonicalPageMapping) -> Plan:
     """The plan that copies a rank's page to its place in the canonical page; its ``inverse()`` copies it back.
 
+    Raises
+    ------
+    ValueError
+        A run leaves a page, or a byte of either page is in two runs.
+
     Examples
     --------
     >>> run = CopyRun(0, 32, 16, 2, 16, 64)
@@ -118,10 +123,30 @@ def plan_of_mapping(mapping: CanonicalPageMapping) -> Plan:
          run.canonical_stride, 1, 0, 0, 1, 0, 0)
         for run in mapping.runs
     ]  # fmt: skip
+    _check_in_pages(mapping)
     local = KVLayout("B", B=1, opaque=True, page_bytes=mapping.local_page_size_bytes)
     whole = KVLayout("B", B=1, opaque=True, page_bytes=mapping.canonical_page_size_bytes)
     moved = sum(run.fragment_size * run.num_fragments for run in mapping.runs)
     return Plan((local,), (whole,), 1, moved != mapping.canonical_page_size_bytes, tuple(rows))
+
+
+def _check_in_pages(mapping: CanonicalPageMapping) -> None:
+    for page, page_bytes in (
+        ("local", mapping.local_page_size_bytes),
+        ("canonical", mapping.canonical_page_size_bytes),
+    ):
+        starts = [
+            (getattr(run, f"{page}_offset") + i * getattr(run, f"{page}_stride"), run.fragment_size)
+            for run in mapping.runs for i in range(run.num_fragments)
+        ]  # fmt: skip
+        end = 0
+        for start, size in sorted(starts):
+            if start < end or start + size > page_bytes:
+                raise ValueError(
+                    f"plan_of_mapping: runs must have each byte of the {page} page of {page_bytes} bytes at most once, "
+                    f"got bytes {start} to {start + size - 1} after {end}"
+                )
+            end = start + size
 
 
 def opaque_mapping(page_bytes: int, rank: int, size: int) -> CanonicalPageMapping:

@@ -133,7 +133,7 @@ class PlanRuns(Sequence[Tensor]):
         if layer is None:
             return self._whole
         if not isinstance(layer, int) or not 0 <= layer < len(self):
-            raise IndexError(f"layer must be below {len(self)} and not negative, got {layer!r}")
+            raise IndexError(f"Plan.runs: layer must be below {len(self)} and not negative, got {layer!r}")
         if layer not in self._layers:
             self._layers[layer] = torch.from_numpy(_compile(self._plan, range(layer, layer + 1)))
         return self._layers[layer]
