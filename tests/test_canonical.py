@@ -247,10 +247,10 @@ def test_sharers_that_disagree_are_refused():
         canonicalize(caches, [KVCacheGroup(["a", "b"], FULL)])
 
 
-@pytest.mark.parametrize("begin", [128, PAGE // 2, PAGE - 2])
+@pytest.mark.parametrize("begin", [128, PAGE // 2, PAGE - 2, PAGE + 2, 2 * PAGE - 2])
 def test_packed_layers_that_run_into_each_other_are_refused(begin):
-    """Rows have room for both pages, but the second begins inside the first."""
-    packed = _half(B * 2 * PAGE // 2)
+    """Rows have room for both pages, but the second begins inside the first, or ends inside the next block's."""
+    packed = _half((B * 2 + 1) * PAGE // 2)
     strides = (2 * PAGE // 2, N * H * D, H * D, D, 1)
     caches = {
         "a": packed.as_strided((B, 2, N, H, D), strides), "b": packed.as_strided((B, 2, N, H, D), strides, begin // 2),
