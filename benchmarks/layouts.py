@@ -21,7 +21,7 @@ import harness
 import machine
 import plot
 from kvkernels import KVCache, KVLayout, compile_plan, convert_blocks
-from pages import Row, against, min_rounds
+from pages import Row, against, min_rounds, table
 from verify import POISON, WrongBytes
 
 ALIGNMENT = 4096
@@ -271,21 +271,8 @@ def markdown(result: dict[str, Any]) -> str:
         " `copy_` into that order between; all on int64 views. *fragment* is the smallest contiguous piece. Where two"
         " figures stand in a cell, the second is the goal.",
         "",
-        "| conversion | fragment | threads | GB/s | ceiling | share of ceiling | torch | ratio to torch |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        *table(rows, "conversion", "fragment"),
     ]
-    for row in rows:
-        cells = (
-            row["op"],
-            row["pages"],
-            str(row["threads"]),
-            f"{row['gb_per_s']:.2f}",
-            f"{row['ceiling_gb_per_s']:.2f} ({row['ceiling_loop']})",
-            against(row["share_of_ceiling"], row["goal_share"]),
-            f"{row['torch_gb_per_s']:.2f}",
-            against(row["ratio_to_torch"], row["goal_ratio"]),
-        )
-        lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "| compiling a plan | cold / goal | cached / goal |", "| --- | ---: | ---: |"]
     for cost in result["costs"]:
         cells = (against(cost[key], goal, at_least=False) for key, goal in (("cold_ms", 50.0), ("cached_ms", 1.0)))

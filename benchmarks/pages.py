@@ -214,6 +214,27 @@ def against(measured: float, goal: float | None, at_least: bool = True) -> str:
     return f"{measured:.2f} / {goal:.2f}" + ("" if met else " (missed)")
 
 
+def table(rows: Sequence[dict[str, Any]], what: str, pages: str) -> list[str]:
+    """The rows in Markdown, under these names for the first two columns."""
+    lines = [
+        f"| {what} | {pages} | threads | GB/s | ceiling | share of ceiling | torch | ratio to torch |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        cells = (
+            row["op"],
+            row["pages"],
+            str(row["threads"]),
+            f"{row['gb_per_s']:.2f}",
+            f"{row['ceiling_gb_per_s']:.2f} ({row['ceiling_loop']})",
+            against(row["share_of_ceiling"], row["goal_share"]),
+            f"{row['torch_gb_per_s']:.2f}",
+            against(row["ratio_to_torch"], row["goal_ratio"]),
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
 def markdown(result: dict[str, Any]) -> str:
     rows, machine_line = result["rows"], machine.in_words(result["machine"])
     lines = [
@@ -229,21 +250,8 @@ def markdown(result: dict[str, Any]) -> str:
         " through a warm staging tensor for swap, `torch.cat(out=)`. Where two figures stand in a cell, the second is"
         " the goal.",
         "",
-        "| op | pages | threads | GB/s | ceiling | share of ceiling | torch | ratio to torch |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        *table(rows, "op", "pages"),
     ]
-    for row in rows:
-        cells = (
-            row["op"],
-            row["pages"],
-            str(row["threads"]),
-            f"{row['gb_per_s']:.2f}",
-            f"{row['ceiling_gb_per_s']:.2f} ({row['ceiling_loop']})",
-            against(row["share_of_ceiling"], row["goal_share"]),
-            f"{row['torch_gb_per_s']:.2f}",
-            against(row["ratio_to_torch"], row["goal_ratio"]),
-        )
-        lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "| one call | measured / goal |", "| --- | ---: |"]
     for cost in result["costs"]:
         lines.append(f"| {cost['what']} | {against(cost['measured'], cost['goal'], at_least=False)} {cost['unit']} |")
