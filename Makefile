@@ -88,7 +88,7 @@ layouts: build
 	$(BIN)/python benchmarks/layouts.py $(ARGS)
 
 test: build $(VENV)/.requirements-dev
-	$(BIN)/pytest -n $(JOBS) --maxprocesses=8 --dist loadfile $(ARGS)
+	$(BIN)/pytest -n $(JOBS) --maxprocesses=8 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # Before the environment, which is the larger part: without nvcc this ends here. The build knows only torch's CPU build.
 simgpu-build: $(VENV)/.requirements

@@ -71,6 +71,15 @@ def pytest_report_header() -> str:
     return f"kvkernels: {PACKAGE}, library {found['library']}, CUDA device: {torch.cuda.is_available()}"
 
 
+# Minutes each, with few tests: what runs in several processes must not leave them for last.
+LONG_FILES = ("triton_ptx", "ptx_kernels", "ptx_bulk", "kernel_body", "ptx_fuzz", "core_cpp", "streaming")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    first = {f"test_{name}": place for place, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: first.get(item.path.stem, len(first)))
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     marker = item.get_closest_marker("cuda")
     if marker is None:
