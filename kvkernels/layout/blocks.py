@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -97,7 +98,7 @@ def whole_page_runs(pools: Sequence[Tensor], page_bytes: Sequence[int] | None = 
     >>> dst[0].tolist()
     [[3, 4], [0, 0]]
     """
-    rows = [pool[0].numel() * pool.element_size() if len(pool) else 0 for pool in pools]
+    rows = [math.prod(pool.shape[1:]) * pool.element_size() for pool in pools]
     wanted = rows if page_bytes is None else list(page_bytes)
     if len(wanted) != len(rows) or any(not 0 <= n <= row for n, row in zip(wanted, rows, strict=True)):
         raise ValueError(f"whole_page_runs: page_bytes must be at most the pools' {rows} bytes each, got {wanted}")

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvkernels.checks import RUN_COLUMNS, dtype_text, shape_text
-from kvkernels.layout.blocks import expand_blocks
+from kvkernels.checks import dtype_text, shape_text
+from kvkernels.layout.blocks import expand_blocks, whole_page_runs
 from kvkernels.layout.canonical import CanonicalKVCaches, CanonicalKVCacheTensor
 from kvkernels.ops import copy_pages
 
@@ -152,10 +152,8 @@ def _transfer(
         largest[ref.tensor_idx] = max(ref.page_size_bytes, largest.get(ref.tensor_idx, 0))
     tensors, pages = list(largest), list(largest.values())
     pools = [[side.tensors[i].tensor for i in tensors] for side in (src, dst)]
-    runs = torch.zeros(len(tensors), RUN_COLUMNS, dtype=torch.int64)
-    runs[:, 0] = runs[:, 1] = torch.arange(len(tensors))
-    runs[:, 4] = torch.tensor(pages)
-    runs[:, 7::3] = 1
+    # A larger block's row is longer than a page: the smaller side's pools have the pages.
+    runs = whole_page_runs(pools[ratios[0] > 1], pages)
     for i, (name, side) in enumerate((("src", src), ("dst", dst))):
         if ratios[i] > 1:
             runs[:, 5 + i] = torch.tensor([side.tensors[t].page_size_bytes // ratios[i] for t in tensors])
