@@ -17,8 +17,7 @@ namespace {
 constexpr const char* kStreamBytesVariable = "KVKERNELS_STREAM_BYTES";
 
 // sysconf answers 0 or -1 where it does not know, and on some virtual machines the sum over a whole socket.
-int64_t cache_bytes(int name, int64_t most, int64_t otherwise) {
-  const int64_t bytes = sysconf(name);
+int64_t believed(int64_t bytes, int64_t most, int64_t otherwise) {
   return bytes > 0 && bytes <= most ? bytes : otherwise;
 }
 
@@ -34,16 +33,7 @@ int64_t parse_bytes(const char* text) {
 }
 
 CpuPolicy read_policy() {
-  CpuPolicy policy{};
-  policy.l2_bytes = cache_bytes(_SC_LEVEL2_CACHE_SIZE, 16 << 20, 512 << 10);
-  policy.l3_bytes = cache_bytes(_SC_LEVEL3_CACHE_SIZE, 128 << 20, 32 << 20);
-  policy.stream_pool_bytes = 2 * policy.l2_bytes;
-  policy.stream_soon_read_bytes = std::max(policy.l3_bytes / 4, policy.stream_pool_bytes);
-  policy.serial_bytes = 4 << 20;
-  policy.lane_bytes = 1 << 20;
-  policy.sort_min_page_bytes = 4 << 10;
-  policy.sort_max_page_bytes = 16 << 10;
-  policy.sort_bytes = 64 << 20;
+  CpuPolicy policy = policy_of_caches(sysconf(_SC_LEVEL2_CACHE_SIZE), sysconf(_SC_LEVEL3_CACHE_SIZE));
   if (const char* const text = std::getenv(kStreamBytesVariable)) {
     policy.stream_pool_bytes = policy.stream_soon_read_bytes = parse_bytes(text);
   }
@@ -51,6 +41,20 @@ CpuPolicy read_policy() {
 }
 
 }  // namespace
+
+CpuPolicy policy_of_caches(int64_t l2_bytes, int64_t l3_bytes) {
+  CpuPolicy policy{};
+  policy.l2_bytes = believed(l2_bytes, 16 << 20, 512 << 10);
+  policy.l3_bytes = believed(l3_bytes, 128 << 20, 32 << 20);
+  policy.stream_pool_bytes = 2 * policy.l2_bytes;
+  policy.stream_soon_read_bytes = std::max(policy.l3_bytes / 4, policy.stream_pool_bytes);
+  policy.serial_bytes = 4 << 20;
+  policy.lane_bytes = 1 << 20;
+  policy.sort_min_page_bytes = 4 << 10;
+  policy.sort_max_page_bytes = 16 << 10;
+  policy.sort_bytes = 64 << 20;
+  return policy;
+}
 
 const CpuPolicy& cpu_policy() {
   static const CpuPolicy policy = read_policy();

@@ -28,8 +28,12 @@ struct CpuPolicy {
   bool sorts(int64_t page_bytes, int64_t total_bytes) const;
 };
 
-// Read once. KVKERNELS_STREAM_BYTES, a number of bytes, replaces both streaming thresholds (0: always stream);
-// another value throws std::invalid_argument, at each call.
+// The numbers for a machine whose system reports these sizes: 0 or less where it does not say. Reports above 16 and
+// 128 MiB are the sum over a machine.
+CpuPolicy policy_of_caches(int64_t l2_bytes, int64_t l3_bytes);
+
+// This machine's. Read once. KVKERNELS_STREAM_BYTES, a number of bytes, replaces both streaming thresholds (0: always
+// stream); another value throws std::invalid_argument, at each call.
 const CpuPolicy& cpu_policy();
 
 }  // namespace kvkernels

@@ -50,6 +50,20 @@ void check_decisions() {
   expect(!policy.sorts(4095, large) && !policy.sorts(16385, large) && !policy.sorts(4096, large - 1), "others are not");
 }
 
+void check_caches() {
+  constexpr int64_t kMiB = 1 << 20;
+  const auto l2_of = [](int64_t bytes) { return policy_of_caches(bytes, 32 * kMiB).l2_bytes; };
+  const auto l3_of = [](int64_t bytes) { return policy_of_caches(kMiB, bytes).l3_bytes; };
+  expect(l2_of(1) == 1 && l2_of(16 * kMiB) == 16 * kMiB, "an L2 of up to 16 MiB is believed");
+  expect(l3_of(1) == 1 && l3_of(128 * kMiB) == 128 * kMiB, "an L3 of up to 128 MiB is believed");
+  for (const int64_t bytes : {int64_t{-1}, int64_t{0}, 128 * kMiB + 1}) {
+    expect(l2_of(bytes) == kMiB / 2 && l3_of(bytes) == 32 * kMiB, "a cache that nothing is known of");
+  }
+  expect(l2_of(16 * kMiB + 1) == kMiB / 2, "an L2 of more than 16 MiB");
+  expect(policy_of_caches(2 * kMiB, 64 * kMiB).stream_soon_read_bytes == 16 * kMiB, "a quarter of L3");
+  expect(policy_of_caches(2 * kMiB, 12 * kMiB).stream_soon_read_bytes == 4 * kMiB, "but twice L2 at least");
+}
+
 bool rejects(const char* value) {
   try {
     cpu_policy();
@@ -150,6 +164,9 @@ void check_addresses_as_ids() {
   const std::optional<Work> work = addresses_as_ids(listed({{src + 1, dst + 40, 8}, {src + 30, dst + 3, 8}}));
   expect(work && work->pairs == 2 && work->bytes == 16 && work->fragments.empty(), "two fragments, two pairs");
   if (work) {
+    expect(work->segments.size() == 2 && work->segments[0].count == 1 && work->segments[1].count == 1, "one pair each");
+  }
+  if (work) {
     const Move& move = work->moves.front();
     const Segment& second = work->segments.back();
     expect(move.fragment_bytes == 8 && move.src.at(second.src) == src + 30 && move.dst.at(second.dst) == dst + 3,
@@ -198,6 +215,7 @@ int main() {
   expect_with("123456", [] { return follows(123456); });
   expect_with("9223372036854775807", [] { return follows(INT64_MAX); });
   check_decisions();
+  check_caches();
   check_gpu_table();
   check_bulk_pays();
   check_gpu_override();

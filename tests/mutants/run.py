@@ -295,7 +295,8 @@ def main() -> int:
     left = not_tried(mutants, outcomes)
     OUTCOMES.parent.mkdir(parents=True, exist_ok=True)
     OUTCOMES.write_text("".join(json.dumps(asdict(outcome)) + "\n" for outcome in outcomes))
-    print(f"{len(left)} edits; building {asked.workers} trees and running the tests once on each", flush=True)
+    baseline = "" if outcomes else " and running the tests on one"
+    print(f"{len(left)} edits; building {asked.workers} trees{baseline}", flush=True)
     try_all(left, asked.workers, outcomes)
     outcomes.sort(key=lambda o: (o.mutant.path, o.mutant.line))
     text = report(outcomes, asked.seed)
