@@ -79,6 +79,11 @@ def core_bytes(memory_build: Build) -> Path:
     return memory_build.program("test_core_bytes", [*CORE, *CPU])
 
 
+@pytest.fixture(scope="module")
+def staged(memory_build: Build) -> Path:
+    return memory_build.program("test_staged", CORE)
+
+
 @pytest.mark.parametrize("name", names_of_tests(CPP / "test_core.cpp"))
 def test_core(core: Path, name: str) -> None:
     run([core, name])
@@ -89,8 +94,13 @@ def test_core_bytes(core_bytes: Path, name: str) -> None:
     run([core_bytes, name])
 
 
-def test_every_test_of_the_core_is_listed(core: Path, core_bytes: Path) -> None:
-    for program in (core, core_bytes):
+@pytest.mark.parametrize("name", names_of_tests(CPP / "test_staged.cpp"))
+def test_staged(staged: Path, name: str) -> None:
+    run([staged, name])
+
+
+def test_every_test_of_the_core_is_listed(core: Path, core_bytes: Path, staged: Path) -> None:
+    for program in (core, core_bytes, staged):
         assert run([program, "--list"]).split() == names_of_tests(CPP / f"{program.name}.cpp")
 
 
