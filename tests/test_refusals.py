@@ -360,6 +360,29 @@ def test_shards_beside_each_other_in_many_rows_are_fine() -> None:
     assert torch.equal(apart, whole)
 
 
+def combs(*parts: tuple[int, int, int, int]) -> torch.Tensor:
+    """Runs that fill these bytes of a page: first offset, fragment, stride, fragments."""
+    return torch.tensor(
+        [[0, 0, at, at, size, 0, 0, count, stride, stride, *[1, 0, 0] * 2] for at, size, stride, count in parts]
+    )
+
+
+def test_rows_that_do_not_begin_with_the_page_are_compared_as_rows() -> None:
+    """18 million fragments of shards that lie beside each other, from the second byte on."""
+    page = torch.empty(1, (9 << 23) + 1, dtype=torch.uint8)
+    runs = combs((1, 4, 8, 9 << 20), (5, 4, 8, 9 << 20))
+    pair = torch.tensor([[0, 0]])
+    assert kvkernels.explain("copy_pages", [page], [torch.empty_like(page)], pair, runs).bytes == 9 << 23
+
+
+def test_more_fragments_than_are_compared() -> None:
+    page = torch.empty(1, 1 << 26, dtype=torch.uint8)
+    runs = combs((0, 1, 4, 1 << 24), (1, 1, 8, 1 << 10))
+    text = r"runs must have at most 16777216 fragments in a page where they interleave, got 16778240 in dst\[0\]$"
+    with pytest.raises(ValueError, match=text):
+        torch.ops.kvkernels.copy_pages([page], [torch.empty_like(page)], torch.tensor([[0, 0]]), runs)
+
+
 def test_two_sources_for_one_destination() -> None:
     for ids in ([[0, 1], [5, 2], [3, 2]], [[3, 2], [0, 1], [5, 2], [3, 2]]):
         text = "block_mapping must name each destination once, got two sources for destination 2"
