@@ -84,6 +84,11 @@ def staged(memory_build: Build) -> Path:
     return memory_build.program("test_staged", CORE)
 
 
+@pytest.fixture(scope="module")
+def stretch(memory_build: Build) -> Path:
+    return memory_build.program("test_stretch", [CSRC / "cpu" / "stretch.cpp"])
+
+
 @pytest.mark.parametrize("name", names_of_tests(CPP / "test_core.cpp"))
 def test_core(core: Path, name: str) -> None:
     run([core, name])
@@ -99,8 +104,13 @@ def test_staged(staged: Path, name: str) -> None:
     run([staged, name])
 
 
-def test_every_test_of_the_core_is_listed(core: Path, core_bytes: Path, staged: Path) -> None:
-    for program in (core, core_bytes, staged):
+@pytest.mark.parametrize("name", names_of_tests(CPP / "test_stretch.cpp"))
+def test_stretch(stretch: Path, name: str) -> None:
+    run([stretch, name])
+
+
+def test_every_test_of_the_core_is_listed(core: Path, core_bytes: Path, staged: Path, stretch: Path) -> None:
+    for program in (core, core_bytes, staged, stretch):
         assert run([program, "--list"]).split() == names_of_tests(CPP / f"{program.name}.cpp")
 
 

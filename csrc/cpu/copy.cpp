@@ -8,6 +8,7 @@
 
 #include "core/fragments.h"
 #include "cpu/loops.h"
+#include "cpu/stretch.h"
 
 namespace kvkernels::cpu {
 
@@ -16,26 +17,12 @@ namespace {
 // Lanes cut only fragments from this size on, and those at multiples of kPieceBytes.
 constexpr int64_t kCutMinBytes = 64 << 10;
 
-// Neighbours along the innermost loop are copied as strips up to this size; pages without loops only below a line.
-constexpr int64_t kStripMaxBytes = 256;
-
-// Moves are zipped only if they have loops (random pages of many pools at once lose more on the way to their sources),
-// fragments of these sizes, and at most so many at a time. Strips fill rows as well by themselves.
-constexpr int64_t kReadZipMinBytes = 256;
-constexpr int64_t kWriteZipMinBytes = kStripMaxBytes + 1;
-constexpr int64_t kZipMaxBytes = kPieceBytes;
-constexpr size_t kZipMost = 16;
-
 constexpr int64_t kFragments = 32;
 static_assert(kZipMost <= kFragments, "each zipped move needs room for a fragment");
 constexpr int64_t kBatch = 256;
 constexpr int64_t kStrips = 64;
 
-bool goes_in_strips(const FragmentCursor& cursor) {
-  if (cursor.listed() || cursor.move().merges) return false;
-  const Move& move = cursor.move();
-  return move.fragment_bytes < kLineBytes || (move.loop_count > 0 && move.fragment_bytes <= kStripMaxBytes);
-}
+bool is_in_strips(const FragmentCursor& cursor) { return !cursor.listed() && goes_in_strips(cursor.move()); }
 
 // Hands out pieces in order: fragments, those above kPieceBytes cut. Of several cursors, which have as many fragments
 // each, it takes one fragment in turn.
@@ -74,7 +61,7 @@ class PieceSource {
     FragmentCursor& first = cursors_.front();
     if (first.left() == 0) return false;
     if (cursors_.size() == 1) {
-      if (goes_in_strips(first)) return false;
+      if (is_in_strips(first)) return false;
       descriptors_ -= first.resumes() ? 1 : 0;
       count_ = first.next_of_move(fragments_, kFragments);
     } else {
@@ -126,7 +113,7 @@ Issued copy_strips(FragmentCursor& cursor, const Loops& loops, bool streaming) {
   Issued issued;
   Strip strips[kStrips];
   issued.descriptors -= cursor.resumes() ? 1 : 0;
-  while (cursor.left() > 0 && goes_in_strips(cursor)) {
+  while (cursor.left() > 0 && is_in_strips(cursor)) {
     const int64_t count = cursor.next_of_move(strips, kStrips);
     loops.copy_strips(strips, count, streaming);
     for (int64_t i = 0; i < count; ++i) {
@@ -163,71 +150,10 @@ Issued copy_in_order(const Work& work, const Loops& loops, int64_t begin, int64_
   Issued issued;
   FragmentCursor cursor(work, begin, end);
   while (cursor.left() > 0) {
-    add(issued, goes_in_strips(cursor) ? copy_strips(cursor, loops, work.streaming)
-                                       : copy_pieces({&cursor, 1}, loops, work.streaming));
+    add(issued, is_in_strips(cursor) ? copy_strips(cursor, loops, work.streaming)
+                                     : copy_pieces({&cursor, 1}, loops, work.streaming));
   }
   return issued;
-}
-
-// Moves [first, last), which hold `bytes` of the work. Where row_bytes is not 0 they are zipped: a fragment of each in
-// turn, because together they fill rows of the destination, or read rows of the source, that each alone takes in
-// stripes, as shards side by side do.
-struct Stretch {
-  size_t first;
-  size_t last;
-  int64_t bytes;
-  int64_t row_bytes;
-};
-
-// One side of moves, and from which size on they are zipped there.
-struct ZipSide {
-  Side Move::* side;
-  int64_t Loop::* stride;
-  int64_t min_bytes;
-};
-constexpr ZipSide kReads = {&Move::src, &Loop::src_stride, kReadZipMinBytes};
-constexpr ZipSide kWrites = {&Move::dst, &Loop::dst_stride, kWriteZipMinBytes};
-
-bool zips(const Move& move, const ZipSide& by) {
-  return move.loop_count > 0 && move.fragment_bytes >= by.min_bytes && move.fragment_bytes <= kZipMaxBytes;
-}
-
-// Whether `next` takes the part of each row of one side that follows the one `move` takes.
-bool takes_next_part(const Move& move, const Move& next, const ZipSide& by) {
-  const Side& mine = move.*by.side;
-  const Side& its = next.*by.side;
-  bool same = zips(move, by) && zips(next, by) && its.base == mine.base + move.fragment_bytes &&
-              its.block_stride == mine.block_stride && its.subblocks == mine.subblocks &&
-              its.subblock_stride == mine.subblock_stride && next.loop_count == move.loop_count;
-  for (int i = 0; same && i < move.loop_count; ++i) {
-    same = next.loops[i].extent == move.loops[i].extent && next.loops[i].*by.stride == move.loops[i].*by.stride;
-  }
-  return same;
-}
-
-size_t zip_end(const std::vector<Move>& moves, size_t first, const ZipSide& by) {
-  size_t last = first + 1;
-  while (last < moves.size() && last < first + kZipMost && takes_next_part(moves[last - 1], moves[last], by)) ++last;
-  return last;
-}
-
-size_t zip_end(const std::vector<Move>& moves, size_t first, bool writes_rows) {
-  const size_t reads = zip_end(moves, first, kReads);
-  return writes_rows ? std::max(reads, zip_end(moves, first, kWrites)) : reads;
-}
-
-Stretch stretch_from(const Work& work, const Loops& loops, size_t first) {
-  const std::vector<Move>& moves = work.moves;
-  Stretch stretch = {first, moves.size(), 0, 0};
-  if (work.streaming) {
-    size_t last = zip_end(moves, first, loops.writes_rows);
-    const bool zipped = last > first + 1;
-    while (!zipped && last < moves.size() && zip_end(moves, last, loops.writes_rows) == last + 1) ++last;
-    stretch.last = last;
-    for (size_t i = first; zipped && i < last; ++i) stretch.row_bytes += moves[i].fragment_bytes;
-  }
-  for (size_t i = first; i < stretch.last; ++i) stretch.bytes += work.pairs * moves[i].bytes_per_pair();
-  return stretch;
 }
 
 // The rows of a zipped stretch between two positions, which are row boundaries.
@@ -244,7 +170,7 @@ Issued copy_zipped(const Work& work, const Loops& loops, const Stretch& stretch,
                          move_begin + last_row * move.fragment_bytes);
     move_begin += work.pairs * move.bytes_per_pair();
   }
-  const bool short_ones = std::all_of(cursors.begin(), cursors.end(), goes_in_strips);
+  const bool short_ones = std::all_of(cursors.begin(), cursors.end(), is_in_strips);
   return short_ones ? copy_strips_in_turns(cursors, loops, work.streaming)
                     : copy_pieces(cursors, loops, work.streaming);
 }
@@ -256,7 +182,7 @@ Issued copy_range(const Work& work, const Loops& loops, int64_t begin, int64_t e
   } else {
     int64_t at = 0;
     for (size_t first = 0; first < work.moves.size() && at < end;) {
-      const Stretch stretch = stretch_from(work, loops, first);
+      const Stretch stretch = stretch_from(work, first, loops.writes_rows);
       const int64_t low = std::max(begin, at);
       const int64_t high = std::min(end, at + stretch.bytes);
       if (low < high) {
@@ -287,7 +213,7 @@ int64_t lane_begin(const Work& work, const Loops& loops, int lane) {
     begin += fragment.bytes;
   }
   for (size_t first = 0; first < work.moves.size();) {
-    const Stretch stretch = stretch_from(work, loops, first);
+    const Stretch stretch = stretch_from(work, first, loops.writes_rows);
     first = stretch.last;
     if (even >= begin + stretch.bytes) {
       begin += stretch.bytes;
