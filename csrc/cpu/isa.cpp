@@ -64,6 +64,4 @@ Isa selected_isa() {
   return isa;
 }
 
-const char* instruction_set() { return name_of(selected_isa()).data(); }
-
 }  // namespace kvkernels::cpu

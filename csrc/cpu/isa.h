@@ -18,7 +18,4 @@ bool supports(Isa isa);
 // std::invalid_argument, at each call, on a value that is unknown or not supported here.
 Isa selected_isa();
 
-// name_of(selected_isa()), for people.
-const char* instruction_set();
-
 }  // namespace kvkernels::cpu

@@ -24,6 +24,7 @@ KVKERNELS_TARGET inline void stream(std::byte* dst, Vector value) {
   _mm512_stream_si512(reinterpret_cast<__m512i*>(dst), value);
 }
 void fence() { _mm_sfence(); }
+constexpr Isa kIsa = Isa::kAvx512;
 constexpr bool kStreams = true;
 // Measured on Sapphire Rapids: 1.15 of the ceiling with four, 1.06 with two.
 constexpr int kInterleave = 4;
@@ -47,6 +48,7 @@ KVKERNELS_TARGET inline void stream(std::byte* dst, Vector value) {
   _mm256_stream_si256(reinterpret_cast<__m256i*>(dst), value);
 }
 void fence() { _mm_sfence(); }
+constexpr Isa kIsa = Isa::kAvx2;
 constexpr bool kStreams = true;
 // The processors that end here (AMD up to Zen 3) lose with three or more.
 constexpr int kInterleave = 2;
@@ -72,6 +74,7 @@ inline Vector load(const std::byte* src) {
 inline void store(std::byte* dst, Vector value) { std::memcpy(dst, &value, sizeof(value)); }
 inline void stream(std::byte* dst, Vector value) { store(dst, value); }
 void fence() {}
+constexpr Isa kIsa = Isa::kPortable;
 constexpr bool kStreams = false;
 constexpr int kInterleave = 2;
 constexpr bool kWritesRows = false;
@@ -88,5 +91,7 @@ const Loops& loops_for(Isa isa) {
   (void)isa;
   return portable::kLoops;
 }
+
+const char* instruction_set() { return name_of(loops_for(selected_isa()).isa).data(); }
 
 }  // namespace kvkernels::cpu

@@ -34,8 +34,13 @@ struct Loops {
   // Whether rows of the destination are better written whole, by moves in turns if need be, than rows of the source
   // read whole.
   bool writes_rows;
+  // The instructions that these are made of.
+  Isa isa;
 };
 
 const Loops& loops_for(Isa isa);
+
+// The name of the instructions that copies are made with: of the loops themselves rather than of what was asked for.
+const char* instruction_set();
 
 }  // namespace kvkernels::cpu

@@ -1,4 +1,4 @@
-#include "cpu/isa.h"
+#include "cpu/loops.h"
 #include "ops/cuda_path.h"
 #include "ops/json.h"
 #include "ops/ops.h"

@@ -445,8 +445,13 @@ void check_selection() {
   } catch (const std::invalid_argument& error) {
     message = error.what();
   }
-  expect(message.starts_with("KVKERNELS_CPU_ISA must be one of 'portable'") && message.ends_with("got 'sse9'"),
-         "an unknown instruction set: " + message);
+  std::string names;
+  for (const cpu::Isa isa : cpu::kAllIsas) {
+    if (!cpu::supports(isa)) continue;
+    names += (names.empty() ? "'" : ", '") + std::string(cpu::name_of(isa)) + "'";
+    expect(cpu::loops_for(isa).isa == isa, "loops of other instructions than asked for");
+  }
+  expect(message == "KVKERNELS_CPU_ISA must be one of " + names + " on this processor, got 'sse9'", message);
   // Neither the first nor the widest, where there is a choice.
   const char* const wanted = cpu::supports(cpu::Isa::kAvx2) ? "avx2" : "portable";
   if (setenv("KVKERNELS_CPU_ISA", wanted, 1) != 0) throw std::runtime_error("setenv failed");
