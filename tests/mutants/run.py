@@ -4,8 +4,9 @@
     make mutants ARGS="--count 160 --workers 2"
 
 Each worker has a copy of the tree under build/mutants. An edit is killed if a test fails or runs far too long,
-stillborn if it does not compile, and survives otherwise. Survivors are read by a person: equivalent.txt
-names those that change nothing anyone could notice, and why.
+stillborn if it does not compile, and survives otherwise. Survivors are read by a person: survivors.txt
+says why they survive. Those that change nothing anyone could notice are counted apart; those that change how long a
+copy takes are survivors, since no test is allowed to depend on time.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from mutate import FOLDERS, Mutant, choose
 
 ROOT = Path(__file__).resolve().parents[2]
 OUTCOMES = ROOT / "build" / "mutants" / "outcomes.jsonl"
-EQUIVALENT = Path(__file__).with_name("equivalent.txt")
+SURVIVORS = Path(__file__).with_name("survivors.txt")
+TIME_ONLY = "Time only: "
 
 
 def _files(*names: str) -> list[str]:
@@ -176,10 +178,10 @@ class Worker:
             return True
 
 
-def known_equivalent() -> dict[str, str]:
-    """By the edit's text: why nobody could notice it."""
+def known_survivors() -> dict[str, str]:
+    """By the edit's text: why no test notices it."""
     known = {}
-    for block in EQUIVALENT.read_text().split("\n\n") if EQUIVALENT.exists() else ():
+    for block in SURVIVORS.read_text().split("\n\n") if SURVIVORS.exists() else ():
         lines = [line for line in block.split("\n") if line and not line.startswith("#")]
         if len(lines) >= 2:
             known[lines[0].strip()] = " ".join(line.strip() for line in lines[1:])
@@ -191,12 +193,16 @@ def key(mutant: Mutant) -> str:
     return f"{mutant.path}: {mutant.before.strip()}  ->  {mutant.after.strip()}"
 
 
+def is_equivalent(reason: str) -> bool:
+    return not reason.startswith(TIME_ONLY)
+
+
 def report(outcomes: list[Outcome], seed: int) -> str:
-    equivalent = known_equivalent()
+    reasons = known_survivors()
     rows = ["| folder | edits | stillborn | equivalent | killed | survived | killed of those that matter |"]
     rows.append("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
-    survivors = [o for o in outcomes if o.result == "survived" and key(o.mutant) not in equivalent]
-    silent = [o for o in outcomes if o.result == "survived" and key(o.mutant) in equivalent]
+    survivors = [o for o in outcomes if o.result == "survived"]
+    silent = [o for o in survivors if is_equivalent(reasons.get(key(o.mutant), TIME_ONLY))]
     for folder in (*FOLDERS, ""):
         mine = [o for o in outcomes if o.mutant.path.startswith(folder)]
         count = Counter(o.result for o in mine)
@@ -208,10 +214,9 @@ def report(outcomes: list[Outcome], seed: int) -> str:
             f"| {share} |"
         )
     text = "\n".join(rows) + f"\n\nSeed {seed}.\n"
-    if survivors:
-        text += "\nSurvivors:\n\n" + "".join(f"- `{o.mutant}`\n" for o in survivors)
-    if silent:
-        text += "\nEquivalent:\n\n" + "".join(f"- `{o.mutant}`: {equivalent[key(o.mutant)]}\n" for o in silent)
+    for title, some in (("Survivors", [o for o in survivors if o not in silent]), ("Equivalent", silent)):
+        lines = [f"- `{o.mutant}`: {reasons.get(key(o.mutant), 'not looked at yet')}\n" for o in some]
+        text += f"\n{title}:\n\n{''.join(lines)}" if lines else ""
     return text
 
 
@@ -221,14 +226,14 @@ def read_outcomes() -> list[Outcome]:
 
 
 def still_known(outcomes: list[Outcome], mutants: list[Mutant]) -> list[Outcome]:
-    """Outcomes of edits that the sources still allow, as many of a file as are wanted; not of those that survived and
-    are not equivalent, since a test may find them now."""
-    equivalent = known_equivalent()
+    """Outcomes of edits that the sources still allow, as many of a file as are wanted; not of those that survived for
+    no known reason, since a test may find them now."""
+    reasons = known_survivors()
     wanted = Counter(mutant.path for mutant in mutants)
     kept: dict[str, Outcome] = {}
     for outcome in outcomes:
         mutant = outcome.mutant.moved(ROOT)
-        alive = outcome.result == "survived" and key(outcome.mutant) not in equivalent
+        alive = outcome.result == "survived" and key(outcome.mutant) not in reasons
         if mutant is None or alive or wanted[mutant.path] == 0 or str(mutant) in kept:
             continue
         wanted[mutant.path] -= 1
