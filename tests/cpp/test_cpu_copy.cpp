@@ -436,6 +436,75 @@ void check_ceilings(Random& random) {
   }
 }
 
+// A lane's share, told by what it has written when lanes run one after the other.
+struct Shares {
+  const Memory* dst;
+  std::vector<int64_t> bytes;
+};
+Shares shares;
+
+void count_shares(int lanes, void* context, void (*body)(void* context, int lane)) {
+  int64_t before = 0;
+  for (int lane = 0; lane < lanes; ++lane) {
+    body(context, lane);
+    const auto now = std::count(shares.dst->data(), shares.dst->data() + shares.dst->size(), std::byte{1});
+    shares.bytes.push_back(now - before);
+    before = now;
+  }
+}
+
+void check_shares(const Work& work, const Memory& dst, int64_t unit_bytes, const std::string& what) {
+  std::memset(dst.data(), 0, static_cast<size_t>(dst.size()));
+  shares = {&dst, {}};
+  cpu::copy(work, count_shares, cpu::Isa::kPortable);
+  const int64_t even = work.bytes / work.lanes;
+  for (const int64_t bytes : shares.bytes) {
+    expect(std::abs(bytes - even) <= unit_bytes,
+           what + ": a lane has " + std::to_string(bytes) + " bytes instead of " + std::to_string(even));
+  }
+  expect(std::accumulate(shares.bytes.begin(), shares.bytes.end(), int64_t{0}) == work.bytes, what + ": all lanes");
+}
+
+// Lanes have about the same bytes, whatever they are cut from.
+void check_lanes() {
+  constexpr int64_t kMoves = 3;
+  constexpr int64_t kPairs = 7;
+  constexpr int64_t kRows = 4;
+  for (const int64_t fragment_bytes : {96, 512, 1000, 100000}) {
+    const int64_t page = kRows * fragment_bytes;
+    const int64_t bytes = kMoves * kPairs * page;
+    const Memory src(bytes, 0);
+    const Memory dst(bytes, 0);
+    std::memset(src.data(), 1, static_cast<size_t>(src.size()));
+    const std::string name = std::to_string(fragment_bytes);
+    // Beyond the sizes that are cut inside, a fragment is the smallest share; of zipped rows one of each.
+    const int64_t unit_bytes = fragment_bytes >= 1 << 16 ? cpu::kPieceBytes : kMoves * fragment_bytes;
+    Work work;
+    work.pairs = kPairs;
+    work.bytes = bytes;
+    work.segments = {{0, 0, kPairs}};
+    for (int64_t i = 0; i < kMoves; ++i) {
+      // The destination of each is contiguous; the rows of all lie side by side in the source.
+      const Side from{src.data() + i * fragment_bytes, kMoves * page, 0, 1};
+      const Side to{dst.data() + i * kPairs * page, page, 0, 1};
+      work.moves.push_back({from, to, fragment_bytes, 1, {{kRows, kMoves * fragment_bytes, fragment_bytes}}, false});
+    }
+    for (const int lanes : {2, 3, 5}) {
+      work.lanes = lanes;
+      for (const bool streaming : {false, true}) {
+        work.streaming = streaming;
+        check_shares(work, dst, unit_bytes, "moves of " + name + (streaming ? ", streaming" : ""));
+      }
+    }
+    work.moves.clear();
+    work.segments.clear();
+    for (int64_t at = 0; at < bytes; at += fragment_bytes) {
+      work.fragments.push_back({src.data() + at, dst.data() + at, fragment_bytes});
+    }
+    check_shares(work, dst, unit_bytes, "fragments of " + name);
+  }
+}
+
 // Last, because the choice is made once.
 void check_selection() {
   if (setenv("KVKERNELS_CPU_ISA", "sse9", 1) != 0) throw std::runtime_error("setenv failed");
@@ -468,6 +537,7 @@ int main(int argc, char** argv) {
   sweep_alignments(random);
   copy_far_apart(random);
   check_ceilings(random);
+  check_lanes();
   const auto start = std::chrono::steady_clock::now();
   int64_t cases = 0;
   while (std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() < seconds && failures == 0) {
