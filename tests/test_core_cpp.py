@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -22,6 +23,14 @@ RACES = ("-fsanitize=thread",)
 
 CORE = sorted(CSRC.glob("core/*.cpp"))
 CPU = sorted(CSRC.glob("cpu/*.cpp"))
+# The programs that run one test by its name, and what they are linked with.
+PROGRAMS = {
+    "test_core": CORE,
+    "test_core_bytes": [*CORE, *CPU],
+    "test_staged": CORE,
+    "test_stretch": [CSRC / "cpu" / "stretch.cpp"],
+    "test_store_kind": [CSRC / "cpu" / "isa.cpp", CSRC / "cpu" / "loops.cpp"],
+}
 # What test_core.cpp calls: its build for races need not wait for the rest.
 READING = [CSRC / "core" / "pairs.cpp", CSRC / "core" / "verify.cpp"]
 
@@ -49,9 +58,11 @@ class Build:
         self._sanitizers = sanitizers
 
     def program(self, name: str, sources: Sequence[Path]) -> Path:
+        program = self._folder / name
+        if program.exists():
+            return program
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
             objects = list(pool.map(self._compiled, [CPP / f"{name}.cpp", *sources]))
-        program = self._folder / name
         run([COMPILER, *self._sanitizers, *objects, "-o", program, "-pthread"])
         return program
 
@@ -69,49 +80,19 @@ def memory_build(tmp_path_factory: pytest.TempPathFactory) -> Build:
     return Build(tmp_path_factory.mktemp("memory"), MEMORY)
 
 
-@pytest.fixture(scope="module")
-def core(memory_build: Build) -> Path:
-    return memory_build.program("test_core", CORE)
+@pytest.mark.parametrize(
+    ("program", "name"), [(program, name) for program in PROGRAMS for name in names_of_tests(CPP / f"{program}.cpp")]
+)
+def test_program(memory_build: Build, program: str, name: str) -> None:
+    if program == "test_store_kind" and platform.machine() != "x86_64":
+        pytest.skip("it reads x86-64 instructions")
+    run([memory_build.program(program, PROGRAMS[program]), name])
 
 
-@pytest.fixture(scope="module")
-def core_bytes(memory_build: Build) -> Path:
-    return memory_build.program("test_core_bytes", [*CORE, *CPU])
-
-
-@pytest.fixture(scope="module")
-def staged(memory_build: Build) -> Path:
-    return memory_build.program("test_staged", CORE)
-
-
-@pytest.fixture(scope="module")
-def stretch(memory_build: Build) -> Path:
-    return memory_build.program("test_stretch", [CSRC / "cpu" / "stretch.cpp"])
-
-
-@pytest.mark.parametrize("name", names_of_tests(CPP / "test_core.cpp"))
-def test_core(core: Path, name: str) -> None:
-    run([core, name])
-
-
-@pytest.mark.parametrize("name", names_of_tests(CPP / "test_core_bytes.cpp"))
-def test_core_bytes(core_bytes: Path, name: str) -> None:
-    run([core_bytes, name])
-
-
-@pytest.mark.parametrize("name", names_of_tests(CPP / "test_staged.cpp"))
-def test_staged(staged: Path, name: str) -> None:
-    run([staged, name])
-
-
-@pytest.mark.parametrize("name", names_of_tests(CPP / "test_stretch.cpp"))
-def test_stretch(stretch: Path, name: str) -> None:
-    run([stretch, name])
-
-
-def test_every_test_of_the_core_is_listed(core: Path, core_bytes: Path, staged: Path, stretch: Path) -> None:
-    for program in (core, core_bytes, staged, stretch):
-        assert run([program, "--list"]).split() == names_of_tests(CPP / f"{program.name}.cpp")
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_every_test_of_a_program_is_listed(memory_build: Build, program: str) -> None:
+    listed = run([memory_build.program(program, PROGRAMS[program]), "--list"]).split()
+    assert listed == names_of_tests(CPP / f"{program}.cpp")
 
 
 def test_core_without_races(tmp_path: Path) -> None:

@@ -1,0 +1,141 @@
+// Which stores the CPU's loops use. The destination's second page cannot be written: the instruction that tries is
+// looked at where the processor stopped.
+//
+//   | page: written | page: read-only |
+//               | piece |
+//                   ^ the store that is looked at
+#include <setjmp.h>
+#include <signal.h>
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu/loops.h"
+#include "harness.h"
+
+namespace {
+
+using namespace kvkernels;
+using namespace kvkernels::testing;
+
+constexpr int64_t kPageBytes = 4096;
+constexpr int64_t kPages = 16;
+
+sigjmp_buf stopped;
+std::byte instruction[8];
+
+void stop(int, siginfo_t*, void* context) {
+#if defined(__x86_64__)
+  const auto* const at =
+      reinterpret_cast<const std::byte*>(static_cast<ucontext_t*>(context)->uc_mcontext.gregs[REG_RIP]);
+  for (int i = 0; i < 8; ++i) instruction[i] = at[i];
+#else
+  (void)context;
+#endif
+  siglongjmp(stopped, 1);
+}
+
+// movntdq, with the two-byte and three-byte VEX and the EVEX prefix.
+bool bypasses_caches() {
+  const auto byte = [](int i) { return std::to_integer<int>(instruction[i]); };
+  constexpr int kMovntdq = 0xe7;
+  return (byte(0) == 0xc5 && byte(2) == kMovntdq) || (byte(0) == 0xc4 && byte(3) == kMovntdq) ||
+         (byte(0) == 0x62 && byte(4) == kMovntdq);
+}
+
+class HalfReadOnly {
+ public:
+  HalfReadOnly() {
+    void* const memory =
+        mmap(nullptr, 2 * kPages * kPageBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED) throw std::runtime_error("mmap failed");
+    middle_ = static_cast<std::byte*>(memory) + kPages * kPageBytes;
+    if (mprotect(middle_, kPages * kPageBytes, PROT_READ) != 0) throw std::runtime_error("mprotect failed");
+  }
+  ~HalfReadOnly() { munmap(middle_ - kPages * kPageBytes, 2 * kPages * kPageBytes); }
+  HalfReadOnly(const HalfReadOnly&) = delete;
+  HalfReadOnly& operator=(const HalfReadOnly&) = delete;
+  std::byte* middle() const { return middle_; }
+
+ private:
+  std::byte* middle_;
+};
+
+// Whether the store that meets the read-only half bypasses the caches.
+template <class Copy>
+bool streams(Copy copy) {
+  if (sigsetjmp(stopped, 1) == 0) {
+    copy();
+    throw Failure("nothing was stored to the read-only half");
+  }
+  return bypasses_caches();
+}
+
+void handle_faults(void (*handler)(int, siginfo_t*, void*)) {
+  struct sigaction action{};
+  action.sa_sigaction = handler;
+  action.sa_flags = SA_SIGINFO;
+  if (sigaction(SIGSEGV, &action, nullptr) != 0) throw std::runtime_error("sigaction failed");
+}
+
+template <class Check>
+void for_each_isa(Check check) {
+  handle_faults(stop);
+  for (const cpu::Isa isa : cpu::kAllIsas) {
+    if (cpu::supports(isa)) check(cpu::loops_for(isa), isa != cpu::Isa::kPortable, std::string(cpu::name_of(isa)));
+  }
+}
+
+void pieces_stream_where_asked() {
+  const HalfReadOnly dst;
+  const std::vector<std::byte> src(kPages * kPageBytes);
+  for_each_isa([&](const cpu::Loops& loops, bool can_stream, const std::string& isa) {
+    for (const int64_t bytes : {64, 128, 192, 256, 512, 1024, 2048, 4096}) {
+      for (const int64_t misaligned : {0, 8}) {
+        // All to the same place: the first that arrives there is enough.
+        std::byte* const to = dst.middle() - bytes / 2 / 64 * 64 - misaligned;
+        const std::vector<Fragment> pieces(8, {src.data(), to, bytes});
+        for (const bool streaming : {false, true}) {
+          const bool seen = streams([&] { loops.copy_pieces(pieces.data(), 8, 8, streaming); });
+          // Short pieces that begin inside a line would fill it by halves.
+          const bool wanted = can_stream && streaming && (misaligned == 0 || bytes >= 2048);
+          expect(seen == wanted, text(isa, ": pieces of ", bytes, ", ", misaligned, " bytes before a line, ",
+                                      streaming ? "" : "not ", "streaming"));
+        }
+      }
+    }
+  });
+}
+
+void strips_stream_where_asked() {
+  const HalfReadOnly dst;
+  const std::vector<std::byte> src(kPages * kPageBytes);
+  for_each_isa([&](const cpu::Loops& loops, bool can_stream, const std::string& isa) {
+    for (const int64_t bytes : {8, 32, 64, 128, 192, 256}) {
+      for (const int64_t misaligned : {0, 8}) {
+        const Strip strip{src.data(), dst.middle() - 3 * bytes - misaligned, bytes, 8, bytes, bytes};
+        for (const bool streaming : {false, true}) {
+          const bool seen = streams([&] { loops.copy_strips(&strip, 1, streaming); });
+          const bool of_lines = bytes == 64 || bytes == 128 || bytes == 256;
+          expect(seen == (can_stream && streaming && of_lines && misaligned == 0),
+                 text(isa, ": strips of ", bytes, ", ", misaligned, " bytes before a line, ", streaming ? "" : "not ",
+                      "streaming"));
+        }
+      }
+    }
+  });
+}
+
+const Tests kTests{
+    {"pieces_stream_where_asked", pieces_stream_where_asked},
+    {"strips_stream_where_asked", strips_stream_where_asked},
+};
+
+}  // namespace
+
+int main(int argc, char** argv) { return run_tests(kTests, argc > 1 ? argv[1] : "--list"); }
