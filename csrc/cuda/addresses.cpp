@@ -74,7 +74,6 @@ ptrdiff_t device_offset(const char* name, const std::byte* begin, const std::byt
     if (range.device_offset != first.device_offset) {
       refuse(name, "host memory that the device sees at more than one offset");
     }
-    if (range.end >= reinterpret_cast<uintptr_t>(end)) break;
     at = reinterpret_cast<const std::byte*>(range.end);
   }
   return first.device_offset;
