@@ -428,6 +428,18 @@ def test_the_grid_keeps_to_the_budget(sim, direction, default):
         assert run.ctas >= min(default, 4 * pages), "few tiles are spread over the budget"
 
 
+@pytest.mark.parametrize(("direction", "default"), [(H2D, 4), (D2H, 4), (D2D, SMS)])
+@on_stand_in
+def test_the_grid_of_bulk_copies_keeps_to_the_budget(sim, direction, default):
+    """Fewer CTAs than of the kernel load as many bytes at once."""
+    src, dst = sim.memory(DEVICE, 32 << 20), sim.memory(DEVICE, 32 << 20)
+    move = Move(Side(0, 65536), Side(0, 65536), 65536)
+    many = [(i, i) for i in range(512)]
+    for sm_budget, ctas in ((0, default), (1, 1), (5, 5), (100_000, SMS)):
+        run, _ = check_kernel(sim, [move], many, src, dst, direction=direction, sm_budget=sm_budget, bulk=True)
+        assert run.ctas == min(ctas, -(-run.tiles // (run.threads // 32))) and run.ctas >= ctas // 2
+
+
 @on_stand_in
 def test_pageable_memory_is_refused_unless_the_device_reads_it(sim):
     host, device = sim.memory(PAGEABLE, 4096), sim.memory(DEVICE, 4096)
