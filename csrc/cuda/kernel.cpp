@@ -17,6 +17,7 @@ namespace {
 
 constexpr int64_t kMaxLanes = 64;  // of a fragment in the chunk kernels: 1 KiB in 16-byte chunks
 constexpr int64_t kWarpsPerCta = kMaxThreads / kWarpLanes;  // at most
+static_assert(kMaxThreads % kWarpLanes == 0, "a CTA is whole warps");
 constexpr int64_t kMinWarpsPerCta = 4;  // small copies are spread over the budget's SMs rather than packed into one
 
 // Bits set in any distance between two of a side's fragments. `id_scale` divides every id, so raw addresses that stand
