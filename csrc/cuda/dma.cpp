@@ -4,6 +4,7 @@
 #include <cudaTypedefs.h>
 
 #include <algorithm>
+#include <iterator>
 #include <string>
 #include <vector>
 
@@ -137,7 +138,7 @@ Issued walk(const Work& work, bool any_source_order, bool issues, cudaStream_t s
   Copier copier(work.descriptors, any_source_order, issues, stream);
   FragmentCursor cursor(work, 0, work.bytes);
   Fragment fragments[64];
-  for (int64_t count; (count = cursor.next(fragments, 64)) > 0;) {
+  for (int64_t count; (count = cursor.next(fragments, std::ssize(fragments))) > 0;) {
     for (int64_t i = 0; i < count; ++i) copier.add(fragments[i]);
   }
   return copier.finish();
