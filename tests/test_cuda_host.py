@@ -14,6 +14,7 @@ from simgpu.sim import (
     D2H,
     DEVICE,
     H2D,
+    INVALID_VALUE,
     LARGE_PARAMETERS,
     LEGACY,
     LEGACY_BY_NAME,
@@ -110,6 +111,14 @@ def test_what_memory_an_address_is_in(sim):
     # Never across calls: the memory may have been freed.
     sim.find(asked)
     assert sim.calls("cuPointerGetAttributes") - before == 9 + 3 + 3
+
+
+@on_stand_in
+def test_memory_that_the_driver_calls_an_invalid_value_is_pageable(sim):
+    """Of memory that is not CUDA's, a driver says nothing, with or without success."""
+    host = sim.memory(PAGEABLE, 64)
+    sim.fail("cuPointerGetAttributes", 1, INVALID_VALUE)
+    assert sim.find([address(host)])[0]["memory"] == PAGEABLE
 
 
 @on_stand_in
