@@ -15,12 +15,15 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -119,10 +122,21 @@ class Worker:
             print(f"{kind or 'Python'}: {len(tests)} files: {time.monotonic() - begin:.0f} s", flush=True)
 
     def _run(self, command: list[str], limit_s: float) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            command, cwd=self.tree, env=self.environment, timeout=limit_s, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
+        """Leaves no process behind: a broken kernel may never end, and would run beside all later edits. Such a process
+        may also hold its output open, so that goes to a file."""
+        with tempfile.TemporaryFile("w+") as output:
+            process = subprocess.Popen(
+                command, cwd=self.tree, env=self.environment, stdout=output, stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )  # fmt: skip
+            try:
+                process.wait(limit_s)
+            finally:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            output.seek(0)
+            return subprocess.CompletedProcess(command, process.returncode, output.read())
 
     def _must(self, command: list[str]) -> None:
         done = self._run(command, BUILD_SECONDS)
