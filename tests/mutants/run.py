@@ -192,6 +192,20 @@ class Worker:
             return True
 
 
+PREFACE = """# Whether the tests notice
+
+Printed by `make mutants`: single edits of the sources, chosen by a seed and spread over the files by their length. A
+comparison, a constant or an operator is another one, a condition is negated, operands are exchanged, or a check, a
+wait or a statement is dropped. Each edit is built, and the fast tests run on it until one fails. A survivor that led
+to a test was tried again.
+
+*Stillborn* edits do not compile. *Equivalent* ones change nothing that anyone could notice, for the reason given
+below. *Survived* is all else that no test noticed: also edits that change only how long a copy takes, since no test
+may depend on time. The share is of those killed and survived.
+
+"""
+
+
 def known_survivors() -> dict[str, str]:
     """By the edit's text: why no test notices it."""
     known = {}
@@ -213,7 +227,7 @@ def is_equivalent(reason: str) -> bool:
 
 def report(outcomes: list[Outcome], seed: int) -> str:
     reasons = known_survivors()
-    rows = ["| folder | edits | stillborn | equivalent | killed | survived | killed of those that matter |"]
+    rows = ["| folder | edits | stillborn | equivalent | killed | survived | share killed |"]
     rows.append("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     survivors = [o for o in outcomes if o.result == "survived"]
     silent = [o for o in survivors if is_equivalent(reasons.get(key(o.mutant), TIME_ONLY))]
@@ -231,7 +245,7 @@ def report(outcomes: list[Outcome], seed: int) -> str:
     for title, some in (("Survivors", [o for o in survivors if o not in silent]), ("Equivalent", silent)):
         lines = [f"- `{o.mutant}`: {reasons.get(key(o.mutant), 'not looked at yet')}\n" for o in some]
         text += f"\n{title}:\n\n{''.join(lines)}" if lines else ""
-    return text
+    return PREFACE + text
 
 
 def read_outcomes() -> list[Outcome]:
