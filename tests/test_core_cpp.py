@@ -29,7 +29,7 @@ PROGRAMS = {
     "test_core_bytes": [*CORE, *CPU],
     "test_staged": CORE,
     "test_stretch": [CSRC / "cpu" / "stretch.cpp"],
-    "test_store_kind": [CSRC / "cpu" / "isa.cpp", CSRC / "cpu" / "loops.cpp"],
+    "test_stores": [CSRC / "cpu" / "isa.cpp", CSRC / "cpu" / "loops.cpp"],
 }
 # What test_core.cpp calls: its build for races need not wait for the rest.
 READING = [CSRC / "core" / "pairs.cpp", CSRC / "core" / "verify.cpp"]
@@ -84,7 +84,7 @@ def memory_build(tmp_path_factory: pytest.TempPathFactory) -> Build:
     ("program", "name"), [(program, name) for program in PROGRAMS for name in names_of_tests(CPP / f"{program}.cpp")]
 )
 def test_program(memory_build: Build, program: str, name: str) -> None:
-    if program == "test_store_kind" and platform.machine() != "x86_64":
+    if program == "test_stores" and platform.machine() != "x86_64":
         pytest.skip("it reads x86-64 instructions")
     run([memory_build.program(program, PROGRAMS[program]), name])
 

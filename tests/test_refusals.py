@@ -375,6 +375,20 @@ def test_rows_that_do_not_begin_with_the_page_are_compared_as_rows() -> None:
     assert kvkernels.explain("copy_pages", [page], [torch.empty_like(page)], pair, runs).bytes == 9 << 23
 
 
+def test_runs_that_touch_are_compared_as_one() -> None:
+    """Both ends of every page to its middle, backwards and byte by byte: one by one these would be too many."""
+    quarter = 300
+    ends = [*range(quarter), *range(3 * quarter, 4 * quarter)]
+    middle = range(3 * quarter - 1, quarter - 1, -1)
+    runs = torch.tensor([[0, 0, src, dst, 1, *RUN[5:]] for src, dst in zip(ends, middle, strict=True)])
+    pool = noise(7200, 4 * quarter)
+    pairs = torch.arange(7200)[:, None].expand(-1, 2).contiguous()
+    expected = pool.clone()
+    expected[:, middle] = pool[:, ends]
+    torch.ops.kvkernels.copy_pages([pool], [pool], pairs, runs)
+    assert torch.equal(pool, expected)
+
+
 def test_more_fragments_than_are_compared() -> None:
     page = torch.empty(1, 1 << 26, dtype=torch.uint8)
     runs = combs((0, 1, 4, 1 << 24), (1, 1, 8, 1 << 10))

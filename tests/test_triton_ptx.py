@@ -24,6 +24,7 @@ import kvkernels
 import kvkernels.triton
 from kvkernels import reference
 from kvkernels.triton import kernels
+from kvkernels.triton import table as columns
 from kvkernels.triton.table import FAULT_OPS, Head
 
 pytestmark = pytest.mark.skipif(kvkernels.triton.interprets(), reason="TRITON_INTERPRET=1: nothing is compiled")
@@ -212,6 +213,53 @@ def test_amd_targets_compile(target, kernel, width, is_chunked):
     assert code.asm["hsaco"]
     element = {16: "dwordx4", 2: "short", 1: "byte"}[width]
     assert re.search(rf"(global|buffer|flat)_store_{element}\b", code.asm["amdgcn"])
+
+
+class ReversedLaunch(SimulatedLaunch):
+    """Copies from what C++ takes for the destination, with tiles cut at its lines: as from the host to a device."""
+
+    def __call__(self, call: Head, table: torch.Tensor, fault: int, programs: int) -> None:
+        call = call._replace(cuts_on_src=1, src_ids=call.dst_ids, dst_ids=call.src_ids)
+        table[: len(call)] = torch.tensor(call)
+        moves = table[columns.HEAD_COLUMNS :][: call.moves * columns.MOVE_COLUMNS].view(call.moves, -1)
+        strides = columns.LOOPS + columns.LOOP_COLUMNS * torch.arange(3) + columns.LOOP_COLUMNS - 2
+        side = torch.arange(columns.DST_SIDE - columns.SRC_SIDE)
+        of_src = torch.cat((torch.tensor([columns.SRC_ADDRESS]), strides, columns.SRC_SIDE + side))
+        of_dst = torch.cat((torch.tensor([columns.DST_ADDRESS]), strides + 1, columns.DST_SIDE + side))
+        moves[:, torch.cat((of_src, of_dst))] = moves[:, torch.cat((of_dst, of_src))]
+        super().__call__(call, table, fault, programs)
+
+
+@pytest.mark.parametrize(
+    ("src_at", "dst_at", "fragment_bytes"),
+    [(0, 112, 4096), (112, 0, 4096), (112, 0, 4000), (5, 117, 4091), (117, 5, 8181), (0, 112, 12288), (96, 32, 5000)],
+)
+@pytest.mark.parametrize("loops", [[], [(2, 16384, 32768)]], ids=["page", "bytes"])
+def test_tiles_are_cut_at_lines_of_a_source_on_the_host(on_simulator, src_at, dst_at, fragment_bytes, loops):
+    """How many tiles a fragment has depends on where it begins in a line of the side at which they are cut."""
+    on_simulator("sm_80")
+    kernels.launch = launch = ReversedLaunch("sm_80")
+    launch.counts_sectors = True
+    blocks, block_bytes = 3, 65536
+    raw = [torch.randint(0, 256, (blocks * block_bytes + 128,), dtype=torch.uint8) for _ in range(2)]
+    src, dst = (t[-t.data_ptr() % 128 :][: blocks * block_bytes].view(blocks, block_bytes) for t in raw)
+    launch.buffers = buffers_of(raw, ["src", "both"])
+    expected, is_written = raw[1].clone(), torch.zeros_like(raw[1], dtype=torch.bool)
+    for step in range(len(loops) + 1):
+        copied = src[[1, 0], src_at + 32768 * step :][:, :fragment_bytes]
+        for changed, value in ((expected, copied), (is_written, True)):
+            pages = changed.as_strided(dst.shape, dst.stride(), dst.storage_offset())
+            pages[[0, 2], dst_at + 16384 * step : dst_at + 16384 * step + fragment_bytes] = value
+    runs = runs_tensor(run_row((0, 0), (dst_at, src_at), fragment_bytes, (0, 0), loops))
+    kvkernels.copy_pages([dst], [src], torch.tensor([[0, 1], [2, 0]]), runs, executor="triton")
+    (report,) = launch.reports
+    assert torch.equal(raw[1], expected) and np.array_equal(report.written("both 1"), is_written.numpy())
+    kernel = kernels.KERNELS[launch.heads[0].kernel].__name__
+    assert kernel == ("bytes" if loops else "page")
+    if src_at == 0:
+        loads = [a for line, a in report.loads.items() if ".cg." in report_text("sm_80", kernel, line)]
+        assert sum(a.bytes for a in loads) == is_written.sum()
+        assert all(a.sectors == a.least_sectors for a in loads)
 
 
 # Ids on a device: the host's tensors pass for a device's, whose ids C++ has not read.

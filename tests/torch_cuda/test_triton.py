@@ -64,6 +64,25 @@ def test_bytes(launch, op, direction, ids):
     kvkernels.check_device(0)
 
 
+@pytest.mark.parametrize("direction", ["h2d", "d2h", "d2d"])
+@pytest.mark.parametrize(("src_at", "dst_at"), [(0, 112), (112, 0), (5, 117)])
+def test_tiles_are_cut_at_lines_of_the_host_that_is_read(launch, direction, src_at, dst_at):
+    """And at the destination's otherwise: how many a page of a tile's size needs is that side's affair."""
+    page_bytes = 4096
+    src_place, dst_place = places(direction, 0)
+    src = torch.randint(0, 256, (3, page_bytes + 128), dtype=torch.uint8)
+    pools = [place(t)[:, at:][:, :page_bytes] for place, t, at in (
+        (src_place, src, src_at), (dst_place, torch.zeros_like(src), dst_at)
+    )]  # fmt: skip
+    kvkernels.reset_counters()
+    plan = torch.tensor([[0, 0, 0, 0, page_bytes, 0, 0, *[1, 0, 0] * 3]])
+    kvkernels.copy_pages(pools[:1], pools[1:], torch.tensor([[2, 0], [0, 1]]), plan, executor="triton")
+    copied = src[:, src_at:][[2, 0], :page_bytes]
+    assert pools[1].cpu().tolist() == [*copied.tolist(), [0] * page_bytes]
+    (head,) = launch.heads
+    assert (head.cuts_on_src, head.links_host) == (direction == "h2d", direction != "d2d")
+
+
 @each_op
 def test_ids_out_of_range_are_reported_with_those_of_the_compiled_kernels(launch, op):
     call = make(op, *places("d2d", 0))

@@ -1,5 +1,5 @@
-// Which stores the CPU's loops use. The destination's second page cannot be written: the instruction that tries is
-// looked at where the processor stopped.
+// How the CPU's loops store, which the bytes do not show. The destination's second page cannot be written: the
+// instruction that tries is looked at where the processor stopped, and so is what was stored before it.
 //
 //   | page: written | page: read-only |
 //               | piece |
@@ -9,6 +9,7 @@
 #include <sys/mman.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <stdexcept>
@@ -87,14 +88,14 @@ template <class Check>
 void for_each_isa(Check check) {
   handle_faults(stop);
   for (const cpu::Isa isa : cpu::kAllIsas) {
-    if (cpu::supports(isa)) check(cpu::loops_for(isa), isa != cpu::Isa::kPortable, std::string(cpu::name_of(isa)));
+    if (cpu::supports(isa)) check(cpu::loops_for(isa), isa, std::string(cpu::name_of(isa)));
   }
 }
 
 void pieces_stream_where_asked() {
   const HalfReadOnly dst;
   const std::vector<std::byte> src(kPages * kPageBytes);
-  for_each_isa([&](const cpu::Loops& loops, bool can_stream, const std::string& isa) {
+  for_each_isa([&](const cpu::Loops& loops, cpu::Isa isa, const std::string& name) {
     for (const int64_t bytes : {64, 128, 192, 256, 512, 1024, 2048, 4096}) {
       for (const int64_t misaligned : {0, 8}) {
         // All to the same place: the first that arrives there is enough.
@@ -103,8 +104,8 @@ void pieces_stream_where_asked() {
         for (const bool streaming : {false, true}) {
           const bool seen = streams([&] { loops.copy_pieces(pieces.data(), 8, 8, streaming); });
           // Short pieces that begin inside a line would fill it by halves.
-          const bool wanted = can_stream && streaming && (misaligned == 0 || bytes >= 2048);
-          expect(seen == wanted, text(isa, ": pieces of ", bytes, ", ", misaligned, " bytes before a line, ",
+          const bool wanted = isa != cpu::Isa::kPortable && streaming && (misaligned == 0 || bytes >= 2048);
+          expect(seen == wanted, text(name, ": pieces of ", bytes, ", ", misaligned, " bytes before a line, ",
                                       streaming ? "" : "not ", "streaming"));
         }
       }
@@ -115,17 +116,40 @@ void pieces_stream_where_asked() {
 void strips_stream_where_asked() {
   const HalfReadOnly dst;
   const std::vector<std::byte> src(kPages * kPageBytes);
-  for_each_isa([&](const cpu::Loops& loops, bool can_stream, const std::string& isa) {
+  for_each_isa([&](const cpu::Loops& loops, cpu::Isa isa, const std::string& name) {
     for (const int64_t bytes : {8, 32, 64, 128, 192, 256}) {
       for (const int64_t misaligned : {0, 8}) {
         const Strip strip{src.data(), dst.middle() - 3 * bytes - misaligned, bytes, 8, bytes, bytes};
         for (const bool streaming : {false, true}) {
           const bool seen = streams([&] { loops.copy_strips(&strip, 1, streaming); });
           const bool of_lines = bytes == 64 || bytes == 128 || bytes == 256;
-          expect(seen == (can_stream && streaming && of_lines && misaligned == 0),
-                 text(isa, ": strips of ", bytes, ", ", misaligned, " bytes before a line, ", streaming ? "" : "not ",
+          expect(seen == (isa != cpu::Isa::kPortable && streaming && of_lines && misaligned == 0),
+                 text(name, ": strips of ", bytes, ", ", misaligned, " bytes before a line, ", streaming ? "" : "not ",
                       "streaming"));
         }
+      }
+    }
+  });
+}
+
+// The first piece cannot be finished: those that have bytes by then are copied in turns with it.
+void long_pieces_take_turns() {
+  constexpr int64_t kPieces = 12;
+  const HalfReadOnly dst;
+  const std::vector<std::byte> src(kPages * kPageBytes, std::byte{1});
+  for_each_isa([&](const cpu::Loops& loops, cpu::Isa isa, const std::string& name) {
+    const int64_t in_turns = isa == cpu::Isa::kAvx512 ? 4 : 2;
+    for (const int64_t bytes : {512, 1984, 2047, 2048, 2049, 4096}) {
+      std::vector<std::byte> others((kPieces + 1) * kPageBytes);
+      std::vector<Fragment> pieces{{src.data(), dst.middle() - bytes / 2 / 64 * 64, bytes}};
+      for (int64_t i = 1; i < kPieces; ++i) pieces.push_back({src.data(), others.data() + i * kPageBytes, bytes});
+      for (const bool streaming : {false, true}) {
+        std::fill(others.begin(), others.end(), std::byte{0});
+        (void)streams([&] { loops.copy_pieces(pieces.data(), kPieces, kPieces, streaming); });
+        const auto begun = std::count_if(pieces.begin() + 1, pieces.end(), [bytes](const Fragment& piece) {
+          return std::find(piece.dst, piece.dst + bytes, std::byte{1}) != piece.dst + bytes;
+        });
+        expect(begun == (bytes < 2048 ? 0 : in_turns - 1), text(name, ": with a piece of ", bytes, " bytes, ", begun));
       }
     }
   });
@@ -134,6 +158,7 @@ void strips_stream_where_asked() {
 const Tests kTests{
     {"pieces_stream_where_asked", pieces_stream_where_asked},
     {"strips_stream_where_asked", strips_stream_where_asked},
+    {"long_pieces_take_turns", long_pieces_take_turns},
 };
 
 }  // namespace
