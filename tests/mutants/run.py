@@ -14,8 +14,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -241,7 +243,10 @@ def report(outcomes: list[Outcome], seed: int) -> str:
             f"| {folder or '**all**'} | {len(mine)} | {count['stillborn']} | {same} | {count['killed']} | {alive} "
             f"| {share} |"
         )
-    text = "\n".join(rows) + f"\n\nSeed {seed}.\n"
+    middle_s = statistics.median([o.elapsed_s for o in outcomes] or [0])
+    machine = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
+    text = "\n".join(rows)
+    text += f"\n\nSeed {seed}; on {machine}, where half of the edits took over {middle_s:.0f} s each.\n"
     for title, some in (("Survivors", [o for o in survivors if o not in silent]), ("Equivalent", silent)):
         lines = [f"- `{o.mutant}`: {reasons.get(key(o.mutant), 'not looked at yet')}\n" for o in some]
         text += f"\n{title}:\n\n{''.join(lines)}" if lines else ""
@@ -269,15 +274,23 @@ def still_known(outcomes: list[Outcome], mutants: list[Mutant]) -> list[Outcome]
     return list(kept.values())
 
 
-def not_tried(mutants: list[Mutant], outcomes: list[Outcome]) -> list[Mutant]:
+def to_try_again(outcomes: list[Outcome]) -> list[Mutant]:
+    """Those that survived for no known reason."""
+    reasons = known_survivors()
+    alive = [o.mutant.moved(ROOT) for o in outcomes if o.result == "survived" and key(o.mutant) not in reasons]
+    return [mutant for mutant in alive if mutant is not None]
+
+
+def not_tried(mutants: list[Mutant], first: list[Mutant], outcomes: list[Outcome]) -> list[Mutant]:
     """What is left to try: as many edits of each file as its outcomes lack, on other lines."""
     lacking = Counter(mutant.path for mutant in mutants)
     lacking.subtract(Counter(outcome.mutant.path for outcome in outcomes))
     tried = {(outcome.mutant.path, outcome.mutant.line) for outcome in outcomes}
     left = []
-    for mutant in mutants:
+    for mutant in (*first, *mutants):
         if lacking[mutant.path] > 0 and (mutant.path, mutant.line) not in tried:
             lacking[mutant.path] -= 1
+            tried.add((mutant.path, mutant.line))
             left.append(mutant)
     return left
 
@@ -324,13 +337,15 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="writes the table there as well")
     asked = parser.parse_args()
     mutants = choose(ROOT, asked.count, asked.seed, asked.only)
-    outcomes = still_known(read_outcomes(), mutants) if asked.resume else []
-    left = not_tried(mutants, outcomes)
+    earlier = read_outcomes() if asked.resume else []
+    outcomes = still_known(earlier, mutants)
+    left = not_tried(mutants, to_try_again(earlier), outcomes)
     OUTCOMES.parent.mkdir(parents=True, exist_ok=True)
     OUTCOMES.write_text("".join(json.dumps(asdict(outcome)) + "\n" for outcome in outcomes))
     baseline = "" if outcomes else " and running the tests on one"
-    print(f"{len(left)} edits; building {asked.workers} trees{baseline}", flush=True)
-    try_all(left, asked.workers, outcomes)
+    if left:
+        print(f"{len(left)} edits; building {asked.workers} trees{baseline}", flush=True)
+        try_all(left, asked.workers, outcomes)
     outcomes.sort(key=lambda o: (o.mutant.path, o.mutant.line))
     text = report(outcomes, asked.seed)
     print(text)
