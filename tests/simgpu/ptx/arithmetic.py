@@ -12,10 +12,34 @@ from .build import UNSIGNED, Build, Run, Type, opcode, simple
 CARRY = "CC"
 
 
-def _no_rounding(b: Build, type_: Type) -> None:
-    """Round to nearest even is what NumPy does; the other modes and flushing denormals are refused by being left."""
+def _odd_sum(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """The sum of doubles with its last bit set where it is not exact: whatever rounds that to float rounds once."""
+    total = x + y
+    back = total - x
+    error = (x - (total - back)) + (y - back)
+    is_even = (total.view(np.uint64) & np.uint64(1)) == 0
+    moved = np.nextafter(total, np.where(error > 0, np.inf, -np.inf))
+    return np.where(np.isfinite(total) & (error != 0) & is_even, moved, total)
+
+
+def _wide_product(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Exact."""
+    return x.astype(np.float64) * y.astype(np.float64)
+
+
+def _towards_zero(x: np.ndarray) -> np.ndarray:
+    nearest = x.astype(np.float32)
+    return np.where(np.abs(nearest.astype(np.float64)) > np.abs(x), np.nextafter(nearest, np.float32(0)), nearest)
+
+
+def _rounded(b: Build, type_: Type, nearest: Callable[..., np.ndarray], wide: Callable[..., np.ndarray]) -> Any:
+    """To nearest even, as NumPy does, or of ``wide`` towards zero; other modes, and flushing denormals, are refused by
+    being left."""
+    if type_ == Type("f", 32) and b.take("rz"):
+        return lambda *numbers: _towards_zero(wide(*numbers))
     if type_.kind == "f":
         b.take("rn")
+    return nearest
 
 
 def _carried(b: Build, type_: Type, function: Callable[..., tuple[np.ndarray, np.ndarray]], adds_carry: bool) -> Run:
@@ -60,7 +84,8 @@ def _add_or_sub(b: Build, function: Callable[..., np.ndarray], carried: Callable
     type_ = b.type("usf")
     if "cc" in b.modifiers:
         return _carried(b, type_, carried, adds_carry=False)
-    _no_rounding(b, type_)
+    sign = function(0.0, 1.0)
+    function = _rounded(b, type_, function, lambda x, y: _odd_sum(x.astype(np.float64), sign * y.astype(np.float64)))
     if b.take("sat"):
         if type_ != Type("s", 32):
             raise b.refuse(".sat is known for s32 alone")
@@ -122,8 +147,7 @@ def _product(b: Build, type_: Type) -> tuple[Callable[..., np.ndarray], Type]:
 def mul(b: Build) -> Run:
     type_ = b.type("usf")
     if type_.kind == "f":
-        _no_rounding(b, type_)
-        return simple(b, type_, 2, np.multiply)
+        return simple(b, type_, 2, _rounded(b, type_, np.multiply, _wide_product))
     function, result = _product(b, type_)
     return simple(b, type_, 2, function, result)
 
@@ -154,23 +178,16 @@ def madc(b: Build) -> Run:
     return _mad(b, carried=True)
 
 
-def fma32(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
-    """Rounded once: the double sum is rounded to odd, which makes its rounding to float exact."""
-    product = a.astype(np.float64) * b.astype(np.float64)  # exact
-    addend = c.astype(np.float64)
-    total = product + addend
-    back = total - product
-    error = (product - (total - back)) + (addend - back)
-    is_even = (total.view(np.uint64) & np.uint64(1)) == 0
-    moved = np.nextafter(total, np.where(error > 0, np.inf, -np.inf))
-    odd = np.where(np.isfinite(total) & (error != 0) & is_even, moved, total)
-    return odd.astype(np.float32)
+def _wide_fma(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
+    return _odd_sum(_wide_product(x, y), z.astype(np.float64))
 
 
 @opcode("fma", 4)
 def fma(b: Build) -> Run:
-    b.need("rn")
-    return simple(b, b.type("f", (32,)), 3, fma32)
+    type_ = b.type("f", (32,))
+    if not {"rn", "rz"} & set(b.modifiers):
+        raise b.refuse("expected one of .rn, .rz")
+    return simple(b, type_, 3, _rounded(b, type_, lambda *xyz: _wide_fma(*xyz).astype(np.float32), _wide_fma))
 
 
 @opcode("mad", 4)
@@ -272,20 +289,40 @@ def neg(b: Build) -> Run:
     return simple(b, type_, 1, lambda x: 0 - x)
 
 
-def _choose(b: Build, integer: Callable[..., np.ndarray], floating: Callable[..., np.ndarray]) -> Run:
-    """min and max: of two floats, the one that is a number."""
+def _extreme(
+    b: Build,
+    integer: Callable[..., np.ndarray],
+    floating: Callable[..., np.ndarray],
+    of_signs: Callable[..., np.ndarray],
+) -> Run:
+    """min and max: of two floats the one that is a number, and -0 is below 0."""
     type_ = b.type("usf")
-    return simple(b, type_, 2, floating if type_.kind == "f" else integer)
+    if type_.kind != "f":
+        return simple(b, type_, 2, integer)
+    unsigned = UNSIGNED[type_.bits]
+
+    def choose(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        x, y = np.broadcast_arrays(x, y)
+        signed = of_signs(np.ascontiguousarray(x).view(unsigned), np.ascontiguousarray(y).view(unsigned))
+        return np.where(x == y, signed.view(type_.dtype), floating(x, y))
+
+    return simple(b, type_, 2, choose)
 
 
 @opcode("min", 3)
 def min_(b: Build) -> Run:
-    return _choose(b, np.minimum, np.fmin)
+    return _extreme(b, np.minimum, np.fmin, np.bitwise_or)
 
 
 @opcode("max", 3)
 def max_(b: Build) -> Run:
-    return _choose(b, np.maximum, np.fmax)
+    return _extreme(b, np.maximum, np.fmax, np.bitwise_and)
+
+
+@opcode("copysign", 3)
+def copysign(b: Build) -> Run:
+    """The first number's sign and the second's magnitude."""
+    return simple(b, b.type("f", (32, 64)), 2, lambda sign, magnitude: np.copysign(magnitude, sign))
 
 
 @opcode("sqrt", 2)

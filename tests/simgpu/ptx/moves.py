@@ -128,6 +128,9 @@ def _unpack(b: Build, type_: Type) -> Run:
     return run
 
 
+TO_WHOLE = {"rzi": np.trunc, "rni": np.rint, "rmi": np.floor, "rpi": np.ceil}
+
+
 @opcode("cvt", 2)
 def cvt(b: Build) -> Run:
     source, result = b.type("usf", (8, 16, 32, 64)), b.type("usf", (8, 16, 32, 64))
@@ -140,17 +143,16 @@ def cvt(b: Build) -> Run:
 
 def _conversion(b: Build, source: Type, result: Type, saturates: bool) -> Callable[[np.ndarray], np.ndarray]:
     if source.kind == "f" and result.kind == "f":
+        to_whole = TO_WHOLE.get(b.take(*TO_WHOLE)) if source == result else None
         if saturates or (result.bits < source.bits and not b.take("rn")):
             raise b.refuse("only rounding to nearest is supported")
-        return lambda x: x.astype(result.dtype)
+        return to_whole or (lambda x: x.astype(result.dtype))
     if result.kind == "f":
         b.need("rn")
         return lambda x: x.astype(result.dtype)
     limits = np.iinfo(result.dtype)
     if source.kind == "f":
-        rounding = {"rzi": np.trunc, "rni": np.rint, "rmi": np.floor, "rpi": np.ceil}[
-            b.need("rzi", "rni", "rmi", "rpi")
-        ]
+        rounding = TO_WHOLE[b.need(*TO_WHOLE)]
 
         def from_float(x: np.ndarray) -> np.ndarray:
             """Clamped; NaN is zero."""
