@@ -1,4 +1,4 @@
-"""The simulator on code that CUDA's C++ libraries make: cooperative groups, barriers, pipelines, atomics."""
+"""The simulator on code of other hands: CUDA's C++ libraries (groups, barriers, pipelines, atomics) and assembly."""
 
 from __future__ import annotations
 
@@ -63,3 +63,12 @@ def test_handing_over_between_blocks(libraries, architecture):
         report = launch(libraries(architecture), kernel, 2, 32, arrays)
         assert report.kinds() == findings
         assert arrays["out"][0] == 42
+
+
+@each_architecture
+def test_assembly_by_hand(libraries, architecture):
+    given, found, constants = numbers(128), np.zeros(128, np.int32), np.zeros(4)
+    arrays = {"out": found, "in": given, "constants": constants}
+    launch(libraries(architecture), "by_hand", 1, 32, arrays).check()
+    assert np.array_equal(found, given)
+    assert constants.tolist() == [1, -1.25, 300, -1.5]

@@ -1,4 +1,4 @@
-// Kernels that synchronise through CUDA's own C++ libraries, whose PTX nobody here wrote.
+// Kernels that synchronise through CUDA's own C++ libraries, whose PTX nobody here wrote; and assembly by hand.
 #include <cooperative_groups.h>
 #include <cooperative_groups/reduce.h>
 
@@ -73,4 +73,24 @@ extern "C" __global__ void ordered(int* flag, int* data, int* out) {
 }
 extern "C" __global__ void unordered(int* flag, int* data, int* out) {
   hand_over<cuda::memory_order_relaxed>(flag, data, out);
+}
+
+// Assembly as people write it by hand: cache policies and hints, and constants in decimal.
+extern "C" __global__ void by_hand(int4* out, const int4* in, double* constants) {
+  const int4* const from = in + threadIdx.x;
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  asm volatile("prefetch.global.L2::evict_last [%0];" ::"l"(from));
+  int4 value;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.L2::256B.v4.s32 {%0, %1, %2, %3}, [%4], %5;"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "l"(from), "l"(policy));
+  asm volatile("st.global.L1::no_allocate.L2::cache_hint.v4.s32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(out + threadIdx.x),
+               "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w), "l"(policy)
+               : "memory");
+  if (threadIdx.x > 0) return;
+  asm("mov.f64 %0, 1.0;" : "=d"(constants[0]));
+  asm("mov.f64 %0, -12.5e-1;" : "=d"(constants[1]));
+  asm("mov.f64 %0, 3e2;" : "=d"(constants[2]));
+  asm("mov.f64 %0, -0d3FF8000000000000;" : "=d"(constants[3]));
 }

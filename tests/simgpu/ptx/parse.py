@@ -144,7 +144,7 @@ IGNORED_DIRECTIVES = (".loc", ".file", ".pragma", ".version", ".address_size")
 _TOKEN = re.compile(
     r"""\s*(?:
     (?P<string>"[^"]*") |
-    (?P<float>0[fF][0-9a-fA-F]{8}|0[dD][0-9a-fA-F]{16}) |
+    (?P<float>0[fF][0-9a-fA-F]{8}|0[dD][0-9a-fA-F]{16}|[0-9]+(?:\.[0-9]*(?:[eE][+-]?[0-9]+)?|[eE][+-]?[0-9]+)) |
     (?P<number>0[xX][0-9a-fA-F]+U?|0[bB][01]+U?|[0-9]+U?) |
     (?P<word>[%$A-Za-z_.][\w$%.:]*(?:::[\w$]+)*) |
     (?P<mark>[{}\[\](),;:@!|+\-<>=])
@@ -446,6 +446,13 @@ class _Parser:
         first = self.one_operand(scope)
         return Both(first, self.one_operand(scope)) if self.take("|") else first
 
+    def float(self) -> Imm:
+        """In hexadecimal its bits; in decimal a double."""
+        text = self.next()
+        if text[1:2] in ("f", "F", "d", "D"):
+            return Imm(int(text[2:], 16), 32 if text[1] in "fF" else 64)
+        return Imm(int.from_bytes(struct.pack("<d", float(text)), "little"), 64)
+
     def one_operand(self, scope: dict[str, str]) -> Operand:
         token = self.tokens[self.at]
         if self.take("{"):
@@ -460,8 +467,11 @@ class _Parser:
                 raise PtxError(f"line {token.line}: '!' before something that is no predicate")
             return replace(operand, negated=True)
         if token.kind == "float":
+            return self.float()
+        if token.text == "-" and self.tokens[self.at + 1].kind == "float":
             self.next()
-            return Imm(int(token.text[2:], 16), 32 if token.text[1] in "fF" else 64)
+            imm = self.float()
+            return replace(imm, value=imm.value ^ 1 << imm.float_bits - 1)
         if token.kind == "number" or token.text == "-":
             return Imm(self.number())
         if token.kind != "word":
