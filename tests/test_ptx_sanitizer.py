@@ -56,10 +56,12 @@ BUGS = {
     "bulk_store_no_proxy_fence": ("missing proxy fence", "ring"),
     "bulk_store_no_read_wait": ("race (read after write)", "ring"),
     "bulk_store_no_final_wait": ("copy not waited for", ""),
+    "bulk_pass_no_reuse_wait": ("race (read after write)", "ring"),
+    "bulk_pass_other_barrier": ("race (read after write)", "ring"),
 }
 # The same without a bug; several bugs share one.
 CLEAN = [name for name in BUGS if name not in ("across_blocks",) and not name.startswith(("async", "bulk"))]
-CLEAN += ["async", "bulk_load", "bulk_store"]
+CLEAN += ["async", "bulk_load", "bulk_store", "bulk_pass"]
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +120,7 @@ def test_nothing_is_found_without_the_bug(planted, architecture, name, early):
         assert np.array_equal(dst.reshape(-1, THREADS, 4), np.roll(rows, -33, axis=1))
     if name == "bulk_load":
         assert np.array_equal(dst.reshape(-1, THREADS), src.reshape(-1, THREADS)[:, np.arange(THREADS) ^ 5])
-    if name == "bulk_store":
+    if name in ("bulk_store", "bulk_pass"):
         assert np.array_equal(dst, src)
 
 

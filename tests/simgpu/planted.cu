@@ -325,7 +325,8 @@ KERNEL async_no_barrier_bug(uint32_t* dst, const uint32_t* src, int n) { async_c
 KERNEL async_reuse_bug(uint32_t* dst, const uint32_t* src, int n) { async_copy<kReuse>(dst, src, n); }
 
 #if __CUDA_ARCH__ >= 900
-// Bulk copies through a ring: thread 0 loads and, in the kernels named bulk_store, stores; the others move the bytes.
+// Bulk copies through a ring: thread 0 loads, stores or does both, as the kernels' names say; the others move the bytes
+// of the first two.
 
 enum BulkBug {
   kBulkNone,
@@ -339,6 +340,8 @@ enum BulkBug {
   kBulkMisaligned,
   kBulkOutOfBounds,
   kNoInitBarrier,
+  kNoReuseWait,
+  kOtherBarrier,
 };
 
 __device__ uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
@@ -426,6 +429,36 @@ __device__ void bulk_store(uint32_t* dst, const uint32_t* src, int n) {
   }
   if (kBug != kNoFinalWait && t == 0) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 }
+// One thread does everything: nothing orders its copies but the waits.
+template <int kBug>
+__device__ void bulk_pass(uint32_t* dst, const uint32_t* src, int n) {
+  constexpr int kStages = 2;
+  constexpr uint32_t kBytes = kThreads * 4;
+  __shared__ alignas(128) uint32_t ring[kStages][kThreads];
+  __shared__ uint64_t full[kStages];
+  if (threadIdx.x + blockIdx.x > 0) return;
+  for (int s = 0; s < kStages; ++s) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&full[s])), "r"(1));
+  }
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  const int rounds = n / kThreads;
+  load_bulk(ring[0], src, kBytes, &full[0], kBytes);
+  for (int r = 0; r < rounds; ++r) {
+    const int next = r + 1;
+    if (next < rounds) {
+      if (kBug != kNoReuseWait) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+      load_bulk(ring[next % kStages], src + next * kThreads, kBytes, &full[next % kStages], kBytes);
+    }
+    const int waited = kBug == kOtherBarrier && next < rounds ? next : r;
+    wait_parity(&full[waited % kStages], waited / kStages & 1);
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(
+                     __cvta_generic_to_global(dst + r * kThreads)),
+                 "r"(shared_address(ring[r % kStages])), "r"(kBytes)
+                 : "memory");
+    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+  }
+  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+}
 KERNEL bulk_load_ok(uint32_t* d, const uint32_t* s, int n) { bulk_load<kBulkNone>(d, s, n); }
 KERNEL bulk_load_no_full_wait_bug(uint32_t* d, const uint32_t* s, int n) { bulk_load<kNoFullWait>(d, s, n); }
 KERNEL bulk_load_wrong_parity_bug(uint32_t* d, const uint32_t* s, int n) { bulk_load<kWrongParity>(d, s, n); }
@@ -438,4 +471,7 @@ KERNEL bulk_store_ok(uint32_t* d, const uint32_t* s, int n) { bulk_store<kBulkNo
 KERNEL bulk_store_no_proxy_fence_bug(uint32_t* d, const uint32_t* s, int n) { bulk_store<kNoProxyFence>(d, s, n); }
 KERNEL bulk_store_no_read_wait_bug(uint32_t* d, const uint32_t* s, int n) { bulk_store<kNoReadWait>(d, s, n); }
 KERNEL bulk_store_no_final_wait_bug(uint32_t* d, const uint32_t* s, int n) { bulk_store<kNoFinalWait>(d, s, n); }
+KERNEL bulk_pass_ok(uint32_t* d, const uint32_t* s, int n) { bulk_pass<kBulkNone>(d, s, n); }
+KERNEL bulk_pass_no_reuse_wait_bug(uint32_t* d, const uint32_t* s, int n) { bulk_pass<kNoReuseWait>(d, s, n); }
+KERNEL bulk_pass_other_barrier_bug(uint32_t* d, const uint32_t* s, int n) { bulk_pass<kOtherBarrier>(d, s, n); }
 #endif

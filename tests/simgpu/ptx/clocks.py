@@ -1,14 +1,21 @@
 """Who knows of whose past: vector clocks, kept only where threads synchronise.
 
-Every agent has a clock. A thread t has three: its own (agent t), one for what its asynchronous copies read (agent
-T + t) and one for what they write (agent 2 T + t). A row says of one thread up to which tick of each agent of its block
-it has been told; ticks of other blocks' agents are kept aside, since few kernels synchronise across blocks.
+Every agent has a clock. Thread t of T is agent t. Asynchronous copies form chains, of which whoever waits for a copy
+has waited for all earlier ones: a thread's cp.async, its bulk groups, and the bulk copies that one mbarrier counts.
+A chain has two agents: one for what its copies read and one for what they write.
+
+    agents   | threads | chain kind 0: readers | writers | kind 1: readers | writers | ...
+              0       T                        2 T       3 T               4 T
+
+A row says of one thread up to which tick of each agent of its block it has been told; ticks of other blocks' agents are
+kept aside, since few kernels synchronise across blocks.
 
     an access (agent u, tick c) happened before thread t's next one  <=>  u == t, or t was told of u up to c or later
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -27,20 +34,26 @@ class Knowledge:
 
 
 class Clocks:
-    def __init__(self, blocks: int, block_threads: int) -> None:
+    def __init__(self, blocks: int, block_threads: int, chain_kinds: int) -> None:
+        """A block has a chain of each kind for every thread."""
         self.block_threads = block_threads
         self.threads = blocks * block_threads
-        # The tick that an access of the thread is stamped with, and that of its last asynchronous copy.
+        self.chain_kinds = chain_kinds
+        # The tick that an access of the thread is stamped with, and that of a chain's last copy.
         self.now = np.ones(self.threads, np.int32)
-        self.copies = np.zeros(self.threads, np.int32)
+        self.copies: dict[int, int] = defaultdict(int)
         self._rows: dict[int, np.ndarray] = {}  # of a block: [thread, agent]
         self._abroad: dict[int, dict[int, np.ndarray]] = {}  # of a thread: rows of other blocks
 
-    def reader(self, thread: int) -> int:
-        return self.threads + thread
+    def chain(self, kind: int, thread: int) -> int:
+        return kind * self.threads + thread
 
-    def writer(self, thread: int) -> int:
-        return 2 * self.threads + thread
+    def reader(self, chain: int) -> int:
+        kind, thread = divmod(chain, self.threads)
+        return (1 + 2 * kind) * self.threads + thread
+
+    def writer(self, chain: int) -> int:
+        return self.reader(chain) + self.threads
 
     def column(self, agents: np.ndarray) -> np.ndarray:
         """The agents' places in their block's rows."""
@@ -50,7 +63,9 @@ class Clocks:
     def rows(self, block: int) -> np.ndarray:
         found = self._rows.get(block)
         if found is None:
-            found = self._rows[block] = np.zeros((self.block_threads, 3 * self.block_threads), np.int32)
+            found = self._rows[block] = np.zeros(
+                (self.block_threads, (1 + 2 * self.chain_kinds) * self.block_threads), np.int32
+            )
         return found
 
     def _row(self, thread: int) -> np.ndarray:

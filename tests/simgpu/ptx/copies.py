@@ -2,6 +2,7 @@
 
 A copy runs as late as it may: when something waits for it, or when every thread waits for something. Until then its
 destination holds what it held. Whoever reads too early therefore gets old bytes, and races with the copy's agent.
+Nothing orders copies but waiting for them, not even those of one thread.
 """
 
 from __future__ import annotations
@@ -22,15 +23,19 @@ from .races import Who
 
 U32, U64 = Type("u", 32), Type("u", 64)
 MAX_COUNT = (1 << 20) - 1
+# Kinds of chains (clocks.py), of which those of mbarriers come last, a block's as many as it has threads.
+CP_ASYNC, BULK_GROUPS, MBARRIERS = 0, 1, 2
+MOST_MBARRIERS = 64  # in small blocks
 BULK_SIDES = (("shared::cluster", "global"), ("shared::cta", "global"), ("global", "shared::cta"))
 
 
 @dataclass
 class Copy:
-    """One thread's copy; ``tick`` numbers the thread's copies."""
+    """One thread's copy; ``tick`` numbers the copies of its chain."""
 
     instruction: Instruction
     thread: int
+    chain: int
     tick: int
     source: tuple[str, int]  # space and address
     destination: tuple[str, int]
@@ -64,6 +69,17 @@ class Mbarrier:
         return True
 
 
+def chain_kinds(kernel: Any, block_threads: int) -> int:
+    copies = [s.instruction for block in kernel.blocks for s in block.steps if s.instruction.opcode == "cp"]
+    if not any("bulk" in copy.modifiers for copy in copies):
+        return MBARRIERS - 1 if copies else 0
+    return MBARRIERS + -(-MOST_MBARRIERS // block_threads)
+
+
+def chain_name(kind: int, thread: str) -> str:
+    return f"a copy issued by thread {thread}" if kind < MBARRIERS else "a copy that an mbarrier counts"
+
+
 class Copies:
     def __init__(self, machine: Any) -> None:
         self.machine = machine
@@ -71,8 +87,19 @@ class Copies:
         self.open: dict[tuple[int, bool], list[Copy]] = defaultdict(list)  # not committed; by thread and whether bulk
         self.groups: dict[tuple[int, bool], list[list[Copy]]] = defaultdict(list)
         self.barriers: dict[tuple[int, int], Mbarrier] = {}
+        self.barrier_chains: dict[int, dict[int, int]] = defaultdict(dict)  # of a block: by the barrier's address
 
     # Copies.
+
+    def chain_of_barrier(self, instruction: Instruction, block: int, address: int) -> int:
+        chains = self.barrier_chains[block]
+        if address not in chains:
+            clocks = self.machine.clocks
+            kind, place = divmod(len(chains), clocks.block_threads)
+            if MBARRIERS + kind >= clocks.chain_kinds:
+                raise instruction.refuse(f"a block's copies complete on more than {len(chains)} mbarriers")
+            chains[address] = clocks.chain(MBARRIERS + kind, block * clocks.block_threads + place)
+        return chains[address]
 
     def issue(self, copy: Copy, is_bulk: bool) -> None:
         self.pending.append(copy)
@@ -107,16 +134,17 @@ class Copies:
                 copies += self.open.pop((thread, is_bulk), [])
             for copy in copies:
                 self.run(copy)
-                self.machine.clocks.learn(thread, self.machine.clocks.reader(thread), copy.tick)
+                self.machine.clocks.learn(thread, self.machine.clocks.reader(copy.chain), copy.tick)
                 if not reads_only:
-                    self.machine.clocks.learn(thread, self.machine.clocks.writer(thread), copy.tick)
+                    self.machine.clocks.learn(thread, self.machine.clocks.writer(copy.chain), copy.tick)
             if not reads_only:
                 del groups[: len(done)]
 
-    def run_oldest(self) -> bool:
+    def run_one(self) -> bool:
+        """The oldest that somebody may be waiting for: who waits for groups has made them run."""
         if not self.pending:
             return False
-        self.run(self.pending[0])
+        self.run(next((copy for copy in self.pending if copy.barrier is not None), self.pending[0]))
         return True
 
     def run(self, copy: Copy) -> None:
@@ -158,7 +186,7 @@ class Copies:
 
         check = machine.spaces.races.store if writes else machine.spaces.races.load
         f = machine.frame_of(np.full(count, copy.thread))
-        who = Who(np.full(count, agent, np.int32), np.full(count, copy.tick, np.int32), knows)
+        who = Who(np.full(count, agent, np.int32), np.full(count, copy.tick, np.int32), knows, in_order=False)
         found = check(area, offsets, 1, who)
         machine.spaces.report_conflicts(f, copy.instruction, area, np.arange(count), offsets, found)
 
@@ -177,7 +205,7 @@ class Copies:
                 machine.findings.add("read of unwritten bytes", copy.instruction, f.threads, name, at)
         if copy.through_proxy:
             self._check_proxy(f, copy, area, offset)
-        self._stamp(copy, machine.clocks.reader(copy.thread), area, offset, copy.bytes, writes=False)
+        self._stamp(copy, machine.clocks.reader(copy.chain), area, offset, copy.bytes, writes=False)
         return area.data[offset : offset + copy.bytes].copy()
 
     def _check_proxy(self, f: Any, copy: Copy, area: Area, offset: int) -> None:
@@ -207,7 +235,7 @@ class Copies:
         area.data[offset : offset + len(data)] = data
         if area.unwritten is not None:
             area.unwritten[offset : offset + len(data)] = False
-        self._stamp(copy, self.machine.clocks.writer(copy.thread), area, offset, len(data), writes=True)
+        self._stamp(copy, self.machine.clocks.writer(copy.chain), area, offset, len(data), writes=True)
 
     def finish(self) -> None:
         """At the end: what nobody waited for."""
@@ -241,7 +269,7 @@ class Copies:
             return
         knows = Knowledge({block: row.copy() for block, row in copy.knows.rows.items()})
         block = copy.thread // self.machine.block_threads
-        for agent in (self.machine.clocks.reader(copy.thread), self.machine.clocks.writer(copy.thread)):
+        for agent in (self.machine.clocks.reader(copy.chain), self.machine.clocks.writer(copy.chain)):
             column = self.machine.clocks.column(np.array([agent]))[0]
             knows.rows[block][column] = max(knows.rows[block][column], copy.tick)
         barrier.gathering.merge(knows)
@@ -322,11 +350,12 @@ def _cp_async(b: Build) -> Run:
         machine.spaces.check_alignment(f, instruction, "shared", to, size)
         machine.spaces.check_alignment(f, instruction, "global", at, size)
         for thread, a, d, n in zip(f.threads.tolist(), at.tolist(), to.tolist(), counts.tolist(), strict=True):
-            knows, tick = machine.new_copy(thread)
+            chain = machine.clocks.chain(CP_ASYNC, thread)
+            knows, tick = machine.new_copy(thread, chain)
             read = min(n, size)
-            machine.copies.issue(
-                Copy(instruction, thread, tick, ("global", a), ("shared", d), read, size - read, knows), is_bulk=False
-            )
+            sides = ("global", a), ("shared", d)
+            copy = Copy(instruction, thread, chain, tick, *sides, read, size - read, knows)
+            machine.copies.issue(copy, is_bulk=False)
 
     return run
 
@@ -348,12 +377,13 @@ def _async_arrive(b: Build) -> Run:
                 continue
             _, barrier = found
             knows = machine.clocks.snapshot(thread)
-            for copy in [c for c in machine.copies.pending if c.thread == thread and c.barrier is None]:
-                machine.copies.run(copy)
             clocks = machine.clocks
+            chain = clocks.chain(CP_ASYNC, thread)
+            for copy in [c for c in machine.copies.pending if c.chain == chain]:
+                machine.copies.run(copy)
             row = knows.rows[thread // machine.block_threads]
-            for agent in (clocks.reader(thread), clocks.writer(thread)):
-                row[clocks.column(np.array([agent]))[0]] = clocks.copies[thread]
+            for agent in (clocks.reader(chain), clocks.writer(chain)):
+                row[clocks.column(np.array([agent]))[0]] = clocks.copies[chain]
             barrier.gathering.merge(knows)
             if not increments:
                 barrier.pending -= 1
@@ -400,16 +430,16 @@ def _bulk(b: Build) -> Run:
         if (sizes % 16 != 0).any():
             f.find(instruction, "bulk copy of a size that is no multiple of 16", sizes % 16 != 0)
         for i, thread in enumerate(f.threads.tolist()):
-            key = None
+            key, chain = None, machine.clocks.chain(BULK_GROUPS, thread)
             if barrier:
                 found = machine.copies.find(f, instruction, thread, int(barrier(f)[i]))
                 if found is None:
                     continue
                 key = found[0]
-            knows, tick = machine.new_copy(thread)
-            sides_ = (sides[1], int(at[i])), (sides[0], int(to[i]))
-            copy = Copy(instruction, thread, tick, *sides_, int(sizes[i]), 0, knows, key, through_proxy=not into_shared)
-            machine.copies.issue(copy, is_bulk=True)
+                chain = machine.copies.chain_of_barrier(instruction, *key)
+            knows, tick = machine.new_copy(thread, chain)
+            issued = instruction, thread, chain, tick, (sides[1], int(at[i])), (sides[0], int(to[i])), int(sizes[i]), 0
+            machine.copies.issue(Copy(*issued, knows, key, through_proxy=not into_shared), is_bulk=True)
 
     return run
 

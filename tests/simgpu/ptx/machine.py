@@ -14,7 +14,7 @@ import numpy as np
 
 from .clocks import Clocks, Knowledge
 from .control import EXIT, STAY
-from .copies import Copies
+from .copies import Copies, chain_kinds, chain_name
 from .memory import Area, Buffer
 from .parse import Instruction
 from .program import Kernel, Step
@@ -130,7 +130,7 @@ class Machine:
         self.most_steps = most_steps
         self.report = Report(kernel.name, self.threads)
         self.findings = Findings(self._place)
-        self.clocks = Clocks(self.blocks, self.block_threads)
+        self.clocks = Clocks(self.blocks, self.block_threads, chain_kinds(kernel, self.block_threads))
         self.spaces = self._spaces(areas, parameters)
         self.spaces.counts_sectors = counts_sectors
         self.spaces.equal_writes_race = equal_writes_race
@@ -224,8 +224,8 @@ class Machine:
     def agent_name(self, agent: int) -> str:
         kind, thread = divmod(agent, self.threads)
         block, inside = self._place(thread)
-        what = ("", "a copy issued by ", "a copy issued by ")[kind]
-        return f"{what}thread {place_text(inside)} of block {place_text(block)}"
+        what = f"thread {place_text(inside)}" if kind == 0 else chain_name((kind - 1) // 2, place_text(inside))
+        return f"{what} of block {place_text(block)}"
 
     def step_at(self, thread: int) -> Step:
         return self.kernel.blocks[self.pc[thread]].steps[0]
@@ -262,7 +262,7 @@ class Machine:
         """Everyone waits or polls: time for a copy to run, or for those who poll to look again."""
         polling = self.polls & ~self.exited & ~self.blocked
         if self.spaces.progress == self._seen_progress or not polling.any():
-            if self.copies.run_oldest() or self.barriers.open_for_the_rest():
+            if self.copies.run_one() or self.barriers.open_for_the_rest():
                 self.polls[:] = False
                 return self._next_block()
             self._stuck("never goes on")
@@ -400,10 +400,10 @@ class Machine:
     def proxy_knowledge(self, thread: int) -> Knowledge:
         return self._proxy_knowledge.get(thread, Knowledge())
 
-    def new_copy(self, thread: int) -> tuple[Knowledge, int]:
-        """What the thread knows as it issues a copy, and the copy's number."""
-        self.clocks.copies[thread] += 1
-        return self.clocks.release(thread), int(self.clocks.copies[thread])
+    def new_copy(self, thread: int, chain: int) -> tuple[Knowledge, int]:
+        """What the thread knows as it issues a copy, and the copy's number in its chain."""
+        self.clocks.copies[chain] += 1
+        return self.clocks.release(thread), self.clocks.copies[chain]
 
     # Reporting.
 

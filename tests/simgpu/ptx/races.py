@@ -24,15 +24,20 @@ Knows = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 
 @dataclass
 class Who:
-    """Stamps an access: an agent and its tick for each row; ``knows(rows, agents, ticks)`` tells what came before."""
+    """Stamps an access: an agent and its tick for each row; ``knows(rows, agents, ticks)`` tells what came before.
+
+    A thread's accesses come one after the other, copies of one chain in any order.
+    """
 
     agents: np.ndarray
     ticks: np.ndarray
     knows: Knows
+    in_order: bool = True
 
     def of(self, rows: np.ndarray) -> Who:
         knows = self.knows
-        return Who(self.agents[rows], self.ticks[rows], lambda at, agents, ticks: knows(rows[at], agents, ticks))
+        of_rows = lambda at, agents, ticks: knows(rows[at], agents, ticks)  # noqa: E731
+        return Who(self.agents[rows], self.ticks[rows], of_rows, self.in_order)
 
 
 @dataclass
@@ -229,7 +234,9 @@ def _against(stamps: Stamps, offsets: np.ndarray, width: int, who: Who, kind: st
     found = []
     for rows, (agents, ticks, by_atomics) in stamps.find(offsets, width):
         mine = who.agents if rows is None else who.agents[rows]
-        other = (agents != 0) & (agents != (mine + 1)[:, None])
+        other = agents != 0
+        if who.in_order:
+            other &= agents != (mine + 1)[:, None]
         if atomic:
             other &= ~by_atomics
         if not other.any():
