@@ -118,6 +118,13 @@ void check_gpu_table() {
          "older code is named");
   expect(bulk_refusal({}, {120, 100, 98, 99}) == "it needs 99 bytes of shared memory a CTA, and the device has 98",
          "smaller shared memory is named");
+  std::vector<Move> moves(2);
+  moves[0].fragment_bytes = 4096;
+  moves[1].fragment_bytes = 512;
+  expect(bulk_refusal(moves, {90, 90, 99, 99}).empty(), "fragments of 512 bytes are long enough");
+  moves[1].fragment_bytes = 511;
+  expect(bulk_refusal(moves, {90, 90, 99, 99}) == "its fragments must have at least 512 bytes, and one has 511",
+         "the shortest is named");
   const GpuChoice refused = choose_on_gpu(Direction::kHostToDevice, 16, 1, {true, "its memory is pageable", false, 0});
   expect(refused.reason == "the kernel cannot: its memory is pageable", "the reason is told");
 }
