@@ -59,7 +59,7 @@ def test_copies(libraries, architecture, early):
 @each_architecture
 def test_handing_over_between_blocks(libraries, architecture):
     for kernel, findings in (("ordered", set()), ("unordered", {"race (read after write)"})):
-        arrays = {name: np.zeros(1, np.int32) for name in ("flag", "data", "out")}
+        arrays = {name: np.zeros(2, np.int32) for name in ("flags", "data", "out")}
         report = launch(libraries(architecture), kernel, 2, 32, arrays)
         assert report.kinds() == findings
         assert arrays["out"][0] == 42

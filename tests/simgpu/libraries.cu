@@ -54,25 +54,26 @@ extern "C" __global__ void pipelined_copies(int4* out, const int4* in, int round
   }
 }
 
-// One block hands a value to another; `kOrder` is what the second one's loads promise.
+// One block hands a value to another, which has looked before; `kOrder` is what the second one's loads promise.
 template <cuda::memory_order kOrder>
-__device__ void hand_over(int* flag, int* data, int* out) {
-  cuda::atomic_ref<int, cuda::thread_scope_device> ready(*flag);
+__device__ void hand_over(int* flags, int* data, int* out) {
+  cuda::atomic_ref<int, cuda::thread_scope_device> ready(flags[0]), looked(flags[1]);
   if (blockIdx.x == 0 && threadIdx.x == 0) {
+    while (looked.load(cuda::memory_order_relaxed) == 0) {
+    }
     data[0] = 42;
     ready.store(1, kOrder == cuda::memory_order_acquire ? cuda::memory_order_release : cuda::memory_order_relaxed);
   }
   if (blockIdx.x == 1 && threadIdx.x == 0) {
-    while (ready.load(kOrder) == 0) {
-    }
+    while (ready.load(kOrder) == 0) looked.store(1, cuda::memory_order_relaxed);
     out[0] = data[0];
   }
 }
-extern "C" __global__ void ordered(int* flag, int* data, int* out) {
-  hand_over<cuda::memory_order_acquire>(flag, data, out);
+extern "C" __global__ void ordered(int* flags, int* data, int* out) {
+  hand_over<cuda::memory_order_acquire>(flags, data, out);
 }
-extern "C" __global__ void unordered(int* flag, int* data, int* out) {
-  hand_over<cuda::memory_order_relaxed>(flag, data, out);
+extern "C" __global__ void unordered(int* flags, int* data, int* out) {
+  hand_over<cuda::memory_order_relaxed>(flags, data, out);
 }
 
 // Assembly as people write it by hand: cache policies and hints, and constants in decimal.

@@ -73,6 +73,7 @@ class Area:
     def __post_init__(self) -> None:
         self.writers: Any = None
         self.readers: Any = None
+        self.atomic_readers: Any = None  # which race with plain writes alone
         self.unstamped_reads: list[Any] = []
         # Of a private area: how many bytes of variables lie below an offset.
         self.inside = np.zeros(0, np.int64)

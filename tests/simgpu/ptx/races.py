@@ -156,9 +156,9 @@ class RaceDetector:
             found = _against(area.writers, offsets, width, who, "read after write", atomic)
         elif not self.synchronises:
             # Most memory that is read is never written: what is not needed is not stamped.
-            area.unstamped_reads.append((offsets, width, who))
+            area.unstamped_reads.append((offsets, width, who, atomic))
             return found
-        self._stamp_reads(area, offsets, width, who)
+        self._stamp_reads(area, offsets, width, who, atomic)
         return found
 
     def store(
@@ -171,9 +171,10 @@ class RaceDetector:
         for read in area.unstamped_reads:
             self._stamp_reads(area, *read)
         area.unstamped_reads.clear()
-        if area.readers is not None:
-            found += _against(area.readers, offsets, width, who, "write after read", False)
-            found += _against_aside(area.readers, offsets, width, who)
+        for readers in (area.readers, None if atomic else area.atomic_readers):
+            if readers is not None:
+                found += _against(readers, offsets, width, who, "write after read", False)
+                found += _against_aside(readers, offsets, width, who)
         if area.writers is None:
             area.writers = Stamps(len(area.data), self.synchronises)
         found += _against(area.writers, offsets, width, who, "write after write", atomic)
@@ -193,11 +194,15 @@ class RaceDetector:
             found += check(area, offsets + at, GRAIN, who, *how)
         return found
 
-    def _stamp_reads(self, area: Area, offsets: np.ndarray, width: int, who: Who) -> None:
+    def _stamp_reads(self, area: Area, offsets: np.ndarray, width: int, who: Who, atomic: bool) -> None:
         """Keeps the last reader where it knows of the one before it, and both where it does not."""
-        if area.readers is None:
-            area.readers = Readers(len(area.data), self.synchronises)
-        readers = area.readers
+        readers = area.atomic_readers if atomic else area.readers
+        if readers is None:
+            readers = Readers(len(area.data), self.synchronises)
+            if atomic:
+                area.atomic_readers = readers
+            else:
+                area.readers = readers
         agents, ticks = who.agents + 1, who.ticks
         several = np.zeros(len(offsets), bool)
         for rows, (before, when, _) in readers.find(offsets, width):
