@@ -397,6 +397,19 @@ def test_more_fragments_than_are_compared() -> None:
         torch.ops.kvkernels.copy_pages([page], [torch.empty_like(page)], torch.tensor([[0, 0]]), runs)
 
 
+@pytest.mark.parametrize("extents", [(3, 5, 600_000), (3, 600_000, 5), (600_000, 3, 5)], ids=str)
+def test_more_fragments_than_are_compared_between_sides(extents: tuple[int, int, int]) -> None:
+    """Every second byte of a page to the byte after it: inside each other, and each has to be told from each."""
+    a, b, c = extents
+    strides = [b * (2 * c + 2) + 2, 2 * c + 2, 2]  # with gaps, so that no loops are one
+    loops = [number for extent, stride in zip(extents, strides, strict=True) for number in (extent, stride, stride)]
+    page = torch.empty(2, a * strides[0], dtype=torch.uint8)
+    runs = torch.tensor([[0, 0, 0, 1, 1, 0, 0, *loops]])
+    text = "^copy_pages: src and dst must be shown not to overlap, got more than 8388608 fragments to compare$"
+    with pytest.raises(ValueError, match=text):
+        torch.ops.kvkernels.copy_pages([page], [page], torch.tensor([[1, 1]]), runs)
+
+
 def test_two_sources_for_one_destination() -> None:
     for ids in ([[0, 1], [5, 2], [3, 2]], [[3, 2], [0, 1], [5, 2], [3, 2]]):
         text = "block_mapping must name each destination once, got two sources for destination 2"
