@@ -71,14 +71,13 @@ def test_tiles_are_cut_at_lines_of_the_host_that_is_read(launch, direction, src_
     page_bytes = 4096
     src_place, dst_place = places(direction, 0)
     src = torch.randint(0, 256, (3, page_bytes + 128), dtype=torch.uint8)
-    pools = [place(t)[:, at:][:, :page_bytes] for place, t, at in (
-        (src_place, src, src_at), (dst_place, torch.zeros_like(src), dst_at)
-    )]  # fmt: skip
-    kvkernels.reset_counters()
+    placed = src_place(src), dst_place(torch.zeros_like(src))
+    pools = [[t[:, at : at + page_bytes]] for t, at in zip(placed, (src_at, dst_at), strict=True)]
     plan = torch.tensor([[0, 0, 0, 0, page_bytes, 0, 0, *[1, 0, 0] * 3]])
-    kvkernels.copy_pages(pools[:1], pools[1:], torch.tensor([[2, 0], [0, 1]]), plan, executor="triton")
-    copied = src[:, src_at:][[2, 0], :page_bytes]
-    assert pools[1].cpu().tolist() == [*copied.tolist(), [0] * page_bytes]
+    kvkernels.copy_pages(*pools, torch.tensor([[2, 0], [0, 1]]), plan, executor="triton")
+    expected = torch.zeros_like(src)
+    expected[:2, dst_at : dst_at + page_bytes] = src[[2, 0], src_at : src_at + page_bytes]
+    assert torch.equal(placed[1].cpu(), expected)
     (head,) = launch.heads
     assert (head.cuts_on_src, head.links_host) == (direction == "h2d", direction != "d2d")
 
