@@ -479,7 +479,14 @@ def test_pinned_memory_must_be_mapped_and_at_one_offset(sim):
     with pytest.raises(Refused, match=span):
         ids = DeviceIds(IdColumn(address(device), 8, 8), IdColumn(), 4, half // 64 + 1, 4)
         sim.kernel([PAGE], [], host, device, direction=H2D, maps=True, ids=ids)
-    sim.kernel([PAGE], [(half // 64 - 1, 0)], host, device, direction=H2D, maps=True, runs=False)
+    # To the last byte of the first half.
+    for move, pairs in (
+        (PAGE, [(half // 64 - 1, 0)]),
+        (Move(Side(half - 2, 64), Side(0, 64), 2), [(0, 0)]),
+        (Move(Side(0, 64), Side(0, 64), 16, ((3, half // 2 - 8, 16),)), [(0, 0)]),
+        (Move(Side(0, 1024, (half - 64) // 4, 5), Side(0, 64), 64), [(0, 0)]),
+    ):
+        sim.kernel([move], pairs, host, device, direction=H2D, maps=True, runs=False)
     sim.set("unmapped", 1)
     with pytest.raises(Refused, match=r"^src is in host memory that is not mapped for the device$"):
         sim.kernel([PAGE], [(0, 0)], host, device, direction=H2D, maps=True)
@@ -560,15 +567,16 @@ def test_one_launch_and_no_synchronisation(sim):
 @on_stand_in
 def test_what_a_device_has_code_for(sim):
     """Each device here is new, since the answers are kept."""
-    assert sim.limits(300) == [132, 90, 90, 227 << 10]
+    assert sim.limits(300) == [132, 90, 90, 227 << 10, 0]
     sim.set("code_capability", 80)
     sim.set("shared_bytes", 99 << 10)
-    assert sim.limits(301) == [132, 90, 80, 99 << 10]
+    sim.set("pageable_access", 1)
+    assert sim.limits(301) == [132, 90, 80, 99 << 10, 1]
     sim.set("no_image", 1)
-    assert sim.limits(302) == [132, 90, 0, 99 << 10]
+    assert sim.limits(302) == [132, 90, 0, 99 << 10, 1]
     assert sim.cudart.cudaPeekAtLastError() == 0
     for call in ("cudaFuncGetAttributes", "cudaThreadExchangeStreamCaptureMode"):
         sim.fail(call, 1, OUT_OF_MEMORY)
         with pytest.raises(CudaError, match=f"^{call} failed: cudaErrorMemoryAllocation"):
             sim.limits(303)
-    assert sim.limits(300) == [132, 90, 90, 227 << 10]
+    assert sim.limits(300) == [132, 90, 90, 227 << 10, 0]

@@ -92,10 +92,10 @@ void map_for_device(Work& work, const DeviceIds* ids, const DeviceLimits& limits
                     const SideNames& names) {
   const IdRanges ranges = id_ranges(work, ids);
   for (Move& move : work.moves) {
-    if (work.direction == Direction::kHostToDevice || work.direction == Direction::kHostToHost) {
+    if (work.direction == Direction::kHostToDevice) {
       map_side(names.src, move.src, move, &Loop::src_stride, ranges.src, limits, pointers);
     }
-    if (work.direction == Direction::kDeviceToHost || work.direction == Direction::kHostToHost) {
+    if (work.direction == Direction::kDeviceToHost) {
       map_side(names.dst, move.dst, move, &Loop::dst_stride, ranges.dst, limits, pointers);
     }
   }

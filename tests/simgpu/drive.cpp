@@ -365,7 +365,7 @@ EXPORT int drive_is_capturing(void* stream, int64_t* out) {
 EXPORT int drive_is_legacy(void* stream) { return is_legacy(static_cast<cudaStream_t>(stream)); }
 EXPORT int drive_cuda_in_use() { return cuda_in_use(); }
 
-// `out`: SMs, capability, the capability of the code, bytes of shared memory.
+// `out`: SMs, capability, the capability of the code, bytes of shared memory, whether it reads pageable memory.
 EXPORT int drive_limits(int device, int64_t* out) {
   return guarded([&] {
     message.clear();
@@ -375,6 +375,7 @@ EXPORT int drive_limits(int device, int64_t* out) {
     out[1] = limits.capability;
     out[2] = limits.code_capability;
     out[3] = limits.shared_bytes;
+    out[4] = limits.reads_pageable;
   });
 }
 

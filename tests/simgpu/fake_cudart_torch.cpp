@@ -78,7 +78,7 @@ EXPORT cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
       *value = static_cast<int>(fake::shared_bytes());
       return done(0);
     case cudaDevAttrPageableMemoryAccess:
-      *value = 0;
+      *value = static_cast<int>(fake::setting("pageable_access"));
       return done(0);
     default:
       return static_cast<cudaError_t>(

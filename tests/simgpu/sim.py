@@ -554,8 +554,8 @@ class Sim:
         return tuple(out[1:].tolist()) if out[0] else None
 
     def limits(self, device: int) -> list[int]:
-        """Of a device: SMs, compute capability, that of the code, bytes of shared memory; asked for once."""
-        out = np.zeros(4, np.int64)
+        """Of a device: SMs, capability, the code's, bytes of shared memory, if it reads pageable; asked for once."""
+        out = np.zeros(5, np.int64)
         self._checked(self.drive.drive_limits(device, _data(out)))
         return out.tolist()
 
