@@ -353,8 +353,7 @@ def _cp_async(b: Build) -> Run:
             chain = machine.clocks.chain(CP_ASYNC, thread)
             knows, tick = machine.new_copy(thread, chain)
             read = min(n, size)
-            sides = ("global", a), ("shared", d)
-            copy = Copy(instruction, thread, chain, tick, *sides, read, size - read, knows)
+            copy = Copy(instruction, thread, chain, tick, ("global", a), ("shared", d), read, size - read, knows)
             machine.copies.issue(copy, is_bulk=False)
 
     return run
@@ -438,8 +437,9 @@ def _bulk(b: Build) -> Run:
                 key = found[0]
                 chain = machine.copies.chain_of_barrier(instruction, *key)
             knows, tick = machine.new_copy(thread, chain)
-            issued = instruction, thread, chain, tick, (sides[1], int(at[i])), (sides[0], int(to[i])), int(sizes[i]), 0
-            machine.copies.issue(Copy(*issued, knows, key, through_proxy=not into_shared), is_bulk=True)
+            places = (sides[1], int(at[i])), (sides[0], int(to[i]))
+            copy = Copy(instruction, thread, chain, tick, *places, int(sizes[i]), 0, knows, key, not into_shared)
+            machine.copies.issue(copy, is_bulk=True)
 
     return run
 

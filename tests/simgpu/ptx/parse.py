@@ -446,7 +446,7 @@ class _Parser:
         first = self.one_operand(scope)
         return Both(first, self.one_operand(scope)) if self.take("|") else first
 
-    def float(self) -> Imm:
+    def float_constant(self) -> Imm:
         """In hexadecimal its bits; in decimal a double."""
         text = self.next()
         if text[1:2] in ("f", "F", "d", "D"):
@@ -467,10 +467,10 @@ class _Parser:
                 raise PtxError(f"line {token.line}: '!' before something that is no predicate")
             return replace(operand, negated=True)
         if token.kind == "float":
-            return self.float()
+            return self.float_constant()
         if token.text == "-" and self.tokens[self.at + 1].kind == "float":
             self.next()
-            imm = self.float()
+            imm = self.float_constant()
             return replace(imm, value=imm.value ^ 1 << imm.float_bits - 1)
         if token.kind == "number" or token.text == "-":
             return Imm(self.number())
