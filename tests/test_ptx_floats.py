@@ -11,7 +11,6 @@ from simgpu.compile import ARCHITECTURES, compile_host, compile_ptx, find_nvcc
 from simgpu.ptx import Buffer, load
 
 SOURCE = Path(__file__).parent / "simgpu" / "floats.cu"
-RESULTS = 52
 THREADS, BLOCKS = 128, 16
 EDGES = np.array(
     [0.0, -0.0, 0.5, -0.5, 1.0, -1.5, 2.5, 3.5, 2.0**23 + 0.5, 2.0**24 + 1, -(2.0**31), 2.0**31, 2.0**32, 2.0**63,
@@ -47,7 +46,7 @@ def test_floats(architecture: str, flags: tuple[str, ...], tmp_path: Path) -> No
     module = load(compile_ptx(SOURCE, architecture, tmp_path / "floats.ptx", flags))
     host = ctypes.CDLL(str(compile_host(SOURCE, tmp_path / "floats.so")))
     given = numbers(np.random.default_rng(7))
-    found = np.zeros((THREADS * BLOCKS, RESULTS), np.uint64)
+    found = np.zeros((THREADS * BLOCKS, ctypes.c_int.in_dll(host, "results").value), np.uint64)
     expected = found.copy()
     host.floats(*(ctypes.c_void_p(array.ctypes.data) for array in (given, expected)), THREADS * BLOCKS)
     buffers = [Buffer("in", given.view(np.uint8), writable=False), Buffer("out", found.view(np.uint8).reshape(-1))]

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from plans import run_row, runs_tensor
 from refusals import (
     DOORS,
     EVERY_TENSOR,
@@ -402,9 +403,9 @@ def test_more_fragments_than_are_compared_between_sides(extents: tuple[int, int,
     """Every second byte of a page to the byte after it: inside each other, and each has to be told from each."""
     a, b, c = extents
     strides = [b * (2 * c + 2) + 2, 2 * c + 2, 2]  # with gaps, so that no loops are one
-    loops = [number for extent, stride in zip(extents, strides, strict=True) for number in (extent, stride, stride)]
+    loops = [(extent, stride, stride) for extent, stride in zip(extents, strides, strict=True)]
     page = torch.empty(2, a * strides[0], dtype=torch.uint8)
-    runs = torch.tensor([[0, 0, 0, 1, 1, 0, 0, *loops]])
+    runs = runs_tensor(run_row((0, 0), (0, 1), 1, (0, 0), loops))
     text = "^copy_pages: src and dst must be shown not to overlap, got more than 8388608 fragments to compare$"
     with pytest.raises(ValueError, match=text):
         torch.ops.kvkernels.copy_pages([page], [page], torch.tensor([[1, 1]]), runs)

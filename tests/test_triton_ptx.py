@@ -332,8 +332,8 @@ def test_ids_on_the_device(on_simulator, seed, shape, dtype, skip_negative, has_
             rows_of,
         )
     runs = runs_tensor(run_row((0, 0), (0, page_bytes if loops else 0), page_bytes, (0, 0), loops))
-    placeholder = torch.arange(rows)[:, None].repeat(1, 2)
-    torch.ops.kvkernels.copy_pages([src], [dst], placeholder, runs, executor="triton")
+    replaced = torch.arange(rows)[:, None].repeat(1, 2)
+    torch.ops.kvkernels.copy_pages([src], [dst], replaced, runs, executor="triton")
 
     assert_same_bytes([raw[1]], [expected], "ids on the device")
     count, row, op = fault.view(np.int64).tolist()

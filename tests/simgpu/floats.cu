@@ -134,6 +134,7 @@ extern "C" __global__ void floats(const Numbers* in, uint64_t* out) {
   calculate(in[i], out + i * kResults);
 }
 #else
+extern "C" const int results = kResults;
 extern "C" void floats(const Numbers* in, uint64_t* out, int count) {
   for (int i = 0; i < count; ++i) calculate(in[i], out + i * kResults);
 }

@@ -12,6 +12,7 @@ from torch_cuda.calls import PAGE_BYTES, make, on, pageable, places
 pytest.importorskip("triton")
 
 from cases import IDS_AT
+from plans import run_row, runs_tensor
 from simgpu.ptx.memory import Area
 from simgpu.triton_device import SimulatedLaunch
 
@@ -73,8 +74,8 @@ def test_tiles_are_cut_at_lines_of_the_host_that_is_read(launch, direction, src_
     src = torch.randint(0, 256, (3, page_bytes + 128), dtype=torch.uint8)
     placed = src_place(src), dst_place(torch.zeros_like(src))
     pools = [[t[:, at : at + page_bytes]] for t, at in zip(placed, (src_at, dst_at), strict=True)]
-    plan = torch.tensor([[0, 0, 0, 0, page_bytes, 0, 0, *[1, 0, 0] * 3]])
-    kvkernels.copy_pages(*pools, torch.tensor([[2, 0], [0, 1]]), plan, executor="triton")
+    runs = runs_tensor(run_row((0, 0), (0, 0), page_bytes, (0, 0)))
+    kvkernels.copy_pages(*pools, torch.tensor([[2, 0], [0, 1]]), runs, executor="triton")
     expected = torch.zeros_like(src)
     expected[:2, dst_at : dst_at + page_bytes] = src[[2, 0], src_at : src_at + page_bytes]
     assert torch.equal(placed[1].cpu(), expected)
