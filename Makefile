@@ -2,7 +2,8 @@
 PYTHON ?= python3
 KVKERNELS_CUDA ?= AUTO
 KVKERNELS_WERROR ?= OFF
-# Arguments for benchmarks/swap.py, pages.py and layouts.py, pytest, tests/e2e/run.py and tests/mutants/run.py.
+# Arguments for benchmarks/swap.py, pages.py and layouts.py, pytest, tests/e2e/run.py, tests/torches/run.py and
+# tests/mutants/run.py.
 ARGS ?=
 # Processes of make test and make simgpu; auto is one a core.
 JOBS ?= auto
@@ -11,6 +12,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # vLLM pins its own torch, numpy and some eighty others.
 ENGINE := .venv-vllm
+# An environment for each other torch and Python.
+TORCHES := .venv-torches
 # torch's CUDA build, for the stand-in for CUDA.
 STAND_IN := .venv-simgpu
 SIMGPU := $(CURDIR)/build/simgpu
@@ -25,7 +28,7 @@ export KVKERNELS_COMPILED = ON
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build swap pages layouts sass test simgpu simgpu-build e2e mutants lint format audit clean distclean always
+.PHONY: help build swap pages layouts sass test simgpu simgpu-build e2e torches mutants lint format audit clean distclean always
 
 help:
 	@echo "make swap       build, check every byte and time the copies (ARGS=\"--model qwen3-32b\"; see --help)"
@@ -35,6 +38,7 @@ help:
 	@echo "make test       build and run all tests (ARGS=\"-k gather\" goes to pytest)"
 	@echo "make simgpu     the GPU tests without a GPU: torch's CUDA build on a stand-in for CUDA (needs nvcc; 5 GB)"
 	@echo "make e2e        vLLM on the CPU offloads its KV cache through kvkernels (ARGS=\"--model my-model/\"; see --help)"
+	@echo "make torches    the op tests with the library as it is built on torch 2.10 to 2.14 (30 GB; ARGS=\"--torch 2.10.0\")"
 	@echo "make mutants    whether the tests notice when the sources are edited (hours; ARGS=\"--count 20\"; see --help)"
 	@echo "make build      only build"
 	@echo "make lint       ruff, clang-format and mypy"
@@ -123,6 +127,9 @@ $(ENGINE)/.requirements: examples/vllm_offload/requirements.txt
 e2e: build $(ENGINE)/.requirements
 	$(ENGINE)/bin/python tests/e2e/run.py $(ARGS)
 
+torches: build
+	$(BIN)/python tests/torches/run.py $(ARGS)
+
 mutants: build $(VENV)/.requirements-dev
 	$(BIN)/python tests/mutants/run.py $(ARGS)
 
@@ -146,4 +153,4 @@ clean:
 	rm -rf build dist *.egg-info kvkernels/*.so kvkernels/_build.json $(VENV)/.built
 
 distclean: clean
-	rm -rf $(VENV) $(STAND_IN) $(ENGINE)
+	rm -rf $(VENV) $(STAND_IN) $(ENGINE) $(TORCHES)
