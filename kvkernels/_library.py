@@ -16,13 +16,14 @@ from urllib.parse import unquote, urlparse
 import torch
 
 from kvkernels import ledger, reference, schemas, triton
+from kvkernels._text import tensor_of
 
 FILE_NAME = "libkvkernels_ops.so"
 PACKAGE = Path(__file__).resolve().parent
 
 _PYTHON_KERNELS: dict[str, Callable[..., Any]] = {
     "_copy_pages_reference": reference.copy_pages_checked,
-    "_triton_refusal": triton.refusal,
+    "_triton_refusal": lambda device: tensor_of(triton.refusal(device)),
     "_triton_copy": triton.copy,
 }
 _ALL_SCHEMAS = {**schemas.PUBLIC, **schemas.PRIVATE}
@@ -103,11 +104,11 @@ def _reference_kernels() -> dict[str, Callable[..., Any]]:
     return {
         **{op: getattr(reference, op) for op in schemas.PUBLIC},
         "_explain_begin": ledger.explain_begin,
-        "_explain_end": ledger.explain_end,
-        "_counters": ledger.counters,
+        "_explain_end": lambda: tensor_of(ledger.explain_end()),
+        "_counters": lambda: tensor_of(ledger.counters()),
         "_reset_counters": ledger.reset_counters,
-        "_build_info": lambda: json.dumps(build_record()),
-        "_check_device": lambda device: "{}",  # the reference checks ids before it moves anything
+        "_build_info": lambda: tensor_of(json.dumps(build_record())),
+        "_check_device": lambda device: tensor_of("{}"),  # the reference checks ids before it moves anything
         **_PYTHON_KERNELS,
     }
 

@@ -72,9 +72,9 @@ def _copy_pages_reference(
     """Only C++ calls it, after its own checks."""
 
 
-def _triton_refusal(device: int) -> str:
+def _triton_refusal(device: int) -> Tensor:
     """Only C++ calls it."""
-    return ""
+    return torch.empty(0, dtype=torch.uint8, device="cpu")
 
 
 def _triton_copy(table: Tensor, head: Sequence[int]) -> None:

@@ -26,16 +26,16 @@ PUBLIC = {
 
 PRIVATE = {
     "_explain_begin": "() -> ()",
-    "_explain_end": "() -> str",
-    "_counters": "() -> str",
+    "_explain_end": "() -> Tensor",
+    "_counters": "() -> Tensor",
     "_reset_counters": "() -> ()",
-    "_build_info": "() -> str",
-    "_check_device": "(int device) -> str",
+    "_build_info": "() -> Tensor",
+    "_check_device": "(int device) -> Tensor",
     "_copy_pages_reference": (
         "(Tensor[] src, Tensor(a!)[] dst, Tensor mapping, Tensor runs, int src_subblocks_per_block, "
         "int dst_subblocks_per_block, bool skip_negative) -> ()"
     ),
-    "_triton_refusal": "(int device) -> str",
+    "_triton_refusal": "(int device) -> Tensor",
     "_triton_copy": "(Tensor table, int[] head) -> ()",
 }
 

@@ -20,6 +20,7 @@ import torch
 import kvkernels
 from kvkernels import _library, schemas
 from kvkernels._library import FILE_NAME, LIBRARY
+from kvkernels._text import tensor_of
 
 PACKAGE = Path(kvkernels.__file__).parent
 EXECUTORS = {"cpu", "kernel", "bulk", "dma", "staged", "triton", "reference"}
@@ -151,7 +152,7 @@ def test_explain_raises_what_the_op_raises_and_ends_its_scope():
 
 
 def test_check_device_raises_what_the_device_recorded(monkeypatch):
-    faults = iter(['{"count": 3, "first_row": 17, "op": "gather_blocks"}', "{}"])
+    faults = map(tensor_of, ['{"count": 3, "first_row": 17, "op": "gather_blocks"}', "{}"])
     module = importlib.import_module("kvkernels.explain")
     monkeypatch.setattr(module, "_private", SimpleNamespace(_check_device=lambda index: next(faults)))
     with pytest.raises(IndexError) as raised:

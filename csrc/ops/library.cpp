@@ -17,15 +17,24 @@ extern "C" __attribute__((visibility("default"))) const char* kvkernels_schemas(
       "concat_tp_shards_out(Tensor[] shards, int dim, Tensor(a!) out) -> ()\n"
       "split_tp_shards(Tensor input, int dim, Tensor(a!)[] out) -> ()\n"
       "_copy_pages_reference(Tensor[] src, Tensor(a!)[] dst, Tensor mapping, Tensor runs, int src_subblocks_per_block, int dst_subblocks_per_block, bool skip_negative) -> ()\n"
-      "_triton_refusal(int device) -> str\n"
+      "_triton_refusal(int device) -> Tensor\n"
       "_triton_copy(Tensor table, int[] head) -> ()\n"
       "_explain_begin() -> ()\n"
-      "_explain_end() -> str\n"
-      "_counters() -> str\n"
+      "_explain_end() -> Tensor\n"
+      "_counters() -> Tensor\n"
       "_reset_counters() -> ()\n"
-      "_build_info() -> str\n"
-      "_check_device(int device) -> str\n";
+      "_build_info() -> Tensor\n"
+      "_check_device(int device) -> Tensor\n";
 }
+
+namespace {
+
+template <auto function, class... Arguments>
+kvkernels::Tensor as_tensor(Arguments... arguments) {
+  return kvkernels::text_tensor(function(arguments...));
+}
+
+}  // namespace
 
 // One kernel for all devices: which device a call is on is for the checks to say, in our words, and an empty list or
 // an op without tensors has no other dispatch key.
@@ -39,9 +48,9 @@ STABLE_TORCH_LIBRARY_IMPL(kvkernels, CompositeExplicitAutograd, m) {
   m.impl("concat_tp_shards_out", TORCH_BOX(&kvkernels::concat_tp_shards_out));
   m.impl("split_tp_shards", TORCH_BOX(&kvkernels::split_tp_shards));
   m.impl("_explain_begin", TORCH_BOX(&kvkernels::explain_begin));
-  m.impl("_explain_end", TORCH_BOX(&kvkernels::explain_end));
-  m.impl("_counters", TORCH_BOX(&kvkernels::counters_json));
+  m.impl("_explain_end", TORCH_BOX(&as_tensor<&kvkernels::explain_end>));
+  m.impl("_counters", TORCH_BOX(&as_tensor<&kvkernels::counters_json>));
   m.impl("_reset_counters", TORCH_BOX(&kvkernels::reset_counters));
-  m.impl("_build_info", TORCH_BOX(&kvkernels::build_info));
-  m.impl("_check_device", TORCH_BOX(&kvkernels::check_device));
+  m.impl("_build_info", TORCH_BOX(&as_tensor<&kvkernels::build_info>));
+  m.impl("_check_device", TORCH_BOX((&as_tensor<&kvkernels::check_device, int64_t>)));
 }

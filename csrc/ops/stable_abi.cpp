@@ -53,6 +53,23 @@ void call_dispatcher(const char* op, std::array<StableIValue, N>& stack) {
 
 }  // namespace
 
+std::string StrArgument::take() const {
+  size_t length = 0;
+  const char* data = nullptr;
+  check_torch(torch_string_length(handle, &length), "torch_string_length");
+  check_torch(torch_string_c_str(handle, &data), "torch_string_c_str");
+  std::string value(data, length);
+  check_torch(torch_delete_string(handle), "torch_delete_string");
+  return value;
+}
+
+Tensor text_tensor(const std::string& value) {
+  Tensor tensor =
+      empty({static_cast<int64_t>(value.size())}, aoti_torch_dtype_uint8(), aoti_torch_device_type_cpu());
+  if (!value.empty()) std::memcpy(tensor.mutable_data_ptr(), value.data(), value.size());
+  return tensor;
+}
+
 TensorFacts::TensorFacts(const Tensor& tensor) : sizes_(copy_of(tensor.sizes())) {
   const AtenTensorHandle handle = tensor.get();
   check_torch(aoti_torch_get_device_type(handle, &device_type_), "aoti_torch_get_device_type");
@@ -210,7 +227,8 @@ void call_reference(const std::vector<Tensor>& src, const std::vector<Tensor>& d
 std::string call_triton_refusal(int64_t device) {
   std::array<StableIValue, 1> stack{torch::stable::detail::from(device)};
   call_dispatcher("kvkernels::_triton_refusal", stack);
-  return torch::stable::detail::to<std::string>(stack[0]);
+  const auto refusal = torch::stable::detail::to<Tensor>(stack[0]);
+  return {static_cast<const char*>(refusal.const_data_ptr()), static_cast<size_t>(refusal.numel())};
 }
 
 void call_triton_copy(const Tensor& table, const std::vector<int64_t>& head) {

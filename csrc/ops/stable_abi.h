@@ -17,6 +17,17 @@ namespace kvkernels {
 
 using torch::stable::Tensor;
 
+// A str argument as the dispatcher hands it over. torch's own unboxing to std::string is code of its headers, and before
+// 2.14 it leaves a string behind at each call.
+struct StrArgument {
+  StringHandle handle;
+
+  std::string take() const;  // once: frees what the dispatcher made
+};
+
+// What an op returns instead of a string: its bytes, uint8 on the CPU. torch before 2.14 never frees a returned string.
+Tensor text_tensor(const std::string& value);
+
 // A tensor's metadata, read once. Errors are ours to word: STD_TORCH_CHECK would make each a RuntimeError that shows
 // the build's paths, typed data pointers throw with a header's path, and a failing shim call prints a backtrace, so
 // nothing here may fail for a strided tensor.

@@ -38,7 +38,18 @@ PAIRS = (
 # The ops and what is built on them. Not the C++ core and the simulators, which know no torch.
 FILES = (
     *("batch", "canonical", "compile", "concat", "convert", "copy_pages", "docs", "errors", "examples", "explain"),
-    *("gather_scatter", "info", "layout", "names", "plan", "reference", "refusals", "refusals_random", "slots"),
+    *(
+        "gather_scatter",
+        "info",
+        "layout",
+        "leaks",
+        "names",
+        "plan",
+        "reference",
+        "refusals",
+        "refusals_random",
+        "slots",
+    ),
     *("swap_blocks", "threads", "triton", "triton_interpreter", "vllm_grid"),
 )
 # What runs on a library that was built on the pair's own headers.
