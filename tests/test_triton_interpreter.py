@@ -6,7 +6,6 @@ own, which the last one starts.
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from plans import copy_pages_cases
 
 from kvkernels import triton
 
-pytest.importorskip("triton")
+TRITON = pytest.importorskip("triton").__version__
 
 
 def release(version: str) -> tuple[int, ...]:
@@ -28,7 +27,7 @@ def release(version: str) -> tuple[int, ...]:
 
 
 # It takes arrays of one element for scalars, which NumPy refuses from 2.4 on.
-INTERPRETER_IS_TOO_OLD = release(importlib.metadata.version("triton")) < (3, 7) and release(np.__version__) >= (2, 4)
+INTERPRETER_IS_TOO_OLD = release(TRITON) < (3, 7) and release(np.__version__) >= (2, 4)
 
 interpreted = pytest.mark.skipif(not triton.interprets(), reason="for the process with TRITON_INTERPRET=1")
 
