@@ -15,7 +15,7 @@ from urllib.parse import unquote, urlparse
 
 import torch
 
-from kvkernels import ledger, reference, schemas, triton
+from kvkernels import autograd, ledger, reference, schemas, triton
 from kvkernels._text import tensor_of
 
 FILE_NAME = "libkvkernels_ops.so"
@@ -23,6 +23,8 @@ PACKAGE = Path(__file__).resolve().parent
 
 _PYTHON_KERNELS: dict[str, Callable[..., Any]] = {
     "_copy_pages_reference": reference.copy_pages_checked,
+    "_first_requiring_grad": autograd.first_requiring_grad,
+    "_note_writes": autograd.note_writes,
     "_triton_refusal": lambda device: tensor_of(triton.refusal(device)),
     "_triton_copy": triton.copy,
 }

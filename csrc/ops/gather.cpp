@@ -89,6 +89,7 @@ void move_blocks(const char* op, const std::vector<Tensor>& pool_tensors, const 
   if (gathers) {
     call.src_list = "pools";
     call.dst_list = "out";
+    call.dst_is_list = false;
     call.src = std::move(pools);
     call.dst = std::move(buffer.pools);
     call.src_ids = ids.columns[0];

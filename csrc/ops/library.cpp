@@ -17,6 +17,8 @@ extern "C" __attribute__((visibility("default"))) const char* kvkernels_schemas(
       "concat_tp_shards_out(Tensor[] shards, int dim, Tensor(a!) out) -> ()\n"
       "split_tp_shards(Tensor input, int dim, Tensor(a!)[] out) -> ()\n"
       "_copy_pages_reference(Tensor[] src, Tensor(a!)[] dst, Tensor mapping, Tensor runs, int src_subblocks_per_block, int dst_subblocks_per_block, bool skip_negative) -> ()\n"
+      "_first_requiring_grad(Tensor[] tensors) -> int\n"
+      "_note_writes(Tensor[] tensors) -> ()\n"
       "_triton_refusal(int device) -> Tensor\n"
       "_triton_copy(Tensor table, int[] head) -> ()\n"
       "_explain_begin() -> ()\n"

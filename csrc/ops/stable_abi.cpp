@@ -15,22 +15,11 @@ std::vector<int64_t> copy_of(const torch::headeronly::IntHeaderOnlyArrayRef& val
   return {values.begin(), values.end()};
 }
 
-// A function of one of torch's libraries, which that library has or not by version; null where it has not. The library
-// is loaded already, and the dynamic linker does not show it to everyone.
-template <class Function>
-Function* function_of(const char* library, const char* name) {
-  void* handle = dlopen(library, RTLD_LAZY | RTLD_NOLOAD);
-  if (handle == nullptr) return nullptr;
-  auto* function = reinterpret_cast<Function*>(dlsym(handle, name));
-  dlclose(handle);
-  return function;
-}
-
 // Raises torch's own words where it keeps them, which it does from 2.13 on; before, it prints them.
 void check_torch(AOTITorchError code, const char* call) {
   if (code == AOTI_TORCH_SUCCESS) return;
   static const auto what =
-      function_of<const char*()>("libtorch_cpu.so", "torch_exception_get_what_without_backtrace");
+      torch_function<const char*()>("libtorch_cpu.so", "torch_exception_get_what_without_backtrace");
   throw std::runtime_error(what != nullptr ? text(what(), " (from ", call, ')') : text(call, " failed in torch, which printed why"));
 }
 
@@ -52,6 +41,14 @@ void call_dispatcher(const char* op, std::array<StableIValue, N>& stack) {
 }
 
 }  // namespace
+
+void* torch_symbol(const char* library, const char* name) {
+  void* handle = dlopen(library, RTLD_LAZY | RTLD_NOLOAD);
+  if (handle == nullptr) return nullptr;
+  void* symbol = dlsym(handle, name);
+  dlclose(handle);
+  return symbol;
+}
 
 std::string StrArgument::take() const {
   size_t length = 0;
@@ -224,6 +221,17 @@ void call_reference(const std::vector<Tensor>& src, const std::vector<Tensor>& d
   call_dispatcher("kvkernels::_copy_pages_reference", stack);
 }
 
+int64_t call_first_requiring_grad(const std::vector<Tensor>& tensors) {
+  std::array<StableIValue, 1> stack{torch::stable::detail::from(tensors)};
+  call_dispatcher("kvkernels::_first_requiring_grad", stack);
+  return torch::stable::detail::to<int64_t>(stack[0]);
+}
+
+void call_note_writes(const std::vector<Tensor>& tensors) {
+  std::array<StableIValue, 1> stack{torch::stable::detail::from(tensors)};
+  call_dispatcher("kvkernels::_note_writes", stack);
+}
+
 std::string call_triton_refusal(int64_t device) {
   std::array<StableIValue, 1> stack{torch::stable::detail::from(device)};
   call_dispatcher("kvkernels::_triton_refusal", stack);
@@ -254,7 +262,7 @@ Tensor int64_tensor(const std::vector<int64_t>& sizes, const int64_t* values) {
 void* current_stream(int device) {
   // Not linked: a torch without CUDA has no such library, and the same file serves both.
   static const auto ask =
-      function_of<AOTITorchError(int32_t, void**)>("libtorch_cuda.so", "aoti_torch_get_current_cuda_stream");
+      torch_function<AOTITorchError(int32_t, void**)>("libtorch_cuda.so", "aoti_torch_get_current_cuda_stream");
   if (ask == nullptr) throw std::runtime_error("torch's CUDA library, which knows the current stream, is not loaded");
   void* stream = nullptr;
   check_torch(ask(device, &stream), "aoti_torch_get_current_cuda_stream");
