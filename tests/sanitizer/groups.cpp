@@ -9,6 +9,7 @@
 #include "core/pairs.h"
 #include "core/staged.h"
 #include "core/text.h"
+#include "cuda/bulk_body.h"
 #include "cuda/dma.h"
 #include "cuda/error.h"
 #include "cuda/staged.h"
@@ -139,8 +140,8 @@ Work lower_host_ids(const Trial& trial, Direction direction, Executor executor, 
   return work;
 }
 
-void launch_on_device_ids(Session& session, const Trial& trial, Direction direction, Executor executor, IdKind kind,
-                          const Mapping& mapping, const Buffer& ids, int sm_budget) {
+KernelPlan launch_on_device_ids(Session& session, const Trial& trial, Direction direction, Executor executor,
+                                IdKind kind, const Mapping& mapping, const Buffer& ids, int sm_budget) {
   const Geometry& geometry = trial.geometry();
   Work work = lower_device_ids(bind_runs(geometry.runs, trial.src_pools(), trial.dst_pools(), geometry.src.subblocks,
                                          geometry.dst.subblocks, direction),
@@ -155,34 +156,66 @@ void launch_on_device_ids(Session& session, const Trial& trial, Direction direct
                        mapping.skip_negative,
                        kOp};
   if (kind == IdKind::kDeviceRows) device_ids.dst = {};
-  session.launch(std::move(work), &device_ids, sm_budget);
+  return session.launch(std::move(work), &device_ids, sm_budget);
 }
 
-void run_kernel_case(Session& session, const std::string& name, const Geometry& geometry, Direction direction,
-                     Executor executor, IdKind kind) {
+// The path through the kernels that a geometry is there for.
+struct Path {
+  KernelVariant variant;
+  uint32_t unit_bytes;  // as Head has it
+  Executor executor = Executor::kKernel;
+};
+constexpr Path kTiles{KernelVariant::kPage, 0};
+constexpr Path kTilesWithLoops{KernelVariant::kBytes, 0};
+const Path kShortBulk{KernelVariant::kBulk, static_cast<uint32_t>(bulk_tile_bytes(1024)), Executor::kBulk};
+constexpr Path kLongBulk{KernelVariant::kBulk, kBulkTileBytes, Executor::kBulk};
+
+// Bytes are right whichever way they went: nothing else would notice that a case no longer is what it is there for.
+void expect(bool holds, const std::string& what) {
+  if (!holds) throw std::logic_error(what);
+}
+
+void expect_path(const std::string& name, const KernelPlan& plan, const Path& path) {
+  const uint32_t unit_bytes = plan.parts.at(0).head.unit_bytes;
+  expect(plan.variant == path.variant && unit_bytes == path.unit_bytes,
+         text(name, ": the plan must be variant ", static_cast<int>(path.variant), " with units of ", path.unit_bytes,
+              " bytes, got variant ", static_cast<int>(plan.variant), " with ", unit_bytes));
+}
+
+void expect_full_rings(const std::string& name, const KernelPlan& plan) {
+  const KernelLaunch& launch = plan.parts.at(0);
+  const int64_t stages = int64_t{launch.ctas} * kBulkWarps * stages_of(launch.head.unit_bytes);
+  expect(launch.head.tiles >= 2 * stages, text(name, ": the tiles must be at least twice the ", stages,
+                                               " stages of all rings, got ", launch.head.tiles));
+}
+
+KernelPlan run_kernel_case(Session& session, const std::string& name, const Geometry& geometry, Direction direction,
+                           const Path& path, IdKind kind) {
   Trial trial(geometry, src_memory(direction), dst_memory(direction), session.next_seed(), session.stream());
   const Mapping mapping = mapping_of(geometry, kind);
   // One CTA, so that each warp's ring of stages is used more than once.
-  const int sm_budget = executor == Executor::kBulk ? 1 : 0;
-  if (kind == IdKind::kHost) {
-    session.launch(lower_host_ids(trial, direction, executor, mapping.rows), nullptr, sm_budget);
-    session.finish();
-  } else {
-    const Buffer ids = ids_on_device(mapping.rows, kind == IdKind::kDevice32 ? 4 : 8, session.stream());
-    launch_on_device_ids(session, trial, direction, executor, kind, mapping, ids, sm_budget);
-    session.finish();
-  }
-  session.judge(text(name, ", ", name_of(direction), ", ", name_of(kind)), trial, mapping.good, mapping.fault);
+  const int sm_budget = path.executor == Executor::kBulk ? 1 : 0;
+  const Buffer ids = ids_on_device(mapping.rows, kind == IdKind::kDevice32 ? 4 : 8, session.stream());
+  KernelPlan plan =
+      kind == IdKind::kHost
+          ? session.launch(lower_host_ids(trial, direction, path.executor, mapping.rows), nullptr, sm_budget)
+          : launch_on_device_ids(session, trial, direction, path.executor, kind, mapping, ids, sm_budget);
+  session.finish();
+  const std::string full_name = text(name, ", ", name_of(direction), ", ", name_of(kind));
+  expect_path(full_name, plan, path);
+  session.judge(full_name, trial, mapping.good, mapping.fault);
+  return plan;
 }
 
 // Every way for the tables to arrive, in every direction, with ids on the host and on the device.
-void run_kernel_cases(Session& session, const Fragments& fragments, Executor executor) {
+void run_kernel_cases(Session& session, const Fragments& fragments, const Path& path) {
   constexpr IdKind kOnDevice[] = {IdKind::kDevice64, IdKind::kDevice32, IdKind::kDeviceRows};
   for (size_t i = 0; i < std::size(kDeliveries); ++i) {
     const Geometry geometry = lay_out(fragments, kDeliveries[i].runs);
     for (const Direction direction : kDirections) {
-      run_kernel_case(session, kDeliveries[i].name, geometry, direction, executor, IdKind::kHost);
-      run_kernel_case(session, kDeliveries[i].name, geometry, direction, executor, kOnDevice[i]);
+      run_kernel_case(session, kDeliveries[i].name, geometry, direction, path, kOnDevice[i]);
+      const KernelPlan plan = run_kernel_case(session, kDeliveries[i].name, geometry, direction, path, IdKind::kHost);
+      if (path.executor == Executor::kBulk && plan.uploads) expect_full_rings(kDeliveries[i].name, plan);
     }
   }
 }
@@ -213,7 +246,8 @@ const Fragments kLongBulkFragments{{8192, 17000, 6000, 20000, 8208}, {{0, 0}, {5
 void run_long_bulk(Session& session) {
   const Geometry geometry = lay_out(kLongBulkFragments, 7);
   for (const Direction direction : kDirections) {
-    run_kernel_case(session, "tiles of 8 KiB", geometry, direction, Executor::kBulk, IdKind::kHost);
+    const char* const name = "tiles of 8 KiB";
+    expect_full_rings(name, run_kernel_case(session, name, geometry, direction, kLongBulk, IdKind::kHost));
   }
 }
 
@@ -224,8 +258,8 @@ void run_subblocks(Session& session) {
   fragments.dst_subblocks = 4;
   const Geometry geometry = lay_out(fragments, 12);
   for (const Direction direction : kDirections) {
-    run_kernel_case(session, "sub-blocks", geometry, direction, Executor::kKernel, IdKind::kHost);
-    run_kernel_case(session, "sub-blocks", geometry, direction, Executor::kKernel, IdKind::kDevice64);
+    run_kernel_case(session, "sub-blocks", geometry, direction, kTilesWithLoops, IdKind::kHost);
+    run_kernel_case(session, "sub-blocks", geometry, direction, kTilesWithLoops, IdKind::kDevice64);
   }
 }
 
@@ -248,9 +282,10 @@ void run_addresses(Session& session) {
     const std::vector<Pair> pairs = pairs_of(geometry);
     const Work listed = lower_fragments(fragments_of(trial, pairs), direction, {Executor::kDma, 1, false});
     std::optional<Work> work = addresses_as_ids(listed);
-    if (!work) throw std::logic_error("fragments of one size must do as ids");
+    expect(work.has_value(), "fragments of one size must do as ids");
     work->executor = Executor::kKernel;
-    session.launch_mapped(*work, nullptr, 0);
+    const KernelPlan plan = session.launch_mapped(*work, nullptr, 0);
+    expect(plan.parts.at(0).head.id_width == 8, "addresses must be ids of 64 bits");
     session.finish();
     session.judge(text("addresses, ", name_of(direction)), trial, pairs, std::nullopt);
   }
@@ -294,12 +329,12 @@ void run_dma(Session& session) {
     const Work work = lower_host_ids(trial, direction, Executor::kDma, pairs);
     dma_copy(work, false, session.stream());
     session.finish();
-    session.judge(text("batched, ", name_of(direction)), trial, pairs, std::nullopt);
+    session.judge(text("own stream, ", name_of(direction)), trial, pairs, std::nullopt);
 
     trial.fill();
     dma_copy(work, false, nullptr);
     check(cudaStreamSynchronize(nullptr), "cudaStreamSynchronize");
-    session.judge(text("one by one, ", name_of(direction)), trial, pairs, std::nullopt);
+    session.judge(text("legacy stream, ", name_of(direction)), trial, pairs, std::nullopt);
 
     run_in_graph(session, text("dma in a graph, ", name_of(direction)), trial, pairs,
                  [&] { dma_copy(work, false, session.stream()); });
@@ -314,7 +349,7 @@ void run_staged_case(Session& session, const Geometry& geometry, Direction direc
   const std::vector<Pair> pairs = pairs_of(geometry);
   const Work work = lower_host_ids(trial, direction, Executor::kStaged, pairs);
   const Staging staging = plan_staging(work, 48 << 10);
-  if (!staging.refusal.empty()) throw std::logic_error("staged: " + staging.refusal);
+  expect(staging.chunks() > 1, "staged: there must be more than one chunk, got '" + staging.refusal + "'");
   const Buffer ring(Memory::kDevice, static_cast<size_t>(staging.ring_bytes));
   count_launches_as(Direction::kDeviceToDevice);
   run_staged(work, staging, ring.data(), 0, session.limits(), session.upload(), session.stream());
@@ -331,29 +366,33 @@ void run_staged_cases(Session& session) {
   }
 }
 
-Group kernel_group(const char* name, Fragments fragments) {
-  return {name, false, [fragments = std::move(fragments)](Session& session) {
-            run_kernel_cases(session, fragments, Executor::kKernel);
-          }};
+Group kernel_group(const char* name, Fragments fragments, Path path) {
+  return {name, path.executor == Executor::kBulk,
+          [fragments = std::move(fragments), path](Session& session) { run_kernel_cases(session, fragments, path); }};
+}
+
+Group graph_group(const char* name, Fragments fragments, Executor executor) {
+  return {name, executor == Executor::kBulk,
+          [fragments = std::move(fragments), executor](Session& session) { run_graphs(session, fragments, executor); }};
 }
 
 }  // namespace
 
 const std::vector<Group>& groups() {
   static const std::vector<Group> all{
-      kernel_group("page", kPageFragments),
-      kernel_group("row", chunks_of(16)),
-      kernel_group("bytes-8", chunks_of(8)),
-      kernel_group("bytes-4", chunks_of(4)),
-      kernel_group("bytes-2", chunks_of(2)),
-      kernel_group("bytes-1", chunks_of(1)),
-      kernel_group("bytes-tiles", with_loops(kPageFragments)),
-      {"bulk-short", true, [](Session& s) { run_kernel_cases(s, kShortBulkFragments, Executor::kBulk); }},
+      kernel_group("page", kPageFragments, kTiles),
+      kernel_group("row", chunks_of(16), {KernelVariant::kRow, 16}),
+      kernel_group("bytes-8", chunks_of(8), {KernelVariant::kBytes, 8}),
+      kernel_group("bytes-4", chunks_of(4), {KernelVariant::kBytes, 4}),
+      kernel_group("bytes-2", chunks_of(2), {KernelVariant::kBytes, 2}),
+      kernel_group("bytes-1", chunks_of(1), {KernelVariant::kBytes, 1}),
+      kernel_group("bytes-tiles", with_loops(kPageFragments), kTilesWithLoops),
+      kernel_group("bulk-short", with_loops(kShortBulkFragments), kShortBulk),
       {"bulk-long", true, run_long_bulk},
       {"sub-blocks", false, run_subblocks},
       {"addresses", false, run_addresses},
-      {"graphs", false, [](Session& s) { run_graphs(s, kPageFragments, Executor::kKernel); }},
-      {"bulk-graphs", true, [](Session& s) { run_graphs(s, kShortBulkFragments, Executor::kBulk); }},
+      graph_group("graphs", kPageFragments, Executor::kKernel),
+      graph_group("bulk-graphs", kShortBulkFragments, Executor::kBulk),
       {"dma", false, run_dma},
       {"staged", false, run_staged_cases},
   };
