@@ -133,13 +133,6 @@ def executable(path: Path, text: str) -> Path:
     return path
 
 
-@pytest.fixture
-def program(simgpu_build: Path, tmp_path: Path) -> Path:
-    """The program with the stand-in, as run.sh takes it."""
-    preload = environment(simgpu_build)["LD_PRELOAD"]
-    return executable(tmp_path / "program", f'LD_PRELOAD={preload} exec {simgpu_build / "kvkernels_sanitizer"} "$@"\n')
-
-
 def sanitize(program: Path, folder: Path, tool: str = "") -> subprocess.CompletedProcess[str]:
     """run.sh with a script that stands for compute-sanitizer; ``tool`` runs before the program, with its name in $2."""
     if tool:
@@ -188,6 +181,18 @@ def test_the_script_does_not_believe_a_blind_tool(quick: Path, tmp_path: Path) -
     done = sanitize(quick, tmp_path, '[ "${@: -1}" != bounds ] || exit 1')
     assert done.returncode == 1
     assert [line.split()[0] for line in done.stdout.splitlines() if " FAILED " in line] == ["control"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["PROGRAM"], "usage: bash run.sh PROGRAM OUT_DIR"),
+        (["/nowhere/program", "out"], "PROGRAM must be an executable file, got '/nowhere/program'"),
+    ],
+)
+def test_the_script_checks_its_arguments(arguments: list[str], problem: str) -> None:
+    done = subprocess.run(["bash", str(SCRIPT), *arguments], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"sanitizer: {problem}\n")
 
 
 def test_without_the_tool_the_script_ends_in_a_sentence(quick: Path, tmp_path: Path) -> None:

@@ -5,11 +5,11 @@
 # read past the end of an allocation, which memcheck must report: a tool that is blind finds nothing anywhere.
 #
 # Exit status: 0 where every byte is right and no tool reports anything, 1 where that is not so, 2 where nothing could be
-# run. Racecheck knows little of bulk copies and their mbarriers: what it says of them has to be read.
+# run. Whether racecheck follows bulk copies and their mbarriers is not known: what it says of them has to be read.
 set -uo pipefail
 
 readonly REPORTED=86  # compute-sanitizer's exit status where it reports an error; the program itself never has it
-readonly LIMIT_S=60   # of a step; the longest takes some seconds
+readonly LIMIT_S=60   # of a step: a tool that hangs must not hold up the others
 
 cannot() {
   echo "sanitizer: $1" >&2
