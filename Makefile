@@ -28,7 +28,8 @@ export KVKERNELS_COMPILED = ON
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build swap pages layouts sass test simgpu simgpu-build e2e torches mutants lint format audit clean distclean always
+.PHONY: help build swap pages layouts sass test simgpu simgpu-build sanitize e2e torches mutants lint format audit clean \
+  distclean always
 
 help:
 	@echo "make swap       build, check every byte and time the copies (ARGS=\"--model qwen3-32b\"; see --help)"
@@ -37,6 +38,7 @@ help:
 	@echo "make sass       what the CUDA kernels' machine code looks like (needs cuobjdump)"
 	@echo "make test       build and run all tests (ARGS=\"-k gather\" goes to pytest)"
 	@echo "make simgpu     the GPU tests without a GPU: torch's CUDA build on a stand-in for CUDA (needs nvcc; 5 GB)"
+	@echo "make sanitize   small copies by every CUDA kernel under compute-sanitizer (needs a GPU; reports in build/sanitizer)"
 	@echo "make e2e        vLLM on the CPU offloads its KV cache through kvkernels (ARGS=\"--model my-model/\"; see --help)"
 	@echo "make torches    the op tests with the library as it is built on torch 2.10 to 2.14 (30 GB; ARGS=\"--torch 2.10.0\")"
 	@echo "make mutants    whether the tests notice when the sources are edited (hours; ARGS=\"--count 20\"; see --help)"
@@ -116,6 +118,11 @@ simgpu: simgpu-build $(STAND_IN)/.requirements
 	env KVKERNELS_STAND_IN=$(SIMGPU) KVKERNELS_FAKE_DEVICES=2 KVKERNELS_REQUIRE_CUDA=1 PYTHONPATH=$(SIMGPU)/package \
 	  LD_PRELOAD=$(SIMGPU)/libcuda.so.1:$(SIMGPU)/libcudart.so.13:$(SIMGPU)/libkvkernels_drive.so \
 	  $(STAND_IN)/bin/pytest -m cuda -n $(JOBS) --maxprocesses=8 --dist loadfile $(ARGS)
+
+sanitize: $(VENV)/.requirements
+	cmake --preset release -DKVKERNELS_CUDA=ON -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python
+	cmake --build --preset release --target kvkernels_sanitizer
+	bash tests/sanitizer/run.sh build/release/kvkernels_sanitizer build/sanitizer
 
 $(ENGINE)/.requirements: examples/vllm_offload/requirements.txt
 	rm -rf $(ENGINE)
