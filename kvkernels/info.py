@@ -64,7 +64,12 @@ def info() -> dict[str, Any]:
 
 
 def _cpu(build: Mapping[str, Any]) -> dict[str, Any]:
-    found = {"instruction_set": build.get("instruction_set"), "torch_threads": torch.get_num_threads(), "policy": None}
+    found = {
+        "instruction_set": build.get("instruction_set"),
+        "tuning": build.get("tuning"),
+        "torch_threads": torch.get_num_threads(),
+        "policy": None,
+    }
     try:
         host = importlib.import_module("kvkernels._host")
         found["instruction_set"] = host.instruction_set()
@@ -137,7 +142,8 @@ def info_text(found: Mapping[str, Any]) -> str:
         f"compiled: {'yes' if found['compiled'] else 'no'} ({found['why']})",
         f"library:  {found['library'] or 'none'}",
         f"cuda:     {code}; torch finds {'a' if cuda['available'] else 'no'} CUDA device",
-        f"cpu:      {cpu['instruction_set'] or 'torch decides'}, {cpu['torch_threads']} threads",
+        f"cpu:      {cpu['instruction_set'] or 'torch decides'}, tuned for: {cpu['tuning'] or 'nothing'}, "
+        f"{cpu['torch_threads']} threads",
         "",
     ]
     for op, places in found["ops"].items():

@@ -29,7 +29,7 @@ PROGRAMS = {
     "test_core_bytes": [*CORE, *CPU],
     "test_staged": CORE,
     "test_stretch": [CSRC / "cpu" / "stretch.cpp"],
-    "test_stores": [CSRC / "cpu" / "isa.cpp", CSRC / "cpu" / "loops.cpp"],
+    "test_stores": [CSRC / "cpu" / f"{name}.cpp" for name in ("isa", "loops", "tuning")],
 }
 # What test_core.cpp calls: its build for races need not wait for the rest.
 READING = [CSRC / "core" / "pairs.cpp", CSRC / "core" / "verify.cpp"]

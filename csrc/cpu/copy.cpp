@@ -24,11 +24,18 @@ constexpr int64_t kStrips = 64;
 
 bool is_in_strips(const FragmentCursor& cursor) { return !cursor.listed() && goes_in_strips(cursor.move()); }
 
-// Hands out pieces in order: fragments, those above kPieceBytes cut. Of several cursors, which have as many fragments
+// A lane's tools.
+struct Means {
+  const Loops& loops;
+  const Tuning& tuning;
+  bool streaming;
+};
+
+// Hands out pieces in order: fragments, those above `piece_bytes` cut. Of several cursors, which have as many fragments
 // each, it takes one fragment in turn.
 class PieceSource {
  public:
-  explicit PieceSource(std::span<FragmentCursor> cursors) : cursors_(cursors) {}
+  PieceSource(std::span<FragmentCursor> cursors, int64_t piece_bytes) : cursors_(cursors), piece_bytes_(piece_bytes) {}
 
   int64_t fill(Fragment* out, int64_t capacity) {
     int64_t written = 0;
@@ -50,10 +57,10 @@ class PieceSource {
  private:
   // Whole pieces that end on a destination line, but the last two are of about one size: a short one would leave
   // nothing to interleave with.
-  static int64_t next_piece(const Fragment& left) {
-    if (left.bytes <= kPieceBytes) return left.bytes;
+  int64_t next_piece(const Fragment& left) const {
+    if (left.bytes <= piece_bytes_) return left.bytes;
     const int64_t to_line = static_cast<int64_t>(-reinterpret_cast<uintptr_t>(left.dst) % kLineBytes);
-    if (left.bytes >= 2 * kPieceBytes) return kPieceBytes + to_line;
+    if (left.bytes >= 2 * piece_bytes_) return piece_bytes_ + to_line;
     return left.bytes / 2 / kLineBytes * kLineBytes + to_line;
   }
 
@@ -84,15 +91,18 @@ class PieceSource {
   }
 
   std::span<FragmentCursor> cursors_;
+  int64_t piece_bytes_;
   Fragment fragments_[kFragments];
   int64_t taken_ = 0;
   int64_t count_ = 0;
   int64_t descriptors_ = 0;
 };
 
-Issued copy_pieces(std::span<FragmentCursor> cursors, const Loops& loops, bool streaming) {
+// Several cursors' pieces follow each other in memory.
+Issued copy_pieces(std::span<FragmentCursor> cursors, const Means& means) {
   Issued issued;
-  PieceSource source(cursors);
+  PieceSource source(cursors, means.tuning.piece_bytes);
+  const auto copy = cursors.size() > 1 ? means.loops.copy_in_order : means.loops.copy_pieces;
   Fragment pieces[kBatch];
   int64_t held = 0;
   while (true) {
@@ -100,7 +110,7 @@ Issued copy_pieces(std::span<FragmentCursor> cursors, const Loops& loops, bool s
     if (held == 0) break;
     // A buffer that could not be filled holds the last pieces.
     const int64_t count = held < kBatch ? held : held - kLookahead;
-    loops.copy_pieces(pieces, count, held, streaming);
+    copy(pieces, count, held, means.streaming, means.tuning);
     for (int64_t i = 0; i < count; ++i) issued.bytes += pieces[i].bytes;
     std::copy(pieces + count, pieces + held, pieces);
     held -= count;
@@ -109,13 +119,13 @@ Issued copy_pieces(std::span<FragmentCursor> cursors, const Loops& loops, bool s
   return issued;
 }
 
-Issued copy_strips(FragmentCursor& cursor, const Loops& loops, bool streaming) {
+Issued copy_strips(FragmentCursor& cursor, const Means& means) {
   Issued issued;
   Strip strips[kStrips];
   issued.descriptors -= cursor.resumes() ? 1 : 0;
   while (cursor.left() > 0 && is_in_strips(cursor)) {
     const int64_t count = cursor.next_of_move(strips, kStrips);
-    loops.copy_strips(strips, count, streaming);
+    means.loops.copy_strips(strips, count, means.streaming, means.tuning);
     for (int64_t i = 0; i < count; ++i) {
       issued.descriptors += strips[i].count;
       issued.bytes += strips[i].count * strips[i].bytes;
@@ -130,13 +140,13 @@ void add(Issued& total, const Issued& part) {
 }
 
 // Of several cursors, which have as many fragments each at the same places of their loops, a strip in turn.
-Issued copy_strips_in_turns(std::span<FragmentCursor> cursors, const Loops& loops, bool streaming) {
+Issued copy_strips_in_turns(std::span<FragmentCursor> cursors, const Means& means) {
   Issued issued;
   Strip strips[kZipMost];
   while (cursors.front().left() > 0) {
     int64_t count = 0;
     for (FragmentCursor& cursor : cursors) count += cursor.next_of_move(strips + count, 1);
-    loops.copy_strips(strips, count, streaming);
+    means.loops.copy_strips(strips, count, means.streaming, means.tuning);
     for (int64_t i = 0; i < count; ++i) {
       issued.descriptors += strips[i].count;
       issued.bytes += strips[i].count * strips[i].bytes;
@@ -146,18 +156,17 @@ Issued copy_strips_in_turns(std::span<FragmentCursor> cursors, const Loops& loop
 }
 
 // A part of the work, from one position to another.
-Issued copy_in_order(const Work& work, const Loops& loops, int64_t begin, int64_t end) {
+Issued copy_in_order(const Work& work, const Means& means, int64_t begin, int64_t end) {
   Issued issued;
   FragmentCursor cursor(work, begin, end);
   while (cursor.left() > 0) {
-    add(issued, is_in_strips(cursor) ? copy_strips(cursor, loops, work.streaming)
-                                     : copy_pieces({&cursor, 1}, loops, work.streaming));
+    add(issued, is_in_strips(cursor) ? copy_strips(cursor, means) : copy_pieces({&cursor, 1}, means));
   }
   return issued;
 }
 
 // The rows of a zipped stretch between two positions, which are row boundaries.
-Issued copy_zipped(const Work& work, const Loops& loops, const Stretch& stretch, int64_t stretch_begin, int64_t begin,
+Issued copy_zipped(const Work& work, const Means& means, const Stretch& stretch, int64_t stretch_begin, int64_t begin,
                    int64_t end) {
   const int64_t first_row = (begin - stretch_begin) / stretch.row_bytes;
   const int64_t last_row = (end - stretch_begin) / stretch.row_bytes;
@@ -171,29 +180,28 @@ Issued copy_zipped(const Work& work, const Loops& loops, const Stretch& stretch,
     move_begin += work.pairs * move.bytes_per_pair();
   }
   const bool short_ones = std::all_of(cursors.begin(), cursors.end(), is_in_strips);
-  return short_ones ? copy_strips_in_turns(cursors, loops, work.streaming)
-                    : copy_pieces(cursors, loops, work.streaming);
+  return short_ones ? copy_strips_in_turns(cursors, means) : copy_pieces(cursors, means);
 }
 
-Issued copy_range(const Work& work, const Loops& loops, int64_t begin, int64_t end) {
+Issued copy_range(const Work& work, const Means& means, int64_t begin, int64_t end) {
   Issued issued;
   if (work.moves.size() <= 1) {
-    issued = copy_in_order(work, loops, begin, end);
+    issued = copy_in_order(work, means, begin, end);
   } else {
     int64_t at = 0;
     for (size_t first = 0; first < work.moves.size() && at < end;) {
-      const Stretch stretch = stretch_from(work, first, loops.writes_rows);
+      const Stretch stretch = stretch_from(work, first, means.tuning.writes_rows);
       const int64_t low = std::max(begin, at);
       const int64_t high = std::min(end, at + stretch.bytes);
       if (low < high) {
-        add(issued, stretch.row_bytes > 0 ? copy_zipped(work, loops, stretch, at, low, high)
-                                          : copy_in_order(work, loops, low, high));
+        add(issued, stretch.row_bytes > 0 ? copy_zipped(work, means, stretch, at, low, high)
+                                          : copy_in_order(work, means, low, high));
       }
       at += stretch.bytes;
       first = stretch.last;
     }
   }
-  if (work.streaming) loops.fence();
+  if (work.streaming) means.loops.fence();
   return issued;
 }
 
@@ -204,7 +212,7 @@ int64_t cut_near(int64_t offset, int64_t fragment_bytes) {
 }
 
 // The first byte of `lane`, as a position of FragmentCursor or, in a zipped stretch, of its rows.
-int64_t lane_begin(const Work& work, const Loops& loops, int lane) {
+int64_t lane_begin(const Work& work, const Means& means, int lane) {
   if (lane == work.lanes) return work.bytes;
   const int64_t even = work.bytes / work.lanes * lane;
   int64_t begin = 0;
@@ -213,7 +221,7 @@ int64_t lane_begin(const Work& work, const Loops& loops, int lane) {
     begin += fragment.bytes;
   }
   for (size_t first = 0; first < work.moves.size();) {
-    const Stretch stretch = stretch_from(work, first, loops.writes_rows);
+    const Stretch stretch = stretch_from(work, first, means.tuning.writes_rows);
     first = stretch.last;
     if (even >= begin + stretch.bytes) {
       begin += stretch.bytes;
@@ -231,31 +239,34 @@ int64_t lane_begin(const Work& work, const Loops& loops, int lane) {
 
 struct Lanes {
   const Work& work;
-  const Loops& loops;
+  const Means& means;
   std::atomic<int64_t> descriptors{0};
   std::atomic<int64_t> bytes{0};
 };
 
 void copy_lane(void* context, int lane) {
   Lanes& lanes = *static_cast<Lanes*>(context);
-  const Issued issued = copy_range(lanes.work, lanes.loops, lane_begin(lanes.work, lanes.loops, lane),
-                                   lane_begin(lanes.work, lanes.loops, lane + 1));
+  const Issued issued = copy_range(lanes.work, lanes.means, lane_begin(lanes.work, lanes.means, lane),
+                                   lane_begin(lanes.work, lanes.means, lane + 1));
   lanes.descriptors.fetch_add(issued.descriptors, std::memory_order_relaxed);
   lanes.bytes.fetch_add(issued.bytes, std::memory_order_relaxed);
 }
 
 }  // namespace
 
-Issued copy(const Work& work, ParallelFor parallel, Isa isa) {
-  const Loops& loops = loops_for(isa);
-  if (work.lanes <= 1) return copy_range(work, loops, 0, work.bytes);
-  Lanes lanes{work, loops};
+Issued copy(const Work& work, ParallelFor parallel, Isa isa, const Tuning& tuning) {
+  const Means means{loops_for(isa), tuning, work.streaming};
+  if (work.lanes <= 1) return copy_range(work, means, 0, work.bytes);
+  Lanes lanes{work, means};
   parallel(work.lanes, &lanes, copy_lane);
   return {lanes.descriptors.load(std::memory_order_relaxed), lanes.bytes.load(std::memory_order_relaxed)};
 }
 
-Issued copy(const Work& work, ParallelFor parallel) { return copy(work, parallel, selected_isa()); }
+Issued copy(const Work& work, ParallelFor parallel) {
+  const Isa isa = selected_isa();
+  return copy(work, parallel, isa, tuning_for(isa));
+}
 
-bool writes_rows() { return loops_for(selected_isa()).writes_rows; }
+bool writes_rows() { return tuning_for(selected_isa()).writes_rows; }
 
 }  // namespace kvkernels::cpu

@@ -5,6 +5,7 @@
 
 #include "core/lower.h"
 #include "cpu/isa.h"
+#include "cpu/tuning.h"
 
 namespace kvkernels::cpu {
 
@@ -20,9 +21,9 @@ using ParallelFor = void (*)(int lanes, void* context, void (*body)(void* contex
 // Copies everything in `work` with work.lanes lanes of about the same bytes and, where work.streaming, with
 // stores that bypass the caches; those are visible to other threads when this returns. `parallel` may be null
 // where work.lanes is 1. Touches no byte outside a fragment. `isa` must be supported.
-Issued copy(const Work& work, ParallelFor parallel, Isa isa);
+Issued copy(const Work& work, ParallelFor parallel, Isa isa, const Tuning& tuning);
 
-// The same with selected_isa(), whose exception comes before the first byte.
+// The same as is best for this processor, with selected_isa(), whose exception comes before the first byte.
 Issued copy(const Work& work, ParallelFor parallel);
 
 // Whether, with selected_isa(), rows of the destination are better written whole than rows of the source read whole.

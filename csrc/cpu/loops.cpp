@@ -26,9 +26,6 @@ KVKERNELS_TARGET inline void stream(std::byte* dst, Vector value) {
 void fence() { _mm_sfence(); }
 constexpr Isa kIsa = Isa::kAvx512;
 constexpr bool kStreams = true;
-// Measured on Sapphire Rapids: 1.15 of the ceiling with four, 1.06 with two.
-constexpr int kInterleave = 4;
-constexpr bool kWritesRows = true;
 #include "cpu/loops.inc"
 #undef KVKERNELS_TARGET
 
@@ -50,9 +47,6 @@ KVKERNELS_TARGET inline void stream(std::byte* dst, Vector value) {
 void fence() { _mm_sfence(); }
 constexpr Isa kIsa = Isa::kAvx2;
 constexpr bool kStreams = true;
-// The processors that end here (AMD up to Zen 3) lose with three or more.
-constexpr int kInterleave = 2;
-constexpr bool kWritesRows = false;
 #include "cpu/loops.inc"
 #undef KVKERNELS_TARGET
 
@@ -76,8 +70,6 @@ inline void stream(std::byte* dst, Vector value) { store(dst, value); }
 void fence() {}
 constexpr Isa kIsa = Isa::kPortable;
 constexpr bool kStreams = false;
-constexpr int kInterleave = 2;
-constexpr bool kWritesRows = false;
 #include "cpu/loops.inc"
 #undef KVKERNELS_TARGET
 

@@ -5,13 +5,13 @@
 
 #include "core/fragments.h"
 #include "cpu/isa.h"
+#include "cpu/tuning.h"
 
 namespace kvkernels::cpu {
 
 constexpr int64_t kLineBytes = 64;
 
-// Longer fragments reach the loops in pieces of about this size: the hardware prefetchers stop at 4 KiB, and
-// pieces of one size are what can be interleaved.
+// Where hardware prefetchers stop: lanes are cut at multiples of it.
 constexpr int64_t kPieceBytes = 4096;
 
 // Shorter pieces are copied one by one, with loops of their own for the usual sizes.
@@ -26,14 +26,13 @@ enum class Ceiling { kOneStream, kTwoPages, kTwoHalves };
 struct Loops {
   // Copies pieces[0, count); pieces[count, known) are only prefetched. With `streaming`, stores bypass the caches
   // and the caller fences.
-  void (*copy_pieces)(const Fragment* pieces, int64_t count, int64_t known, bool streaming);
+  void (*copy_pieces)(const Fragment* pieces, int64_t count, int64_t known, bool streaming, const Tuning& tuning);
+  // The same for pieces that follow each other in memory on one side: one after the other.
+  void (*copy_in_order)(const Fragment* pieces, int64_t count, int64_t known, bool streaming, const Tuning& tuning);
   // For short fragments at regular distances, where a record each would cost more than the bytes.
-  void (*copy_strips)(const Strip* strips, int64_t count, bool streaming);
+  void (*copy_strips)(const Strip* strips, int64_t count, bool streaming, const Tuning& tuning);
   void (*ceiling)(std::byte* dst, const std::byte* src, int64_t bytes, Ceiling loop);
   void (*fence)();
-  // Whether rows of the destination are better written whole, by moves in turns if need be, than rows of the source
-  // read whole.
-  bool writes_rows;
   // The instructions that these are made of.
   Isa isa;
 };

@@ -18,7 +18,8 @@ std::string build_info() {
   return text("{\"cuda\": ", cuda, ", \"cuda_version\": ", quoted(cuda_version),
               ", \"architectures\": ", quoted(architectures),
               ", \"compiler\": ", quoted(text("gcc-compatible ", __VERSION__)),
-              ", \"instruction_set\": ", quoted(cpu::instruction_set()), '}');
+              ", \"instruction_set\": ", quoted(cpu::instruction_set()),
+              ", \"tuning\": ", quoted(cpu::tuning_for(cpu::selected_isa()).processors), '}');
 }
 
 std::string check_device(int64_t device) { return take_fault_json(static_cast<int>(device)); }

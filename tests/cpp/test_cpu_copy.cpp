@@ -345,6 +345,17 @@ std::string describe(const Case& test, cpu::Isa isa) {
   return text + "; " + std::to_string(test.work.fragments.size()) + " listed";
 }
 
+// What no processor's row of the table says, too.
+cpu::Tuning random_tuning(Random& random, cpu::Isa isa) {
+  return {"",
+          isa,
+          false,
+          random.once_in(2) ? 2 : 4,
+          random.of<int64_t>({4096, 16 << 10, 1 << 20}),
+          random.once_in(2),
+          random.once_in(2)};
+}
+
 void run_case(Random& random, Case test) {
   test.src->fill(random);
   std::memset(test.dst->data(), 0xa5, static_cast<size_t>(test.dst->size()));
@@ -359,7 +370,8 @@ void run_case(Random& random, Case test) {
     test.work.lanes = static_cast<int>(random.in(1, 4));
     test.work.streaming = random.once_in(2);
     std::memset(test.dst->data(), 0xa5, static_cast<size_t>(test.dst->size()));
-    const cpu::Issued issued = cpu::copy(test.work, random.once_in(8) ? in_threads : backwards, isa);
+    const cpu::Issued issued =
+        cpu::copy(test.work, random.once_in(8) ? in_threads : backwards, isa, random_tuning(random, isa));
     const std::string what = describe(test, isa);
     const int64_t difference = test.dst->difference(expected.bytes);
     expect(difference < 0, what + ": byte " + std::to_string(difference - kGuardBytes) + " of the pools differs");
@@ -409,7 +421,7 @@ void copy_far_apart(Random& random) {
     work.pairs = 1;
     work.bytes = 3000;
     std::fill(dst.begin(), dst.end(), std::byte{0xa5});
-    cpu::copy(work, nullptr, isa);
+    cpu::copy(work, nullptr, isa, cpu::tuning_for(isa));
     expect(std::equal(src.begin(), src.begin() + 3000, dst.begin()) && dst[3000] == std::byte{0xa5},
            std::string(cpu::name_of(isa)) + ": a page beyond 2^32 bytes differs");
   }
@@ -456,7 +468,7 @@ void count_shares(int lanes, void* context, void (*body)(void* context, int lane
 void check_shares(const Work& work, const Memory& dst, int64_t unit_bytes, const std::string& what) {
   std::memset(dst.data(), 0, static_cast<size_t>(dst.size()));
   shares = {&dst, {}};
-  cpu::copy(work, count_shares, cpu::Isa::kPortable);
+  cpu::copy(work, count_shares, cpu::Isa::kPortable, cpu::tuning_for(cpu::Isa::kPortable));
   const int64_t even = work.bytes / work.lanes;
   for (const int64_t bytes : shares.bytes) {
     expect(std::abs(bytes - even) <= unit_bytes,

@@ -102,7 +102,7 @@ void pieces_stream_where_asked() {
         std::byte* const to = dst.middle() - bytes / 2 / 64 * 64 - misaligned;
         const std::vector<Fragment> pieces(8, {src.data(), to, bytes});
         for (const bool streaming : {false, true}) {
-          const bool seen = streams([&] { loops.copy_pieces(pieces.data(), 8, 8, streaming); });
+          const bool seen = streams([&] { loops.copy_pieces(pieces.data(), 8, 8, streaming, cpu::tuning_for(isa)); });
           // Short pieces that begin inside a line would fill it by halves.
           const bool wanted = isa != cpu::Isa::kPortable && streaming && (misaligned == 0 || bytes >= 2048);
           expect(seen == wanted, text(name, ": pieces of ", bytes, ", ", misaligned, " bytes before a line, ",
@@ -121,7 +121,7 @@ void strips_stream_where_asked() {
       for (const int64_t misaligned : {0, 8}) {
         const Strip strip{src.data(), dst.middle() - 3 * bytes - misaligned, bytes, 8, bytes, bytes};
         for (const bool streaming : {false, true}) {
-          const bool seen = streams([&] { loops.copy_strips(&strip, 1, streaming); });
+          const bool seen = streams([&] { loops.copy_strips(&strip, 1, streaming, cpu::tuning_for(isa)); });
           const bool of_lines = bytes == 64 || bytes == 128 || bytes == 256;
           expect(seen == (isa != cpu::Isa::kPortable && streaming && of_lines && misaligned == 0),
                  text(name, ": strips of ", bytes, ", ", misaligned, " bytes before a line, ", streaming ? "" : "not ",
@@ -132,24 +132,39 @@ void strips_stream_where_asked() {
   });
 }
 
-// The first piece cannot be finished: those that have bytes by then are copied in turns with it.
-void long_pieces_take_turns() {
+// How many of the other pieces have bytes when the first one cannot be finished.
+template <class Copy>
+int64_t begun_with_the_first(Copy copy, std::byte* middle, int64_t bytes) {
   constexpr int64_t kPieces = 12;
-  const HalfReadOnly dst;
   const std::vector<std::byte> src(kPages * kPageBytes, std::byte{1});
+  std::vector<std::byte> others((kPieces + 1) * kPageBytes);
+  std::vector<Fragment> pieces{{src.data(), middle - bytes / 2 / 64 * 64, bytes}};
+  for (int64_t i = 1; i < kPieces; ++i) pieces.push_back({src.data(), others.data() + i * kPageBytes, bytes});
+  (void)streams([&] { copy(pieces.data(), kPieces); });
+  return std::count_if(pieces.begin() + 1, pieces.end(), [bytes](const Fragment& piece) {
+    return std::find(piece.dst, piece.dst + bytes, std::byte{1}) != piece.dst + bytes;
+  });
+}
+
+void long_pieces_take_turns() {
+  const HalfReadOnly dst;
   for_each_isa([&](const cpu::Loops& loops, cpu::Isa isa, const std::string& name) {
-    const int64_t in_turns = isa == cpu::Isa::kAvx512 ? 4 : 2;
-    for (const int64_t bytes : {512, 1984, 2047, 2048, 2049, 4096}) {
-      std::vector<std::byte> others((kPieces + 1) * kPageBytes);
-      std::vector<Fragment> pieces{{src.data(), dst.middle() - bytes / 2 / 64 * 64, bytes}};
-      for (int64_t i = 1; i < kPieces; ++i) pieces.push_back({src.data(), others.data() + i * kPageBytes, bytes});
-      for (const bool streaming : {false, true}) {
-        std::fill(others.begin(), others.end(), std::byte{0});
-        (void)streams([&] { loops.copy_pieces(pieces.data(), kPieces, kPieces, streaming); });
-        const auto begun = std::count_if(pieces.begin() + 1, pieces.end(), [bytes](const Fragment& piece) {
-          return std::find(piece.dst, piece.dst + bytes, std::byte{1}) != piece.dst + bytes;
-        });
-        expect(begun == (bytes < 2048 ? 0 : in_turns - 1), text(name, ": with a piece of ", bytes, " bytes, ", begun));
+    for (const int interleave : {2, 4}) {
+      for (const bool within : {false, true}) {
+        const cpu::Tuning tuning{"", isa, false, interleave, 4096, within, true, true};
+        for (const int64_t bytes : {512, 1984, 2047, 2048, 2049, 4096}) {
+          for (const bool streaming : {false, true}) {
+            const int64_t in_turns = begun_with_the_first(
+                [&](const Fragment* pieces, int64_t n) { loops.copy_pieces(pieces, n, n, streaming, tuning); },
+                dst.middle(), bytes);
+            const int64_t in_order = begun_with_the_first(
+                [&](const Fragment* pieces, int64_t n) { loops.copy_in_order(pieces, n, n, streaming, tuning); },
+                dst.middle(), bytes);
+            const std::string what = text(name, ", ", interleave, " at once, ", bytes, " bytes: ");
+            expect(in_turns == (bytes < 2048 ? 0 : interleave - 1), text(what, in_turns));
+            expect(in_order == 0, text(what, in_order, " in order"));
+          }
+        }
       }
     }
   });
