@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-pytestmark = pytest.mark.cuda
+pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("stand_in")]
 NOT_SUPPORTED = 801
 
 
@@ -24,8 +24,8 @@ def test_torchs_kernels_are_refused(make, kernel):
 
 
 @pytest.mark.parametrize(("library", "function"), [("cudart", "cudaMallocAsync"), ("cuda", "cuModuleLoadData")])
-def test_what_cuda_has_and_the_stand_in_has_not_is_refused(sim, library, function):
-    sim.clear_log()
-    assert getattr(getattr(sim, library), function)(None, None) == NOT_SUPPORTED
-    assert sim.log(function) == [{"call": function, "refused": 1}]
-    sim.cudart.cudaGetLastError()
+def test_what_cuda_has_and_the_stand_in_has_not_is_refused(stand_in, library, function):
+    stand_in.clear_log()
+    assert getattr(getattr(stand_in, library), function)(None, None) == NOT_SUPPORTED
+    assert stand_in.log(function) == [{"call": function, "refused": 1}]
+    stand_in.cudart.cudaGetLastError()
