@@ -53,7 +53,7 @@ def random_bytes(count: int) -> Tensor:
 
 
 def fill(out: Tensor, value: int = POISON) -> None:
-    """Sets bytes anywhere, in the order of the current stream."""
+    """Sets bytes anywhere, which no stream has work for: on the stand-in those of the host are set at once."""
     one = torch.full((min(out.numel(), _CHUNK_BYTES),), value, dtype=torch.uint8, device=WORKSHOP)
     for chunk in out.view(-1).split(_CHUNK_BYTES):
         chunk.copy_(one[: chunk.numel()], non_blocking=True)
@@ -150,7 +150,7 @@ class Buffers:
         return held[:count]
 
     def sides(self, direction: str, shapes: tuple[Shape, Shape]) -> tuple[Tensor, Tensor, Tensor]:
-        """A filled source, a poisoned destination, and what the source holds; in the order of the current stream."""
+        """A filled source, a poisoned destination, and what the source holds; no stream may have work for them."""
         src = self.take(direction[0], "source", shapes[0].bytes)
         dst = self.take(direction[-1], "destination", shapes[1].bytes)
         pristine = self.pristine(shapes[0].bytes)
