@@ -6,15 +6,22 @@ thread, so little that a mistake in the tests themselves is found without hardwa
 
 from __future__ import annotations
 
+import json
+import mmap
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from cases import TRITON_ON_GPU
 from plans import run_row, runs_tensor
 from torch import Tensor
+from torch_cuda.calls import BULK
 
 ON_STAND_IN = "KVKERNELS_STAND_IN" in os.environ
 SCALE = float(os.environ.get("KVKERNELS_HARDWARE_SCALE", "0.001" if ON_STAND_IN else "1"))
@@ -22,12 +29,15 @@ SCALE = float(os.environ.get("KVKERNELS_HARDWARE_SCALE", "0.001" if ON_STAND_IN 
 WORKSHOP = "cpu" if ON_STAND_IN else "cuda"
 
 DIRECTIONS = ("h2d", "d2h", "d2d")
-BULK = pytest.param("bulk", marks=pytest.mark.cuda(bulk=True))
-KERNELS = ("kernel", BULK, *TRITON_ON_GPU)  # those that read ids on the device
-EXECUTORS = ("auto", *KERNELS, "dma", "staged")
+KERNEL_NAMES = ("kernel", "bulk", *TRITON_ON_GPU)  # those that read ids on the device
+EXECUTOR_NAMES = ("auto", *KERNEL_NAMES, "dma", "staged")
+# As parameters of tests.
+KERNELS = [BULK if name == "bulk" else name for name in KERNEL_NAMES]
+EXECUTORS = [BULK if name == "bulk" else name for name in EXECUTOR_NAMES]
 POISON = 0xA5
 GUARD_BYTES = 256
 _CHUNK_BYTES = 64 << 20
+_MAP_NORESERVE = 0x4000  # Python's mmap module names it from 3.13 on
 _CYCLES_A_MS = 2_000_000  # at the highest clocks; a spin lasts longer at lower ones
 
 
@@ -52,17 +62,18 @@ def random_bytes(count: int) -> Tensor:
     return torch.randint(0, 256, (count,), dtype=torch.uint8, device=WORKSHOP)
 
 
-def fill(out: Tensor, value: int = POISON) -> None:
-    """Sets bytes anywhere, which no stream has work for: on the stand-in those of the host are set at once."""
-    one = torch.full((min(out.numel(), _CHUNK_BYTES),), value, dtype=torch.uint8, device=WORKSHOP)
-    for chunk in out.view(-1).split(_CHUNK_BYTES):
-        chunk.copy_(one[: chunk.numel()], non_blocking=True)
+def fill(out: Tensor, tile: Tensor | None = None) -> None:
+    """Repeats a tile, or poison, over bytes that no stream has work for: on the stand-in the host's are set at once."""
+    if tile is None:
+        tile = torch.full((min(out.numel(), _CHUNK_BYTES),), POISON, dtype=torch.uint8, device=WORKSHOP)
+    for chunk in out.view(-1).split(tile.numel()):
+        chunk.copy_(tile[: chunk.numel()], non_blocking=True)
 
 
 def are_same(got: Tensor, wanted: Tensor) -> bool:
-    """Whether two flat tensors of bytes, on either device, are equal; compared where ``wanted`` is."""
+    """Whether two flat tensors of bytes, anywhere, are equal; they are brought to the workshop piece by piece."""
     chunks = zip(got.split(_CHUNK_BYTES), wanted.split(_CHUNK_BYTES), strict=True)
-    return got.shape == wanted.shape and all(torch.equal(a.to(b.device), b) for a, b in chunks)
+    return got.shape == wanted.shape and all(torch.equal(a.to(WORKSHOP), b.to(WORKSHOP)) for a, b in chunks)
 
 
 @dataclass(frozen=True)
@@ -166,6 +177,38 @@ def shared_buffers() -> Iterator[Buffers]:
     torch.cuda.synchronize()
     buffers._held.clear()
     torch.cuda.empty_cache()
+
+
+class RegisteredMemory:
+    """Host memory that begins on a page and becomes pinned range by range; untouched, it takes no room."""
+
+    def __init__(self, byte_count: int) -> None:
+        self._pages = mmap.mmap(-1, byte_count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
+        self._pages.madvise(mmap.MADV_HUGEPAGE)
+        self.bytes = torch.frombuffer(self._pages, dtype=torch.uint8)
+        self._begins: list[int] = []
+
+    def register(self, begin: int, end: int) -> None:
+        address = self.bytes.data_ptr() + begin
+        code = int(torch.cuda.cudart().cudaHostRegister(address, end - begin, 0))
+        assert code == 0, f"cudaHostRegister of bytes {begin} to {end} failed: {code}"
+        self._begins.append(address)
+
+    def unregister(self) -> None:
+        """All ranges, when nothing uses them any more."""
+        torch.cuda.synchronize()
+        for address in self._begins:
+            assert int(torch.cuda.cudart().cudaHostUnregister(address)) == 0
+        self._begins.clear()
+
+
+def run_script(name: str, **variables: str) -> Any:
+    """What a script beside the tests printed as JSON, in a process of its own with these environment variables."""
+    path = Path(__file__).parent / name
+    environment = {**os.environ, **variables}
+    done = subprocess.run([sys.executable, str(path)], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def refusal_of(call: Callable[[], object]) -> str:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import assert_issued
+from torch_cuda.calls import BULK
 from torch_cuda.hardware import (
-    BULK,
     DIRECTIONS,
     EXECUTORS,
     Shape,
