@@ -16,6 +16,7 @@ from cases import IDS_AT
 from plans import run_row, runs_tensor
 from simgpu.ptx.memory import Area
 from simgpu.triton_device import SimulatedLaunch
+from torch_cuda.hardware import random_mapping, scaled
 
 import kvkernels
 from kvkernels import KVCache, KVLayout, convert_blocks
@@ -76,6 +77,38 @@ def test_bytes(launch, op, direction, ids):
     getattr(torch.ops.kvkernels, op)(*arguments, executor="triton")
     assert call.bytes() == _expected(op)
     assert kvkernels.counters()["triton"]["calls"] == len(launch.heads) == 1
+    kvkernels.check_device(0)
+
+
+# What a call is made of: its kernel, whether fragments are chunked, their bytes and loops on either side.
+KERNELS = {
+    "page": ("page", False, 5008, []),
+    "row": ("row", True, 64, [(3, 128, 64)]),
+    "bytes in chunks": ("bytes", True, 72, [(3, 72, 144)]),
+    "bytes in tiles": ("bytes", False, 5008, [(2, 5008, 5024)]),
+}
+
+
+@pytest.mark.parametrize("ids", ["cpu", "cuda"])
+@pytest.mark.parametrize("direction", ["h2d", "d2h", "d2d"])
+@pytest.mark.parametrize("which", KERNELS)
+def test_each_kernel(launch, which, direction, ids):
+    kernel, is_chunked, fragment_bytes, loops = KERNELS[which]
+    pairs = scaled(3000, 3)
+    src, dst = (torch.randint(0, 256, (pairs + 2, 16 << 10), dtype=torch.uint8) for _ in range(2))
+    src_place, dst_place = places(direction, 0)
+    placed = src_place(src), dst_place(dst)
+    mapping = random_mapping(pairs, len(src), len(dst))
+    runs = runs_tensor(run_row((0, 0), (0, 16), fragment_bytes, (0, 0), loops))
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda.synchronize()
+        kvkernels.copy_pages([placed[0]], [placed[1]], mapping.to(ids), runs, executor="triton")
+        torch.cuda.synchronize()
+    (head,) = launch.heads
+    assert (kernels.KERNELS[head.kernel].__name__, bool(head.is_chunked)) == (kernel, is_chunked)
+    kvkernels.copy_pages([src], [dst], mapping, runs, executor="cpu")
+    assert torch.equal(placed[1].cpu(), dst)
+    assert torch.equal(placed[0].cpu(), src)
     kvkernels.check_device(0)
 
 
