@@ -126,6 +126,71 @@ def test_staging_in_several_chunks(buffers, direction, stream):
     assert explained.device["chunks"] == -(-pairs // (RING_BYTES // shape.page_bytes - 1))
 
 
+def _swap(sources, destinations, mapping, page_bytes):
+    for src, dst in zip(sources, destinations, strict=True):
+        kvkernels.swap_blocks(src, dst, page_bytes, mapping)
+
+
+def _swap_addresses(sources, destinations, mapping, page_bytes, any_order):
+    addresses = [
+        torch.cat([pool.data_ptr() + page_bytes * mapping[:, column] for pool in pools])
+        for column, pools in enumerate((sources, destinations))
+    ]
+    kvkernels.swap_blocks_batch(*addresses, torch.full_like(addresses[0], page_bytes), any_order)
+
+
+SWAPS = {
+    "swap_blocks": _swap,
+    "swap_blocks_batch": lambda *arguments: _swap_addresses(*arguments, False),
+    "swap_blocks_batch in any order": lambda *arguments: _swap_addresses(*arguments, True),
+}
+
+
+@pytest.mark.parametrize("stream", ["side", "default"])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("page_bytes", [4096, 16 << 10, 256 << 10])
+@pytest.mark.parametrize("swap", SWAPS)
+def test_swaps(buffers, swap, page_bytes, direction, stream):
+    """All layers in turns, or at once by raw addresses."""
+    pools, pairs = scaled(64, 3), scaled((80 << 20) // page_bytes // 4, 5)
+    shape = Shape(pools, pairs + 3, page_bytes)
+    mapping = random_mapping(pairs, shape.blocks, shape.blocks)
+    with torch.cuda.stream(on_stream(stream)):
+        src, dst, pristine = buffers.sides(direction, (shape, shape))
+        torch.cuda.synchronize()  # sources in any order must be there
+        SWAPS[swap](shape.on(src), shape.on(dst), mapping, page_bytes)
+        torch.cuda.synchronize()
+    assert_copied(dst, (shape, shape), pristine, mapping)
+    assert are_same(src, pristine), "the source was written"
+
+
+@pytest.mark.parametrize("stream", ["side", "default"])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_gathered_and_scattered(buffers, executor, direction, stream):
+    """Packed rows of all layers in between, as blocks are parked: there by the one op, and back by the other."""
+    pools, pairs = scaled(64, 3), scaled(300, 6)
+    shape = Shape(pools, pairs + 20, 16 << 10)
+    mapping = random_mapping(pairs, shape.blocks, shape.blocks)
+    back = f"{direction[0]}2{direction[0]}"
+    with torch.cuda.stream(on_stream(stream)):
+        src, dst, pristine = buffers.sides(back, (shape, shape))
+        rows = buffers.take(direction[-1], "rows", pairs * pools * shape.page_bytes).view(pairs, -1)
+
+        def gather() -> None:
+            kvkernels.gather_blocks(shape.on(src), mapping[:, 0], rows, executor=executor)
+
+        if (executor, direction) == ("staged", "d2d"):
+            assert refusal_of(gather) == "no side is in host memory"
+            return
+        spin(1)
+        gather()
+        kvkernels.scatter_blocks(rows, mapping[:, 1], shape.on(dst), executor=executor)
+        torch.cuda.synchronize()
+    assert_copied(dst, (shape, shape), pristine, mapping)
+    assert are_same(src, pristine), "the source was written"
+
+
 @pytest.mark.parametrize("fragment_bytes", [4096, 32 << 10])
 @pytest.mark.parametrize("executor", EXECUTORS)
 @pytest.mark.parametrize("direction", ["h2d", "d2h"])
