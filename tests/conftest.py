@@ -103,8 +103,7 @@ def _what_is_lacking(marks: list[dict[str, Any]]) -> str:
     if torch.cuda.device_count() < needs["devices"]:
         return f"needs {needs['devices']} CUDA devices, and {torch.cuda.device_count()} is there"
     device = torch.cuda.get_device_properties(0)
-    enough_shared_bytes = device.shared_memory_per_block_optin >= BULK_SHARED_BYTES
-    if needs["bulk"] and not (device.major >= 9 and enough_shared_bytes):
+    if needs["bulk"] and (device.major < 9 or device.shared_memory_per_block_optin < BULK_SHARED_BYTES):
         return f"{device.name} has no bulk copies, or not the shared memory for them"
     # The stand-in's memory, host and device, exists only where it is touched.
     if ON_STAND_IN:

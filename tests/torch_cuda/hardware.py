@@ -6,6 +6,7 @@ thread, so little that a mistake in the tests themselves is found without hardwa
 
 from __future__ import annotations
 
+import contextlib
 import json
 import mmap
 import os
@@ -184,7 +185,8 @@ class RegisteredMemory:
 
     def __init__(self, byte_count: int) -> None:
         self._pages = mmap.mmap(-1, byte_count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
-        self._pages.madvise(mmap.MADV_HUGEPAGE)
+        with contextlib.suppress(OSError):  # only faster to register, and not every kernel has huge pages
+            self._pages.madvise(mmap.MADV_HUGEPAGE)
         self.bytes = torch.frombuffer(self._pages, dtype=torch.uint8)
         self._begins: list[int] = []
 

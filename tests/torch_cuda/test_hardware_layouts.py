@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 from torch_cuda.calls import on, pageable, pinned, places
-from torch_cuda.hardware import DIRECTIONS, EXECUTORS, POISON, WORKSHOP, are_same, on_stream, refusal_of, scaled, spin
+from torch_cuda.hardware import (
+    DIRECTIONS,
+    EXECUTORS,
+    POISON,
+    WORKSHOP,
+    are_same,
+    on_stream,
+    random_bytes,
+    refusal_of,
+    scaled,
+    spin,
+)
 
 import kvkernels
 from kvkernels import KVCache, KVLayout, convert_blocks, copy_slots
@@ -21,7 +34,7 @@ BLOCKS = scaled(16, 4)
 
 
 def _random(*shape: int) -> Tensor:
-    return torch.randint(0, 256, shape, dtype=torch.uint8)
+    return random_bytes(math.prod(shape)).cpu().view(shape)
 
 
 def _layouts(pattern: str, ranks: int, blocks: int) -> list[KVLayout]:
@@ -34,8 +47,9 @@ def _memory(layouts: list[KVLayout]) -> list[list[Tensor]]:
     return [[_random(layout.needed_bytes(i)) for i in range(layout.num_tensors)] for layout in layouts]
 
 
-def _poisoned(memory: list[list[Tensor]]) -> list[list[Tensor]]:
-    return [[torch.full_like(flat, POISON) for flat in rank] for rank in memory]
+def _poisoned(layouts: list[KVLayout]) -> list[list[Tensor]]:
+    sizes = [[layout.needed_bytes(i) for i in range(layout.num_tensors)] for layout in layouts]
+    return [[torch.full((size,), POISON, dtype=torch.uint8) for size in rank] for rank in sizes]
 
 
 def _placed(memory: list[list[Tensor]], place) -> list[list[Tensor]]:
@@ -62,7 +76,7 @@ def test_conversions_and_shards(executor, direction, pattern, src_ranks, dst_ran
     src_layouts = _layouts("L | K B N H D", src_ranks, BLOCKS + 3)
     dst_layouts = _layouts(pattern, dst_ranks, BLOCKS + 2)
     sources = _memory(src_layouts)
-    wanted = _poisoned(_memory(dst_layouts))
+    wanted = _poisoned(dst_layouts)
     mapping = torch.stack((torch.randint(0, BLOCKS + 3, (BLOCKS,)), torch.randperm(BLOCKS + 2)[:BLOCKS]), 1)
     src_place, dst_place = places(direction, 0)
     from_tensors, to_tensors = _placed(sources, src_place), _placed(wanted, dst_place)
