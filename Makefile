@@ -2,7 +2,8 @@
 PYTHON ?= python3
 KVKERNELS_CUDA ?= AUTO
 KVKERNELS_WERROR ?= OFF
-# Arguments for benchmarks/swap.py, pages.py and layouts.py, pytest, tests/e2e/run.py and tests/mutants/run.py.
+# Arguments for benchmarks/swap.py, pages.py and layouts.py, pytest, tests/e2e/run.py, tests/torches/run.py and
+# tests/mutants/run.py.
 ARGS ?=
 # Processes of make test and make simgpu; auto is one a core.
 JOBS ?= auto
@@ -11,6 +12,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # vLLM pins its own torch, numpy and some eighty others.
 ENGINE := .venv-vllm
+# An environment for each other torch and Python.
+TORCHES := .venv-torches
 # torch's CUDA build, for the stand-in for CUDA.
 STAND_IN := .venv-simgpu
 SIMGPU := $(CURDIR)/build/simgpu
@@ -25,7 +28,8 @@ export KVKERNELS_COMPILED = ON
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build swap pages layouts sass test simgpu simgpu-build e2e mutants lint format audit clean distclean always
+.PHONY: help build swap pages layouts sass test simgpu simgpu-build sanitize e2e torches mutants lint format audit clean \
+  distclean always
 
 help:
 	@echo "make swap       build, check every byte and time the copies (ARGS=\"--model qwen3-32b\"; see --help)"
@@ -34,7 +38,9 @@ help:
 	@echo "make sass       what the CUDA kernels' machine code looks like (needs cuobjdump)"
 	@echo "make test       build and run all tests (ARGS=\"-k gather\" goes to pytest)"
 	@echo "make simgpu     the GPU tests without a GPU: torch's CUDA build on a stand-in for CUDA (needs nvcc; 5 GB)"
+	@echo "make sanitize   small copies by every CUDA kernel under compute-sanitizer (needs a GPU; reports in build/sanitizer)"
 	@echo "make e2e        vLLM on the CPU offloads its KV cache through kvkernels (ARGS=\"--model my-model/\"; see --help)"
+	@echo "make torches    the op tests with the library as it is built on torch 2.10 to 2.14 (30 GB; ARGS=\"--torch 2.10.0\")"
 	@echo "make mutants    whether the tests notice when the sources are edited (hours; ARGS=\"--count 20\"; see --help)"
 	@echo "make build      only build"
 	@echo "make lint       ruff, clang-format and mypy"
@@ -113,6 +119,11 @@ simgpu: simgpu-build $(STAND_IN)/.requirements
 	  LD_PRELOAD=$(SIMGPU)/libcuda.so.1:$(SIMGPU)/libcudart.so.13:$(SIMGPU)/libkvkernels_drive.so \
 	  $(STAND_IN)/bin/pytest -m cuda -n $(JOBS) --maxprocesses=8 --dist loadfile $(ARGS)
 
+sanitize: $(VENV)/.requirements
+	cmake --preset release -DKVKERNELS_CUDA=ON -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python
+	cmake --build --preset release --target kvkernels_sanitizer
+	bash tests/sanitizer/run.sh build/release/kvkernels_sanitizer build/sanitizer
+
 $(ENGINE)/.requirements: examples/vllm_offload/requirements.txt
 	rm -rf $(ENGINE)
 	$(PYTHON) -m venv $(ENGINE)
@@ -122,6 +133,9 @@ $(ENGINE)/.requirements: examples/vllm_offload/requirements.txt
 # The library loads there as it is: it knows torch only through its stable ABI.
 e2e: build $(ENGINE)/.requirements
 	$(ENGINE)/bin/python tests/e2e/run.py $(ARGS)
+
+torches: build
+	$(BIN)/python tests/torches/run.py $(ARGS)
 
 mutants: build $(VENV)/.requirements-dev
 	$(BIN)/python tests/mutants/run.py $(ARGS)
@@ -146,4 +160,4 @@ clean:
 	rm -rf build dist *.egg-info kvkernels/*.so kvkernels/_build.json $(VENV)/.built
 
 distclean: clean
-	rm -rf $(VENV) $(STAND_IN) $(ENGINE)
+	rm -rf $(VENV) $(STAND_IN) $(ENGINE) $(TORCHES)

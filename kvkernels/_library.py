@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,20 @@ from urllib.parse import unquote, urlparse
 
 import torch
 
-from kvkernels import ledger, reference, schemas, triton
+from kvkernels import autograd, ledger, reference, schemas, triton
+from kvkernels._text import tensor_of
 
 FILE_NAME = "libkvkernels_ops.so"
 PACKAGE = Path(__file__).resolve().parent
 
 _PYTHON_KERNELS: dict[str, Callable[..., Any]] = {
     "_copy_pages_reference": reference.copy_pages_checked,
-    "_triton_refusal": triton.refusal,
+    "_first_requiring_grad": autograd.first_requiring_grad,
+    "_note_writes": autograd.note_writes,
+    "_triton_refusal": lambda device: tensor_of(triton.refusal(device)),
     "_triton_copy": triton.copy,
 }
+_ALL_SCHEMAS = {**schemas.PUBLIC, **schemas.PRIVATE}
 
 
 @dataclass(frozen=True)
@@ -45,16 +50,16 @@ def load() -> Library:
     Raises
     ------
     ImportError
-        The library is there but does not load or lacks an op, or this copy of the package has none but shadows an
-        installed one that does.
+        The library is there but does not load or was built for other schemas, or this copy of the package has none but
+        shadows an installed one that does.
     """
     path = PACKAGE / FILE_NAME
     if path.exists():
         _load_compiled(path)
-        return Library(path, "the compiled library loaded", _implement_python_kernels())
+        return Library(path, "the compiled library loaded", _define(_PYTHON_KERNELS))
     if os.environ.get("KVKERNELS_ALLOW_REFERENCE") != "1":
         _refuse_to_shadow()
-    return Library(None, _why_not_built(), _define_on_reference())
+    return Library(None, _why_not_built(), _define(_reference_kernels()))
 
 
 def _load_compiled(path: Path) -> None:
@@ -69,37 +74,45 @@ def _load_compiled(path: Path) -> None:
         raise ImportError(
             f"kvkernels: {path} does not load with torch {torch.__version__}: {reason}; {remedy}"
         ) from error
-    missing = [op for op in (*schemas.PUBLIC, *schemas.PRIVATE) if not hasattr(torch.ops.kvkernels, op)]
-    if missing:
+    differing = _schemas_of(path) ^ {op + schema for op, schema in _ALL_SCHEMAS.items()}
+    if differing:
+        ops = ", ".join(sorted({schema.partition("(")[0] for schema in differing}))
         raise ImportError(
-            f"kvkernels: {path} was built from other sources than this package, it lacks {', '.join(missing)}; {remedy}"
+            f"kvkernels: {path} was built from other sources than this package, they differ in {ops}; {remedy}"
         )
 
 
-def _implement_python_kernels() -> torch.library.Library:
-    library = torch.library.Library(schemas.NAMESPACE, "IMPL")
-    for op, kernel in _PYTHON_KERNELS.items():
-        library.impl(op, kernel, "CompositeExplicitAutograd")
-    return library
+def _schemas_of(path: Path) -> set[str]:
+    """What the library's functions were written for; nothing where it is too old to say."""
+    ask = getattr(ctypes.CDLL(str(path)), "kvkernels_schemas", None)
+    if ask is None:
+        return set()
+    ask.restype = ctypes.c_char_p
+    return set(ask().decode().splitlines())
 
 
-def _define_on_reference() -> torch.library.Library:
-    private = {
-        "_explain_begin": ledger.explain_begin,
-        "_explain_end": ledger.explain_end,
-        "_counters": ledger.counters,
-        "_reset_counters": ledger.reset_counters,
-        "_build_info": lambda: json.dumps(build_record()),
-        "_check_device": lambda device: "{}",  # the reference checks ids before it moves anything
-        **_PYTHON_KERNELS,
-    }
+def _define(kernels: Mapping[str, Callable[..., Any]]) -> torch.library.Library:
+    """Defines every op and implements those that Python has kernels for; the library has registered the others."""
     library = torch.library.Library(schemas.NAMESPACE, "DEF")
-    for op, schema in {**schemas.PUBLIC, **schemas.PRIVATE}.items():
+    for op, schema in _ALL_SCHEMAS.items():
         library.define(op + schema, tags=schemas.tags(op))
-        kernel = private[op] if op in private else getattr(reference, op)
+    for op, kernel in kernels.items():
         # Also the key of a call without tensors, such as one with an empty list.
         library.impl(op, kernel, "CompositeExplicitAutograd")
     return library
+
+
+def _reference_kernels() -> dict[str, Callable[..., Any]]:
+    return {
+        **{op: getattr(reference, op) for op in schemas.PUBLIC},
+        "_explain_begin": ledger.explain_begin,
+        "_explain_end": lambda: tensor_of(ledger.explain_end()),
+        "_counters": lambda: tensor_of(ledger.counters()),
+        "_reset_counters": ledger.reset_counters,
+        "_build_info": lambda: tensor_of(json.dumps(build_record())),
+        "_check_device": lambda device: tensor_of("{}"),  # the reference checks ids before it moves anything
+        **_PYTHON_KERNELS,
+    }
 
 
 def build_record() -> dict[str, Any]:

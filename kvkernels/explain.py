@@ -11,6 +11,7 @@ import torch
 
 from kvkernels import ops, schemas, triton
 from kvkernels._library import LIBRARY  # noqa: F401  (the private ops exist once it is imported)
+from kvkernels._text import text_of
 
 _private = torch.ops.kvkernels
 
@@ -65,6 +66,9 @@ class Explanation:
     device: Mapping[str, Any] = field(default_factory=dict)
 
 
+_FIELDS = tuple(f.name for f in fields(Explanation))
+
+
 def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     """Check and lower a call as the op would, move nothing, and say what it would come to.
 
@@ -104,9 +108,9 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     try:
         getattr(ops, name)(*args, **kwargs)
     finally:
-        text = _private._explain_end()
-    known = {f.name for f in fields(Explanation)}
-    return Explanation(**{key: value for key, value in json.loads(text).items() if key in known})
+        text = text_of(_private._explain_end())
+    said = json.loads(text)
+    return Explanation(*[said[name] for name in _FIELDS])
 
 
 def counters() -> dict[str, dict[str, int]]:
@@ -117,7 +121,7 @@ def counters() -> dict[str, dict[str, int]]:
     dict
         ``{executor: {"calls", "launches", "descriptors", "bytes"}}``.
     """
-    return dict(json.loads(_private._counters()))
+    return dict(json.loads(text_of(_private._counters())))
 
 
 def reset_counters() -> None:
@@ -146,7 +150,7 @@ def check_device(device: int | str | torch.device) -> None:
     if place.type != "cuda":
         raise ValueError(f"check_device: device must be a cuda device, got {place}")
     index = torch.cuda.current_device() if place.index is None else place.index
-    fault = json.loads(_private._check_device(index)) or triton.take_fault(index)
+    fault = json.loads(text_of(_private._check_device(index))) or triton.take_fault(index)
     if fault:
         raise IndexError(
             f"{fault['op']}: {fault['count']} pairs had ids out of range on cuda:{index}, "

@@ -72,9 +72,18 @@ def _copy_pages_reference(
     """Only C++ calls it, after its own checks."""
 
 
-def _triton_refusal(device: int) -> str:
+def _first_requiring_grad(tensors: Sequence[Tensor]) -> int:
     """Only C++ calls it."""
-    return ""
+    return -1
+
+
+def _note_writes(tensors: Sequence[Tensor]) -> None:
+    """Only C++ calls it."""
+
+
+def _triton_refusal(device: int) -> Tensor:
+    """Only C++ calls it."""
+    return torch.empty(0, dtype=torch.uint8, device="cpu")
 
 
 def _triton_copy(table: Tensor, head: Sequence[int]) -> None:

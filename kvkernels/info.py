@@ -12,6 +12,7 @@ import torch
 
 from kvkernels import schemas, triton
 from kvkernels._library import LIBRARY, build_record
+from kvkernels._text import text_of
 from kvkernels.explain import explain
 from kvkernels.reference import NO_LIBRARY
 from kvkernels.version import __version__
@@ -39,7 +40,7 @@ def info() -> dict[str, Any]:
     >>> kvkernels.info()["version"]
     '0.1.0'
     """
-    build = {**build_record(), **json.loads(torch.ops.kvkernels._build_info())}
+    build = {**build_record(), **json.loads(text_of(torch.ops.kvkernels._build_info()))}
     architectures = [a for a in str(build.get("architectures", "")).split(",") if a]
     cuda = {
         "built": bool(build.get("cuda")),

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kvkernels import checks, ledger
+from kvkernels import autograd, checks, ledger
 from kvkernels.checks import Pool
 from kvkernels.overlap import Intervals, Steps, first_read_of_written, first_tensors_sharing, shares_bytes_with_itself
 from kvkernels.pairs import check_bytes_touched, host_ids, pairs_of_ids, pairs_of_mapping
@@ -139,8 +139,25 @@ def _move(steps: Sequence[_Step], pairs: Tensor) -> tuple[int, int]:
     return descriptors, moved_bytes
 
 
+class _Written(NamedTuple):
+    """What a call writes, and what its errors call that."""
+
+    op: str
+    name: str
+    is_list: bool
+    tensors: Sequence[Tensor]
+
+    def carry_out(self, record: ledger.Record, move: Callable[[], tuple[int, int]]) -> None:
+        """Explain or carry out a call that has passed every other check; ``move`` says what it moved."""
+        autograd.check_may_write(*self)
+        if ledger.explains(record):
+            return
+        ledger.count(*move())
+        autograd.note_writes(self.tensors)
+
+
 def _copy_pairs(
-    op: str,
+    written: _Written,
     src: Sequence[Pool],
     dst: Sequence[Pool],
     runs: Sequence[Run],
@@ -148,11 +165,10 @@ def _copy_pairs(
     src_subblocks: int = 1,
     dst_subblocks: int = 1,
 ) -> None:
-    """Explain or carry out a call that has passed every check."""
     steps = _bind_all(src, dst, runs, pairs, src_subblocks, dst_subblocks)
     n = pairs.shape[0]
     record = ledger.Record(
-        op=op,
+        op=written.op,
         executor="reference",
         reason=NO_LIBRARY,
         direction=_direction(src[0].tensor, dst[0].tensor),
@@ -161,18 +177,16 @@ def _copy_pairs(
         pairs=n,
         moves=len(steps),
     )
-    if not ledger.explains(record):
-        ledger.count(*_move(steps, pairs))
+    written.carry_out(record, lambda: _move(steps, pairs))
 
 
-@torch.no_grad()
 def swap_blocks(src: Tensor, dst: Tensor, block_size_in_bytes: int, block_mapping: Tensor) -> None:
     op = "swap_blocks"
     src_pool, dst_pool = checks.check_swap_blocks(src, dst, block_size_in_bytes, block_mapping)
     pairs = pairs_of_mapping(op, "block_mapping", block_mapping, (src_pool,), (dst_pool,))
     runs = [whole_page(0, 0, 0, 0, block_size_in_bytes)]
     check_bytes_touched(op, "block_mapping", "dst", (src_pool,), (dst_pool,), runs, pairs)
-    _copy_pairs(op, (src_pool,), (dst_pool,), runs, pairs)
+    _copy_pairs(_Written(op, "dst", False, (dst,)), (src_pool,), (dst_pool,), runs, pairs)
 
 
 def _page_offsets(pools: Sequence[Pool]) -> list[int]:
@@ -184,7 +198,6 @@ def _page_offsets(pools: Sequence[Pool]) -> list[int]:
     return offsets
 
 
-@torch.no_grad()
 def gather_blocks(
     pools: Sequence[Tensor], block_ids: Tensor, out: Tensor, executor: str = "auto", sm_budget: int = 0
 ) -> None:
@@ -195,10 +208,9 @@ def gather_blocks(
     offsets = _page_offsets(src)
     runs = [whole_page(t, 0, 0, offsets[t], pool.page_bytes) for t, pool in enumerate(src)]
     check_bytes_touched(op, "block_ids", "out", src, (buffer,), runs, pairs)
-    _copy_pairs(op, src, (buffer,), runs, pairs)
+    _copy_pairs(_Written(op, "out", False, (out,)), src, (buffer,), runs, pairs)
 
 
-@torch.no_grad()
 def scatter_blocks(
     buffer: Tensor, block_ids: Tensor, pools: Sequence[Tensor], executor: str = "auto", sm_budget: int = 0
 ) -> None:
@@ -209,10 +221,9 @@ def scatter_blocks(
     offsets = _page_offsets(dst)
     runs = [whole_page(0, t, offsets[t], 0, pool.page_bytes) for t, pool in enumerate(dst)]
     check_bytes_touched(op, "block_ids", "pools", (rows,), dst, runs, pairs)
-    _copy_pairs(op, (rows,), dst, runs, pairs)
+    _copy_pairs(_Written(op, "pools", True, pools), (rows,), dst, runs, pairs)
 
 
-@torch.no_grad()
 def copy_pages(
     src: Sequence[Tensor],
     dst: Sequence[Tensor],
@@ -232,10 +243,9 @@ def copy_pages(
     check_runs(op, plan, src_pools, dst_pools, *subblocks)
     pairs = pairs_of_mapping(op, "mapping", mapping, src_pools, dst_pools, *subblocks, skip_negative)
     check_bytes_touched(op, "mapping", "dst", src_pools, dst_pools, plan, pairs, *subblocks)
-    _copy_pairs(op, src_pools, dst_pools, plan, pairs, *subblocks)
+    _copy_pairs(_Written(op, "dst", True, dst), src_pools, dst_pools, plan, pairs, *subblocks)
 
 
-@torch.no_grad()
 def copy_pages_checked(
     src: Sequence[Tensor],
     dst: Sequence[Tensor],
@@ -255,7 +265,6 @@ def copy_pages_checked(
     _move(_bind_all(src_pools, dst_pools, plan, pairs, *subblocks), pairs)
 
 
-@torch.no_grad()
 def swap_blocks_batch(src_ptrs: Tensor, dst_ptrs: Tensor, sizes: Tensor, is_src_access_order_any: bool = False) -> None:
     op = "swap_blocks_batch"
     checks.check_swap_blocks_batch(src_ptrs, dst_ptrs, sizes)
@@ -353,18 +362,20 @@ def _as_words(t: Tensor) -> Tensor:
     )
 
 
-def _copy_tensors(op: str, copies: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Explain or carry out (source, destination) copies of equal shapes."""
+def _copy_tensors(written: _Written, copies: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """(source, destination) copies of equal shapes."""
     copies = [(src, dst) for src, dst in copies if src.numel()]
     total_bytes = sum(src.numel() * src.element_size() for src, _ in copies)
     direction = _direction(*copies[0]) if copies else "h2h"
     n = len(copies)
-    record = ledger.Record(op, "reference", NO_LIBRARY, direction, n, total_bytes, pairs=n, moves=n)
-    if ledger.explains(record):
-        return
-    for src, dst in copies:
-        _as_words(dst).copy_(_as_words(src))
-    ledger.count(n, total_bytes)
+    record = ledger.Record(written.op, "reference", NO_LIBRARY, direction, n, total_bytes, pairs=n, moves=n)
+
+    def move() -> tuple[int, int]:
+        for src, dst in copies:
+            _as_words(dst).copy_(_as_words(src))
+        return n, total_bytes
+
+    written.carry_out(record, move)
 
 
 def _parts_along(t: Tensor, dim: int, shards: Sequence[Tensor]) -> list[Tensor]:
@@ -375,29 +386,28 @@ def _parts_along(t: Tensor, dim: int, shards: Sequence[Tensor]) -> list[Tensor]:
     return [t.narrow(dim, start, shard.shape[dim]) for start, shard in zip(starts, shards, strict=False)]
 
 
-@torch.no_grad()
 def concat_tp_shards(shards: Sequence[Tensor], dim: int) -> Tensor:
     dim, shape = checks.check_concat_tp_shards(shards, dim)
     out = torch.empty(shape, dtype=shards[0].dtype, device=shards[0].device)
     parts = _parts_along(out, dim, shards)
-    _copy_tensors("concat_tp_shards", list(zip(shards, parts, strict=True)))
+    _copy_tensors(_Written("concat_tp_shards", "out", False, (out,)), list(zip(shards, parts, strict=True)))
     return out
 
 
-@torch.no_grad()
 def concat_tp_shards_out(shards: Sequence[Tensor], dim: int, out: Tensor) -> None:
     op = "concat_tp_shards_out"
     dim = checks.check_concat_tp_shards_out(shards, dim, out)
     _check_tensors_apart(op, (out,), shards)
-    _copy_tensors(op, list(zip(shards, _parts_along(out, dim, shards), strict=True)))
+    parts = _parts_along(out, dim, shards)
+    _copy_tensors(_Written(op, "out", False, (out,)), list(zip(shards, parts, strict=True)))
 
 
-@torch.no_grad()
 def split_tp_shards(input: Tensor, dim: int, out: Sequence[Tensor]) -> None:
     op = "split_tp_shards"
     dim = checks.check_split_tp_shards(input, dim, out)
     _check_tensors_apart(op, out, (input,))
-    _copy_tensors(op, list(zip(_parts_along(input, dim, out), out, strict=True)))
+    parts = _parts_along(input, dim, out)
+    _copy_tensors(_Written(op, "out", True, out), list(zip(parts, out, strict=True)))
 
 
 def _check_tensors_apart(op: str, written: Sequence[Tensor], read: Sequence[Tensor]) -> None:

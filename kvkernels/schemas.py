@@ -26,16 +26,18 @@ PUBLIC = {
 
 PRIVATE = {
     "_explain_begin": "() -> ()",
-    "_explain_end": "() -> str",
-    "_counters": "() -> str",
+    "_explain_end": "() -> Tensor",
+    "_counters": "() -> Tensor",
     "_reset_counters": "() -> ()",
-    "_build_info": "() -> str",
-    "_check_device": "(int device) -> str",
+    "_build_info": "() -> Tensor",
+    "_check_device": "(int device) -> Tensor",
     "_copy_pages_reference": (
         "(Tensor[] src, Tensor(a!)[] dst, Tensor mapping, Tensor runs, int src_subblocks_per_block, "
         "int dst_subblocks_per_block, bool skip_negative) -> ()"
     ),
-    "_triton_refusal": "(int device) -> str",
+    "_first_requiring_grad": "(Tensor[] tensors) -> int",
+    "_note_writes": "(Tensor[] tensors) -> ()",
+    "_triton_refusal": "(int device) -> Tensor",
     "_triton_copy": "(Tensor table, int[] head) -> ()",
 }
 
@@ -43,7 +45,7 @@ PRIVATE = {
 TAKES_HOST_IDS = frozenset({"swap_blocks", "swap_blocks_batch", "gather_blocks", "scatter_blocks", "copy_pages"})
 
 # Kernels that Python provides even where the library is compiled: C++ calls them, after its own checks.
-PYTHON_KERNELS = ("_copy_pages_reference", "_triton_refusal", "_triton_copy")
+PYTHON_KERNELS = ("_copy_pages_reference", "_first_requiring_grad", "_note_writes", "_triton_refusal", "_triton_copy")
 
 
 def tags(op: str) -> tuple[torch.Tag, ...]:

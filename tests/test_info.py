@@ -20,6 +20,7 @@ import torch
 import kvkernels
 from kvkernels import _library, schemas
 from kvkernels._library import FILE_NAME, LIBRARY
+from kvkernels._text import tensor_of
 
 PACKAGE = Path(kvkernels.__file__).parent
 EXECUTORS = {"cpu", "kernel", "bulk", "dma", "staged", "triton", "reference"}
@@ -151,7 +152,7 @@ def test_explain_raises_what_the_op_raises_and_ends_its_scope():
 
 
 def test_check_device_raises_what_the_device_recorded(monkeypatch):
-    faults = iter(['{"count": 3, "first_row": 17, "op": "gather_blocks"}', "{}"])
+    faults = map(tensor_of, ['{"count": 3, "first_row": 17, "op": "gather_blocks"}', "{}"])
     module = importlib.import_module("kvkernels.explain")
     monkeypatch.setattr(module, "_private", SimpleNamespace(_check_device=lambda index: next(faults)))
     with pytest.raises(IndexError) as raised:
@@ -231,16 +232,31 @@ def test_a_library_that_does_not_load_says_why(tmp_path):
     assert "rebuild it" in last
 
 
-def test_a_library_without_the_ops_says_which(tmp_path):
+def differing_ops(package: Path) -> list[str]:
+    """The ops that importing ``package`` refuses its library for."""
+    ran = python("-c", "import kvkernels", path=package.parent, cwd=package.parent)
+    last = ran.stderr.strip().splitlines()[-1]
+    start = (
+        f"ImportError: kvkernels: {package / FILE_NAME} was built from other sources than this package, they differ in "
+    )
+    assert ran.returncode == 1 and last.startswith(start) and "rebuild it" in last
+    return last.removeprefix(start).partition(";")[0].split(", ")
+
+
+def test_a_library_without_the_ops_is_refused(tmp_path):
     other = Path("/proc/self/maps").read_text()
     libm = re.search(r"(/\S*/libm[.-]\S*)$", other, re.M) or pytest.skip(f"no {ctypes.util.find_library('m')} to copy")
     package = copy_package(tmp_path, Path(libm[1]).read_bytes())
-    ran = python("-c", "import kvkernels", path=tmp_path, cwd=tmp_path)
-    last = ran.stderr.strip().splitlines()[-1]
-    assert last.startswith(
-        f"ImportError: kvkernels: {package / FILE_NAME} was built from other sources than this package, "
-        "it lacks swap_blocks, "
-    )
+    assert differing_ops(package) == sorted({**schemas.PUBLIC, **schemas.PRIVATE})
+
+
+@pytest.mark.skipif(not LIBRARY.compiled, reason="no compiled library to change")
+def test_a_library_built_for_other_schemas_is_refused(tmp_path):
+    """Its functions would take their arguments for others: nothing of it may be called."""
+    built = (PACKAGE / FILE_NAME).read_bytes()
+    ours, older = b"split_tp_shards(Tensor input, int dim", b"split_tp_shards(Tensor input, int axe"
+    assert built.count(ours) == 1
+    assert differing_ops(copy_package(tmp_path, built.replace(ours, older))) == ["split_tp_shards"]
 
 
 def shadowing_text(shadow: Path, compiled: Path) -> str:

@@ -160,6 +160,7 @@ void carry_out_reshard(Reshard reshard) {
   call.ids_name = reshard.concatenates ? reshard.whole_name : shards.list;
   call.src_list = reshard.concatenates ? shards.list : reshard.whole_name;
   call.dst_list = reshard.concatenates ? reshard.whole_name : shards.list;
+  call.dst_is_list = !reshard.concatenates;
   call.soon_read = true;
   Pools& one = reshard.concatenates ? call.dst : call.src;
   Pools& many = reshard.concatenates ? call.src : call.dst;

@@ -4,6 +4,7 @@
 
 #include "core/overlap.h"
 #include "cpu/copy.h"
+#include "ops/autograd.h"
 #include "ops/counters.h"
 #include "ops/cuda_path.h"
 #include "ops/explain.h"
@@ -63,7 +64,9 @@ void run_on_cpu(const char* op, const Work& work, const std::string& reason) {
   count_issued(Executor::kCpu, 0, issued.descriptors, issued.bytes);
 }
 
-void carry_out(CopyCall call) {
+namespace {
+
+void check_and_copy(CopyCall call) {
   check_one_device(call.op, call.src.place, call.dst.place);
   const Direction direction = direction_of(call.src.place, call.dst.place);
   PairList list;
@@ -72,6 +75,7 @@ void carry_out(CopyCall call) {
     check_overlap({call.op, call.ids_name, call.dst_list, call.runs, call.src.pools, call.dst.pools, call.src_subblocks,
                    call.dst_subblocks, list.segments});
   }
+  check_may_write(call.op, call.dst_list, call.dst_is_list, call.dst.tensors);
   std::vector<Move> moves =
       bind_runs(call.runs, call.src.pools, call.dst.pools, call.src_subblocks, call.dst_subblocks, direction);
   if (call.executor == Executor::kReference) {
@@ -87,6 +91,19 @@ void carry_out(CopyCall call) {
       {choice.executor, torch_threads(), call.soon_read, choice.executor == Executor::kCpu && cpu::writes_rows()});
   run_on_cpu(call.op, work, choice.reason);
   recycle(std::move(work.segments));
+}
+
+}  // namespace
+
+void carry_out(CopyCall call) {
+  const std::span<const Tensor> written = call.dst.tensors;
+  try {
+    check_and_copy(std::move(call));
+  } catch (const std::runtime_error&) {  // in mid-copy
+    note_writes(written);
+    throw;
+  }
+  if (!explaining()) note_writes(written);
 }
 
 }  // namespace kvkernels

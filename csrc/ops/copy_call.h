@@ -28,6 +28,7 @@ struct CopyCall {
   IdLimit dst_limit;
   bool ids_on_device = false;
   bool skip_negative = false;
+  bool dst_is_list = true;
   bool soon_read = false;  // the destination is a buffer that its caller reads next
   Executor executor = Executor::kAuto;
   int64_t sm_budget = 0;

@@ -58,11 +58,11 @@ PageSizes page_sizes(const CopyCall& call) {
 
 void copy_pages(const std::vector<Tensor>& src, const std::vector<Tensor>& dst, const Tensor& mapping,
                 const Tensor& runs, int64_t src_subblocks_per_block, int64_t dst_subblocks_per_block,
-                bool skip_negative, const std::string& executor, int64_t sm_budget) {
+                bool skip_negative, StrArgument executor, int64_t sm_budget) {
   const char* op = "copy_pages";
   CopyCall call;
   call.op = op;
-  call.executor = checked_executor(op, executor);
+  call.executor = checked_executor(op, executor.take());
   check_sm_budget(op, sm_budget);
   call.sm_budget = sm_budget;
   call.src = checked_pools(op, "src", src, false);

@@ -89,6 +89,7 @@ void move_blocks(const char* op, const std::vector<Tensor>& pool_tensors, const 
   if (gathers) {
     call.src_list = "pools";
     call.dst_list = "out";
+    call.dst_is_list = false;
     call.src = std::move(pools);
     call.dst = std::move(buffer.pools);
     call.src_ids = ids.columns[0];
@@ -121,13 +122,13 @@ void move_blocks(const char* op, const std::vector<Tensor>& pool_tensors, const 
 }  // namespace
 
 void gather_blocks(const std::vector<Tensor>& pools, const Tensor& block_ids, const Tensor& out,
-                   const std::string& executor, int64_t sm_budget) {
-  move_blocks("gather_blocks", pools, block_ids, out, executor, sm_budget, true);
+                   StrArgument executor, int64_t sm_budget) {
+  move_blocks("gather_blocks", pools, block_ids, out, executor.take(), sm_budget, true);
 }
 
 void scatter_blocks(const Tensor& buffer, const Tensor& block_ids, const std::vector<Tensor>& pools,
-                    const std::string& executor, int64_t sm_budget) {
-  move_blocks("scatter_blocks", pools, block_ids, buffer, executor, sm_budget, false);
+                    StrArgument executor, int64_t sm_budget) {
+  move_blocks("scatter_blocks", pools, block_ids, buffer, executor.take(), sm_budget, false);
 }
 
 }  // namespace kvkernels

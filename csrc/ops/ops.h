@@ -13,13 +13,13 @@ void swap_blocks_batch(const Tensor& src_ptrs, const Tensor& dst_ptrs, const Ten
                        bool is_src_access_order_any);
 
 void gather_blocks(const std::vector<Tensor>& pools, const Tensor& block_ids, const Tensor& out,
-                   const std::string& executor, int64_t sm_budget);
+                   StrArgument executor, int64_t sm_budget);
 void scatter_blocks(const Tensor& buffer, const Tensor& block_ids, const std::vector<Tensor>& pools,
-                    const std::string& executor, int64_t sm_budget);
+                    StrArgument executor, int64_t sm_budget);
 
 void copy_pages(const std::vector<Tensor>& src, const std::vector<Tensor>& dst, const Tensor& mapping,
                 const Tensor& runs, int64_t src_subblocks_per_block, int64_t dst_subblocks_per_block,
-                bool skip_negative, const std::string& executor, int64_t sm_budget);
+                bool skip_negative, StrArgument executor, int64_t sm_budget);
 
 Tensor concat_tp_shards(const std::vector<Tensor>& shards, int64_t dim);
 void concat_tp_shards_out(const std::vector<Tensor>& shards, int64_t dim, const Tensor& out);

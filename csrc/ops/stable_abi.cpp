@@ -1,5 +1,7 @@
 #include "ops/stable_abi.h"
 
+#include <dlfcn.h>
+
 #include <algorithm>
 #include <array>
 #include <cstring>
@@ -13,19 +15,69 @@ std::vector<int64_t> copy_of(const torch::headeronly::IntHeaderOnlyArrayRef& val
   return {values.begin(), values.end()};
 }
 
+// Raises torch's own words where it keeps them, which it does from 2.13 on; before, it prints them.
+void check_torch(AOTITorchError code, const char* call) {
+  if (code == AOTI_TORCH_SUCCESS) return;
+  static const auto what =
+      torch_function<const char*()>("libtorch_cpu.so", "torch_exception_get_what_without_backtrace");
+  throw std::runtime_error(what != nullptr ? text(what(), " (from ", call, ')') : text(call, " failed in torch, which printed why"));
+}
+
+Tensor empty(const std::vector<int64_t>& sizes, int32_t dtype, int32_t device_type, int32_t device_index = 0,
+             bool pinned = false) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * sizes[i];
+  const auto make = pinned ? &aoti_torch_empty_strided_pinned : &aoti_torch_empty_strided;
+  AtenTensorHandle handle = nullptr;
+  check_torch(make(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype, device_type, device_index,
+                   &handle),
+              pinned ? "aoti_torch_empty_strided_pinned" : "aoti_torch_empty_strided");
+  return Tensor(handle);
+}
+
+template <size_t N>
+void call_dispatcher(const char* op, std::array<StableIValue, N>& stack) {
+  check_torch(torch_call_dispatcher(op, "", stack.data(), TORCH_ABI_VERSION), op);
+}
+
 }  // namespace
+
+void* torch_symbol(const char* library, const char* name) {
+  void* handle = dlopen(library, RTLD_LAZY | RTLD_NOLOAD);
+  if (handle == nullptr) return nullptr;
+  void* symbol = dlsym(handle, name);
+  dlclose(handle);
+  return symbol;
+}
+
+std::string StrArgument::take() const {
+  size_t length = 0;
+  const char* data = nullptr;
+  check_torch(torch_string_length(handle, &length), "torch_string_length");
+  check_torch(torch_string_c_str(handle, &data), "torch_string_c_str");
+  std::string value(data, length);
+  check_torch(torch_delete_string(handle), "torch_delete_string");
+  return value;
+}
+
+Tensor text_tensor(const std::string& value) {
+  Tensor tensor =
+      empty({static_cast<int64_t>(value.size())}, aoti_torch_dtype_uint8(), aoti_torch_device_type_cpu());
+  if (!value.empty()) std::memcpy(tensor.mutable_data_ptr(), value.data(), value.size());
+  return tensor;
+}
 
 TensorFacts::TensorFacts(const Tensor& tensor) : sizes_(copy_of(tensor.sizes())) {
   const AtenTensorHandle handle = tensor.get();
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(handle, &device_type_));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(handle, &device_index_));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(handle, &dtype_));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(handle, &layout_));
+  check_torch(aoti_torch_get_device_type(handle, &device_type_), "aoti_torch_get_device_type");
+  check_torch(aoti_torch_get_device_index(handle, &device_index_), "aoti_torch_get_device_index");
+  check_torch(aoti_torch_get_dtype(handle, &dtype_), "aoti_torch_get_dtype");
+  check_torch(aoti_torch_get_layout(handle, &layout_), "aoti_torch_get_layout");
   element_bytes_ = static_cast<int64_t>(aoti_torch_dtype_element_size(dtype_));
   if (!is_strided()) return;
   strides_ = copy_of(tensor.strides());
   storage_offset_ = tensor.storage_offset();
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(handle, &storage_bytes_));
+  check_torch(aoti_torch_get_storage_size(handle, &storage_bytes_), "aoti_torch_get_storage_size");
 }
 
 int64_t saturating_product(int64_t a, int64_t b) {
@@ -166,51 +218,64 @@ void call_reference(const std::vector<Tensor>& src, const std::vector<Tensor>& d
   using torch::stable::detail::from;
   std::array<StableIValue, 7> stack{from(src),           from(dst),           from(mapping),      from(runs),
                                     from(src_subblocks), from(dst_subblocks), from(skip_negative)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("kvkernels::_copy_pages_reference", "", stack.data(), TORCH_ABI_VERSION));
+  call_dispatcher("kvkernels::_copy_pages_reference", stack);
+}
+
+int64_t call_first_requiring_grad(const std::vector<Tensor>& tensors) {
+  std::array<StableIValue, 1> stack{torch::stable::detail::from(tensors)};
+  call_dispatcher("kvkernels::_first_requiring_grad", stack);
+  return torch::stable::detail::to<int64_t>(stack[0]);
+}
+
+void call_note_writes(const std::vector<Tensor>& tensors) {
+  std::array<StableIValue, 1> stack{torch::stable::detail::from(tensors)};
+  call_dispatcher("kvkernels::_note_writes", stack);
 }
 
 std::string call_triton_refusal(int64_t device) {
   std::array<StableIValue, 1> stack{torch::stable::detail::from(device)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("kvkernels::_triton_refusal", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<std::string>(stack[0]);
+  call_dispatcher("kvkernels::_triton_refusal", stack);
+  const auto refusal = torch::stable::detail::to<Tensor>(stack[0]);
+  return {static_cast<const char*>(refusal.const_data_ptr()), static_cast<size_t>(refusal.numel())};
 }
 
 void call_triton_copy(const Tensor& table, const std::vector<int64_t>& head) {
   using torch::stable::detail::from;
   std::array<StableIValue, 2> stack{from(table), from(head)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("kvkernels::_triton_copy", "", stack.data(), TORCH_ABI_VERSION));
+  call_dispatcher("kvkernels::_triton_copy", stack);
 }
 
 bool is_pinned(const Tensor& tensor) {
   using torch::stable::detail::from;
   std::array<StableIValue, 2> stack{from(tensor), from(std::nullopt)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::is_pinned", "", stack.data(), TORCH_ABI_VERSION));
+  call_dispatcher("aten::is_pinned", stack);
   return torch::stable::detail::to<bool>(stack[0]);
 }
 
 Tensor int64_tensor(const std::vector<int64_t>& sizes, const int64_t* values) {
-  Tensor tensor = torch::stable::empty(sizes, torch::headeronly::ScalarType::Long, std::nullopt,
-                                       torch::stable::Device(torch::headeronly::DeviceType::CPU));
+  Tensor tensor = empty(sizes, aoti_torch_dtype_int64(), aoti_torch_device_type_cpu());
   const auto bytes = static_cast<size_t>(tensor.numel()) * sizeof(int64_t);
   if (bytes > 0) std::memcpy(tensor.mutable_data_ptr(), values, bytes);
   return tensor;
 }
 
-void* current_stream(int device) { return torch::stable::accelerator::getCurrentStream(device).nativeHandle(); }
+void* current_stream(int device) {
+  // Not linked: a torch without CUDA has no such library, and the same file serves both.
+  static const auto ask =
+      torch_function<AOTITorchError(int32_t, void**)>("libtorch_cuda.so", "aoti_torch_get_current_cuda_stream");
+  if (ask == nullptr) throw std::runtime_error("torch's CUDA library, which knows the current stream, is not loaded");
+  void* stream = nullptr;
+  check_torch(ask(device, &stream), "aoti_torch_get_current_cuda_stream");
+  return stream;
+}
 
 Tensor device_bytes(size_t bytes, int device) {
-  return torch::stable::empty({static_cast<int64_t>(bytes)}, torch::headeronly::ScalarType::Byte, std::nullopt,
-                              torch::stable::Device(torch::headeronly::DeviceType::CUDA, device));
+  return empty({static_cast<int64_t>(bytes)}, aoti_torch_dtype_uint8(), aoti_torch_device_type_cuda(), device);
 }
 
 Tensor upload_bytes(const void* host, size_t bytes, int device) {
-  using torch::headeronly::DeviceType;
-  using torch::headeronly::ScalarType;
-  const std::vector<int64_t> size{static_cast<int64_t>(bytes)};
   const Tensor pinned =
-      torch::stable::empty(size, ScalarType::Byte, std::nullopt, torch::stable::Device(DeviceType::CPU), true);
+      empty({static_cast<int64_t>(bytes)}, aoti_torch_dtype_uint8(), aoti_torch_device_type_cpu(), 0, true);
   std::memcpy(pinned.mutable_data_ptr(), host, bytes);
   Tensor uploaded = device_bytes(bytes, device);
   torch::stable::copy_(uploaded, pinned, true);

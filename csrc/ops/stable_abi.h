@@ -17,6 +17,26 @@ namespace kvkernels {
 
 using torch::stable::Tensor;
 
+// A function of one of torch's loaded libraries by its name, which a torch may lack; null where it does. The dynamic
+// linker shows these libraries to nobody who was not linked with them.
+void* torch_symbol(const char* library, const char* name);
+
+template <class Function>
+Function* torch_function(const char* library, const char* name) {
+  return reinterpret_cast<Function*>(torch_symbol(library, name));
+}
+
+// A str argument as the dispatcher hands it over. torch's own unboxing to std::string is code of its headers, and before
+// 2.14 it leaves a string behind at each call.
+struct StrArgument {
+  StringHandle handle;
+
+  std::string take() const;  // once: frees what the dispatcher made
+};
+
+// What an op returns instead of a string: its bytes, uint8 on the CPU. torch before 2.14 never frees a returned string.
+Tensor text_tensor(const std::string& value);
+
 // A tensor's metadata, read once. Errors are ours to word: STD_TORCH_CHECK would make each a RuntimeError that shows
 // the build's paths, typed data pointers throw with a header's path, and a failing shim call prints a backtrace, so
 // nothing here may fail for a strided tensor.
@@ -69,6 +89,11 @@ void parallel_lanes(int lanes, void* context, void (*body)(void* context, int la
 // kvkernels::_copy_pages_reference, which Python registers. An error crossing it would lose its type: check first.
 void call_reference(const std::vector<Tensor>& src, const std::vector<Tensor>& dst, const Tensor& mapping,
                     const Tensor& runs, int64_t src_subblocks, int64_t dst_subblocks, bool skip_negative);
+
+// kvkernels::_first_requiring_grad and kvkernels::_note_writes of Python, for a torch that csrc/ops/autograd.cpp does
+// not know.
+int64_t call_first_requiring_grad(const std::vector<Tensor>& tensors);
+void call_note_writes(const std::vector<Tensor>& tensors);
 
 // kvkernels::_triton_refusal and kvkernels::_triton_copy, which Python registers, too.
 std::string call_triton_refusal(int64_t device);

@@ -52,6 +52,7 @@ void swap_blocks(const Tensor& src, const Tensor& dst, int64_t block_size_in_byt
   reread_addresses(call.src, {src});
   call.src.tensors = {&src, 1};
   call.dst.tensors = {&dst, 1};
+  call.dst_is_list = false;
   call.runs = {{0, 0, 0, 0, block_size_in_bytes, 0, 0, {{1, 0, 0}, {1, 0, 0}, {1, 0, 0}}}};
   call.src_ids = ids.columns[0];
   call.dst_ids = ids.columns[1];

@@ -1,0 +1,95 @@
+"""No op leaves memory behind: a server calls them millions of times a day."""
+
+from __future__ import annotations
+
+import gc
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kvkernels import schemas
+from kvkernels._library import LIBRARY
+
+MOST_BYTES_A_CALL = 2
+# Some allocators take memory once in a while that they then keep using.
+WARM_UP = 10_000
+
+EXPLAINED = [f"explain {op}" for op in schemas.PUBLIC]
+OTHERS = ["gather_blocks, refused", "gather_blocks, reference", "copy_pages, triton refused", "info and counters"]
+
+
+def resident_bytes() -> int:
+    gc.collect()
+    with open("/proc/self/statm") as statm:
+        return int(statm.read().split()[1]) * 4096
+
+
+def calls():
+    """What is measured, by name."""
+    import contextlib
+
+    import torch
+    from test_info import small_calls
+
+    import kvkernels
+
+    ops = torch.ops.kvkernels
+    small = {op: args for op, (args, _) in small_calls().items()}
+    found = {op: lambda op=op: getattr(ops, op)(*small[op]) for op in schemas.PUBLIC}
+    found |= {f"explain {op}": lambda op=op: kvkernels.explain(op, *small[op]) for op in schemas.PUBLIC}
+    pools, ids, out = small["gather_blocks"]
+    wrong = torch.tensor([1, 99])
+
+    def refused() -> None:
+        with contextlib.suppress(IndexError):
+            ops.gather_blocks(pools, wrong, out)
+
+    def triton_refused() -> None:
+        with contextlib.suppress(ValueError):
+            ops.copy_pages(*small["copy_pages"], executor="triton")
+
+    def info_and_counters() -> None:
+        ops._build_info()
+        ops._counters()
+        ops._check_device(0)
+        ops._reset_counters()
+
+    found["gather_blocks, refused"] = refused
+    found["gather_blocks, reference"] = lambda: ops.gather_blocks(pools, ids, out, executor="reference")
+    found["copy_pages, triton refused"] = triton_refused
+    found["info and counters"] = info_and_counters
+    return found, small
+
+
+def report(names: list[str], count: int) -> None:
+    """Prints how many resident bytes each call leaves, by name."""
+    found, _kept = calls()
+    grown = {}
+    for name in names:
+        for _ in range(WARM_UP):
+            found[name]()
+        before = resident_bytes()
+        for _ in range(count):
+            found[name]()
+        grown[name] = (resident_bytes() - before) / count
+    print(json.dumps(grown))
+
+
+@pytest.mark.skipif(not LIBRARY.compiled, reason="what leaks is the boundary to compiled code")
+@pytest.mark.parametrize(
+    ("names", "count"),
+    [(list(schemas.PUBLIC), 100_000), (EXPLAINED, 20_000), (OTHERS, 20_000)],
+    ids=["ops", "explained", "others"],
+)
+def test_calls_leave_nothing_behind(names, count):
+    # In a process of its own, whose heap nothing else has used.
+    script = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_leaks; "
+    script += f"test_leaks.report({names!r}, {count})"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    grown = json.loads(done.stdout)
+    assert list(grown) == names
+    assert {name: bytes for name, bytes in grown.items() if bytes >= MOST_BYTES_A_CALL} == {}
