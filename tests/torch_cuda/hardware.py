@@ -172,7 +172,7 @@ class Buffers:
 
 
 def shared_buffers() -> Iterator[Buffers]:
-    """Buffers until a file's last test is done; its body of a fixture."""
+    """The body of a fixture that a file's tests share."""
     buffers = Buffers()
     yield buffers
     torch.cuda.synchronize()
