@@ -11,6 +11,7 @@ import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import numpy as np
@@ -24,6 +25,8 @@ PACKAGE = Path(kvkernels.__file__).resolve().parent
 ALLOWS_REFERENCE = os.environ.get("KVKERNELS_ALLOW_REFERENCE") == "1"
 ON_STAND_IN = "KVKERNELS_STAND_IN" in os.environ
 REQUIRES_CUDA = os.environ.get("KVKERNELS_REQUIRE_CUDA") == "1"
+GIB = 1 << 30
+BULK_SHARED_BYTES = 195 << 10  # of a CTA of the bulk kernel
 
 # Tests import the case generators by name, and --import-mode=importlib leaves sys.path alone.
 sys.path.append(str(Path(__file__).parent))
@@ -81,16 +84,40 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    marker = item.get_closest_marker("cuda")
-    if marker is None:
+    marks = [mark.kwargs for mark in item.iter_markers("cuda")]
+    if not marks:
         return
-    if ON_STAND_IN and marker.kwargs.get("torch_kernels"):
+    if ON_STAND_IN and any(mark.get("torch_kernels") for mark in marks):
         pytest.skip("torch's own kernels do not run on the stand-in for CUDA")
     reason = _why_no_cuda()
     if reason and REQUIRES_CUDA:
         pytest.fail(f"KVKERNELS_REQUIRE_CUDA=1, but {reason}", pytrace=False)
-    if reason:
-        pytest.skip(reason)
+    lacks = reason or _what_is_lacking(marks)
+    if lacks:
+        pytest.skip(lacks)
+
+
+def _what_is_lacking(marks: list[dict[str, Any]]) -> str:
+    """Which of the marks' needs the machine does not meet, or ""; a missing one is never a failure."""
+    needs = {name: max(mark.get(name, 0) for mark in marks) for name in ("devices", "gib", "host_gib", "bulk")}
+    if torch.cuda.device_count() < needs["devices"]:
+        return f"needs {needs['devices']} CUDA devices, and {torch.cuda.device_count()} is there"
+    device = torch.cuda.get_device_properties(0)
+    if needs["bulk"] and (device.major < 9 or device.shared_memory_per_block_optin < BULK_SHARED_BYTES):
+        return f"{device.name} has no bulk copies, or not the shared memory for them"
+    # The stand-in's memory, host and device, exists only where it is touched.
+    if ON_STAND_IN:
+        return ""
+    if device.total_memory < needs["gib"] * GIB:
+        return f"needs {needs['gib']} GiB on the device, and it has {device.total_memory / GIB:.1f}"
+    if needs["host_gib"] and _available_bytes() < needs["host_gib"] * GIB:
+        return f"needs {needs['host_gib']} GiB of free host memory, and there are {_available_bytes() / GIB:.1f}"
+    return ""
+
+
+def _available_bytes() -> int:
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
 
 
 def _why_no_cuda() -> str:

@@ -334,7 +334,8 @@ EXPORT cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const v
   if (const int code = fake::enter("cudaLaunchKernelExC")) return done(code);
   const auto found = kernels().find(stub);
   if (found == kernels().end()) return done(cudaErrorInvalidDeviceFunction);
-  // Torch's own kernels are registered too, but there is nothing to run them.
+  if (fake::is_fill_of_integers(found->second)) return done(fake::fill_integers(arguments, config->stream));
+  // Torch's other kernels are registered too, but there is nothing to run them.
   if (!found->second.starts_with("kvkernels_")) {
     return static_cast<cudaError_t>(fake::refuse_runtime_call(("kernel " + found->second).c_str()));
   }

@@ -4,6 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
+#include <string_view>
 
 #include "fake.h"
 
@@ -22,6 +23,10 @@ size_t shared_bytes();
 
 // A function or kernel that the stand-in lacks: says so once, and gives cudaErrorNotSupported.
 int refuse_runtime_call(const char* call);
+
+// The one kernel of torch's that runs: torch 2.11 fills a generator's seed, an int64, before it begins a capture.
+bool is_fill_of_integers(std::string_view kernel);
+int fill_integers(void** arguments, cudaStream_t handle);
 
 inline uintptr_t address(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer); }
 

@@ -1,9 +1,12 @@
 // libcudart.so.13 of the stand-in: what torch asks of CUDA beside what csrc/cuda does.
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 
 #include "fake.h"
 #include "fake_cudart.h"
+#include "fake_graph.h"
+#include "fake_time.h"
 
 using fake::done;
 
@@ -48,6 +51,26 @@ int fake::device_count() {
     return wanted == nullptr ? 4096 : std::atoi(wanted);
   }();
   return count;
+}
+
+bool fake::is_fill_of_integers(std::string_view kernel) {
+  return kernel.find("vectorized_elementwise_kernel") != kernel.npos && kernel.find("FillFunctorIlE") != kernel.npos;
+}
+
+// Its parameters are how many there are, the value and where they are.
+int fake::fill_integers(void** arguments, cudaStream_t handle) {
+  Lock lock(mutex());
+  Stream* const stream = find_stream(handle);
+  if (stream == nullptr) return cudaErrorInvalidResourceHandle;
+  if (const int code = refusal(*stream)) return code;
+  const int count = *static_cast<int*>(arguments[0]);
+  const int64_t value = *static_cast<int64_t*>(arguments[1]);
+  int64_t* const out = *static_cast<int64_t**>(arguments[2]);
+  const auto fill = [=] {
+    std::fill_n(out, count, value);
+    return 0;
+  };
+  return submit(*stream, {.kind = "fill", .action = fill});
 }
 
 EXPORT cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {

@@ -6,11 +6,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 OPS = ("swap_blocks", "swap_blocks_batch", "gather_blocks", "scatter_blocks", "copy_pages", "concat", "split")
 PAGE_BYTES = 64
+# Parameters of tests: a device, of which there may be only one; an executor, which not every device has.
+DEVICES = [0, pytest.param(1, marks=pytest.mark.cuda(devices=2))]
+BULK = pytest.param("bulk", marks=pytest.mark.cuda(bulk=True))
+# Torch before 2.13 hands out no words of its own errors.
+OUT_OF_MEMORY_WORDS = "CUDA out of memory" if torch.__version__ >= (2, 13) else ""
 Place = Callable[[Tensor], Tensor]
 
 
@@ -69,6 +75,11 @@ def make(op: str, src_place: Place, dst_place: Place, page_bytes: int = PAGE_BYT
         "split": ("split_tp_shards", (pool, 0, [out[:1], out[1:]])),
     }
     return Call(*arguments[op], [pool, out])
+
+
+def other_device(device: int) -> int:
+    """Another device than this, if there is one."""
+    return (device + 1) % torch.cuda.device_count()
 
 
 def issued(sim: Any) -> list[dict[str, Any]]:

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from simgpu.sim import OUT_OF_MEMORY
-from torch_cuda.calls import OPS, make, pageable, places
+from torch_cuda.calls import OPS, OUT_OF_MEMORY_WORDS, make, pageable, places
 
-pytestmark = pytest.mark.cuda
+pytestmark = pytest.mark.cuda(devices=2)
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 FUNCTIONS = sorted(
@@ -46,7 +46,7 @@ def error_of(call, options) -> str:
 
 
 @pytest.mark.parametrize(("op", "direction", "executor", "ids"), CALLS)
-def test_every_call(sim, op, direction, executor, ids):
+def test_every_call(stand_in, op, direction, executor, ids):
     call, wanted = make(op, *places(direction, 1), PAGE_BYTES), make(op, pageable, pageable, PAGE_BYTES)
     poison = wanted.tensors[1].clone()
     wanted.run()
@@ -56,9 +56,9 @@ def test_every_call(sim, op, direction, executor, ids):
         call.arguments = tuple(a.to(ids) if i == at else a for i, a in enumerate(call.arguments))
     with torch.cuda.stream(torch.cuda.Stream(1)):
         call.run(**options)
-        before = [sim.calls(function) for function in FUNCTIONS]
+        before = [stand_in.calls(function) for function in FUNCTIONS]
         call.run(**options)
-        made = {f: sim.calls(f) - count for f, count in zip(FUNCTIONS, before, strict=True)}
+        made = {f: stand_in.calls(f) - count for f, count in zip(FUNCTIONS, before, strict=True)}
         for function in TORCH_CALLS_TOO:
             made[function] = min(made[function], 1)
         tried = [(f, k) for f, count in made.items() for k in range(1, count + 1)]
@@ -66,31 +66,31 @@ def test_every_call(sim, op, direction, executor, ids):
         for function, k in tried:
             call.tensors[1].copy_(poison)
             torch.cuda.synchronize(1)
-            held = torch.cuda.memory_allocated(1), sim.cuda.fake_streams()
-            sim.fail(function, k, OUT_OF_MEMORY)
+            held = torch.cuda.memory_allocated(1), stand_in.cuda.fake_streams()
+            stand_in.fail(function, k, OUT_OF_MEMORY)
             said = error_of(call, options)
             if function in GOES_ON_WITHOUT:
                 assert said == ""
             else:
                 text = rf"{call.op}: {function}( \(copy 0 of its batch\))? failed: cudaErrorMemoryAllocation \("
                 assert re.match(text, said), (function, k, said)
-            assert sim.cudart.cudaPeekAtLastError() == 0
-            assert (torch.cuda.memory_allocated(1), sim.cuda.fake_streams()) == held, (function, k)
+            assert stand_in.cudart.cudaPeekAtLastError() == 0
+            assert (torch.cuda.memory_allocated(1), stand_in.cuda.fake_streams()) == held, (function, k)
             call.run(**options)
             assert call.bytes() == wanted.bytes(), (function, k)
 
 
-def test_torchs_allocator(sim):
+def test_torchs_allocator(stand_in):
     """The ring of ``staged`` comes from torch, whose error an op passes on with its name."""
     # So large that the allocator asks CUDA for the ring alone, and leaves nothing beside the pool.
     call = make("gather_blocks", *places("d2h", 1), 3 << 20)
     call.run(executor="staged")
     torch.cuda.synchronize(1)
     torch.cuda.empty_cache()
-    sim.fail("cudaMalloc", 1, OUT_OF_MEMORY)
-    sim.fail("cudaMalloc", 2, OUT_OF_MEMORY)
+    stand_in.fail("cudaMalloc", 1, OUT_OF_MEMORY)
+    stand_in.fail("cudaMalloc", 2, OUT_OF_MEMORY)
     held = torch.cuda.memory_allocated(1)
-    with pytest.raises(RuntimeError, match=r"^gather_blocks: CUDA out of memory"):
+    with pytest.raises(RuntimeError, match=f"^gather_blocks: {OUT_OF_MEMORY_WORDS}"):
         call.run(executor="staged")
     assert torch.cuda.memory_allocated(1) == held
     call.run(executor="staged")

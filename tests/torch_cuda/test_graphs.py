@@ -70,10 +70,12 @@ def test_tables_that_are_too_large_to_ride_along_are_many_launches(sim):
     pool, out = host.cuda(), torch.zeros_like(host).cuda()
     order = torch.randperm(rows)
     mapping = torch.stack((torch.arange(rows), order), 1)
-    sim.clear_log()
+    kvkernels.reset_counters()
+    if sim is not None:
+        sim.clear_log()
     graph = _captured(lambda: kvkernels.swap_blocks(pool, out, 16, mapping))
-    assert not sim.log("cudaMemcpyAsync")
-    assert len(sim.log("launch")) > 1
+    assert kvkernels.counters()["kernel"]["launches"] > 1
+    assert sim is None or not sim.log("cudaMemcpyAsync")
     graph.replay()
     torch.cuda.synchronize()
     assert torch.equal(out.cpu()[order], host)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from cases import assert_issued
 from simgpu.sim import OUT_OF_MEMORY
-from torch_cuda.calls import issued, on, pageable, pinned
+from torch_cuda.calls import BULK, OUT_OF_MEMORY_WORDS, issued, on, pageable, pinned
 
 import kvkernels
 
@@ -43,7 +43,7 @@ def _check(op, arguments, destinations, expected, **options):
 @pytest.mark.parametrize(
     ("direction", "host", "page_bytes", "executor"),
     [
-        ("h2d", pinned, 4096, "bulk"),
+        pytest.param("h2d", pinned, 4096, "bulk", marks=pytest.mark.cuda(bulk=True)),
         ("h2d", pinned, 4080, "kernel"),
         ("h2d", pageable, 4096, "staged"),
         ("d2h", pinned, 4096, "staged"),
@@ -64,7 +64,7 @@ def test_small_fragments_find_their_executor(sim, direction, host, page_bytes, e
         assert explanation.device["shared_bytes"] == 4 * 12 * 4096
 
 
-@pytest.mark.parametrize("executor", ["bulk", "staged"])
+@pytest.mark.parametrize("executor", [BULK, "staged"])
 @pytest.mark.parametrize("direction", ["h2d", "d2h"])
 @pytest.mark.parametrize("page_bytes", [600, 4097, 40000])
 def test_by_name(sim, direction, executor, page_bytes):
@@ -72,18 +72,19 @@ def test_by_name(sim, direction, executor, page_bytes):
     assert _check(*_call(direction, pinned, page_bytes), executor=executor).executor == executor
 
 
-def test_staged_waits_for_nothing(sim):
+def test_staged_waits_for_nothing(stand_in):
     op, arguments, _, _ = _call("d2h", pinned)
     with torch.cuda.stream(torch.cuda.Stream()):
         getattr(kvkernels, op)(*arguments, executor="staged")  # the ring is in torch's pool from now on
         torch.cuda.synchronize()
-        before = sim.counters()
-        sim.clear_log()
+        before = stand_in.counters()
+        stand_in.clear_log()
         getattr(kvkernels, op)(*arguments, executor="staged")
-        assert (sim.counters() - before).synchronisations == 0
-    assert [entry["call"] for entry in issued(sim)] == ["launch", "cudaMemcpyAsync"]
+        assert (stand_in.counters() - before).synchronisations == 0
+    assert [entry["call"] for entry in issued(stand_in)] == ["launch", "cudaMemcpyAsync"]
 
 
+@pytest.mark.cuda(bulk=True)
 def test_bulk_takes_ids_on_the_device_and_is_captured(sim):
     _, (buffer, ids, pools), destinations, expected = _call("h2d", pinned)
     before = [pool.clone() for pool in pools]
@@ -102,6 +103,7 @@ def test_bulk_takes_ids_on_the_device_and_is_captured(sim):
         kvkernels.check_device(0)
 
 
+@pytest.mark.cuda(bulk=True)
 def test_what_they_refuse(sim):
     _, arguments, _, _ = _call("d2h", pinned, 80)
     pools, ids, out = arguments
@@ -124,7 +126,7 @@ def test_what_they_refuse(sim):
         kvkernels.gather_blocks(pools, ids, out)
 
 
-def test_without_memory_for_the_ring_auto_takes_something_else(sim):
+def test_without_memory_for_the_ring_auto_takes_something_else(stand_in):
     """As where an engine has taken all of a device's memory; who names ``staged`` gets the error."""
     op, arguments, (out,), (wanted,) = _call("d2h", pinned, 16384)
     with torch.cuda.stream(torch.cuda.Stream()):
@@ -132,12 +134,12 @@ def test_without_memory_for_the_ring_auto_takes_something_else(sim):
         torch.cuda.synchronize()
         for options in ({}, {"executor": "staged"}):
             torch.cuda.empty_cache()  # the allocator has to ask, and asks twice
-            sim.fail("cudaMalloc", 1, OUT_OF_MEMORY)
-            sim.fail("cudaMalloc", 2, OUT_OF_MEMORY)
+            stand_in.fail("cudaMalloc", 1, OUT_OF_MEMORY)
+            stand_in.fail("cudaMalloc", 2, OUT_OF_MEMORY)
             out.zero_()
             kvkernels.reset_counters()
             if options:
-                with pytest.raises(RuntimeError, match=r"^gather_blocks: CUDA out of memory"):
+                with pytest.raises(RuntimeError, match=f"^gather_blocks: {OUT_OF_MEMORY_WORDS}"):
                     kvkernels.gather_blocks(*arguments, **options)
                 continue
             kvkernels.gather_blocks(*arguments)

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 import torch
-from torch_cuda.calls import issued, make, on, pageable
+from torch_cuda.calls import issued, make, on, other_device, pageable
 
 import kvkernels
 
@@ -39,16 +39,16 @@ def _overwrite_what_is_free(bytes, stream):
         ]
 
 
-def test_tables_live_until_the_stream_has_passed(sim):
+def test_tables_live_until_the_stream_has_passed(stand_in):
     """The call's memory is free when it returns, for whoever comes after its kernel. Nobody may come before."""
     other = torch.cuda.Stream()
     reused = 0
     for seed in SEEDS:
         run, is_right = _scattered()
         torch.cuda.synchronize()
-        sim.adversarial(seed)
+        stand_in.adversarial(seed)
         run()
-        upload = _upload_of(sim)
+        upload = _upload_of(stand_in)
         taken = _overwrite_what_is_free(upload["bytes"], other)
         torch.cuda.synchronize()
         assert is_right(), f"seed {seed}"
@@ -59,7 +59,7 @@ def test_tables_live_until_the_stream_has_passed(sim):
     assert reused, "the tables are not in memory that torch's host allocator hands out"
 
 
-def test_memory_handed_out_too_early_would_show(sim):
+def test_memory_handed_out_too_early_would_show(stand_in):
     """The same with a copy that torch knows nothing of: some schedule has the rubbish arrive."""
     size = 1 << 16
     other = torch.cuda.Stream()
@@ -67,10 +67,10 @@ def test_memory_handed_out_too_early_would_show(sim):
     damaged = 0
     for seed in SEEDS:
         torch.cuda.synchronize()
-        sim.adversarial(seed)
+        stand_in.adversarial(seed)
         pinned = torch.ones(size, dtype=torch.uint8).pin_memory()
         addresses = (ctypes.c_void_p(t.data_ptr()) for t in (device, pinned))
-        assert sim.cudart.cudaMemcpyAsync(*addresses, ctypes.c_size_t(size), ANY_KIND, None) == 0
+        assert stand_in.cudart.cudaMemcpyAsync(*addresses, ctypes.c_size_t(size), ANY_KIND, None) == 0
         del pinned
         _overwrite_what_is_free(size, other)
         torch.cuda.synchronize()
@@ -81,8 +81,10 @@ def test_memory_handed_out_too_early_would_show(sim):
 def test_each_thread_has_its_own_current_stream(sim):
     """Torch's current stream is the thread's, and so is its current device."""
     seen = {}
+    devices = (0, other_device(0))
 
-    def run(device):
+    def run(thread):
+        device = devices[thread]
         torch.cuda.set_device(device)
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):
@@ -90,13 +92,15 @@ def test_each_thread_has_its_own_current_stream(sim):
             call.run()
             stream.synchronize()
             wanted.run()
-            seen[device] = (stream.cuda_stream, call.bytes() == wanted.bytes())
+            seen[thread] = (device, stream.cuda_stream, call.bytes() == wanted.bytes())
 
-    sim.clear_log()
-    threads = [threading.Thread(target=run, args=(device,)) for device in (0, 1)]
+    if sim is not None:
+        sim.clear_log()
+    threads = [threading.Thread(target=run, args=(thread,)) for thread in range(len(devices))]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert {(e["device"], e["stream"]) for e in sim.log("launch")} == {(d, seen[d][0]) for d in (0, 1)}
-    assert seen[0][1] and seen[1][1]
+    assert seen[0][2] and seen[1][2]
+    if sim is not None:
+        assert {(e["device"], e["stream"]) for e in sim.log("launch")} == {seen[0][:2], seen[1][:2]}
