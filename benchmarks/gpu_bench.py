@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+import kvkernels
 from gpu_clock import Clock, Effort
 from gpu_log import Log, Record
 from gpu_memory import Case, Checker
@@ -89,9 +90,16 @@ class Bench:
             return self._write({**record, "status": "refused", "error": str(refusal)})
         if ON_STAND_IN and record.get("explained", {}).get("executor") == "triton":
             return self._write({**record, "status": "not run", "error": NO_TRITON})
+        kvkernels.reset_counters()
         wrong = self.checker.check(case)
+        if case.explain is not None:
+            record["issued"] = {
+                name: issued["calls"] for name, issued in kvkernels.counters().items() if issued["calls"]
+            }
         if wrong:
             return self._write({**record, "status": "wrong bytes", "checked": True, "error": wrong})
+        if case.explain is not None and record["explained"]["executor"] not in record["issued"]:
+            raise RuntimeError(f"{record['explained']['executor']} was explained, and {record['issued']} ran")
         samples = self.clock.measure(case.calls, effort or self.effort(case.bytes), case.waits)
         return self._write({**record, "status": "measured", "checked": True, **samples.as_json()})
 

@@ -14,18 +14,21 @@ from gpu_clock import Effort
 from gpu_log import Record
 
 CEILING_BYTES = 256 << 20
+DEVICE_BYTES = 512 << 20  # as many as part d2d copies
 EFFORT = Effort(least=5, most=15, seconds=0.25)
 
 
 def steps(bench: Bench, when: str) -> Iterator[Step]:
     """``when`` tells the run's first measurement from its last: what lies between is the machine's drift."""
-    nbytes = min(bench.scaled(CEILING_BYTES, 1 << 20), len(bench.host) // 2, len(bench.near) // 2) // 8 * 8
+    half = len(bench.near) // 2
+    nbytes = min(bench.scaled(CEILING_BYTES, 1 << 20), half)
+    device_bytes = min(bench.scaled(DEVICE_BYTES, 1 << 20), half) // 8 * 8
     host, near = bench.host[:nbytes], bench.near[:nbytes]
     other_host, other_near = bench.host[nbytes : 2 * nbytes], bench.near[nbytes : 2 * nbytes]
     bench.checker.forget(bench.host)
     bench.checker.forget(bench.near)
-    far = torch.empty_like(bench.near[:nbytes])
-    words, far_words = near.view(torch.int64), far.view(torch.int64)
+    from_here, to_here = bench.near[:device_bytes], bench.near[half : half + device_bytes]
+    words, other_words = from_here.view(torch.int64), to_here.view(torch.int64)
 
     def step(direction: str, name: str, payload_bytes: int, call: Callable[[], Any], kernels: bool = False) -> Step:
         def run(key: Record) -> None:
@@ -37,8 +40,8 @@ def steps(bench: Bench, when: str) -> Iterator[Step]:
     yield step("h2d", "memcpy", nbytes, lambda: near.copy_(host, non_blocking=True))
     yield step("d2h", "memcpy", nbytes, lambda: host.copy_(near, non_blocking=True))
     yield step("both", "memcpy each way", 2 * nbytes, both_ways(near, host, other_host, other_near))
-    yield step("d2d", "memcpy", nbytes, lambda: far.copy_(near, non_blocking=True))
-    yield step("d2d", "add", nbytes, lambda: torch.add(words, 1, out=far_words), kernels=True)
+    yield step("d2d", "memcpy", device_bytes, lambda: to_here.copy_(from_here, non_blocking=True))
+    yield step("d2d", "add", device_bytes, lambda: torch.add(words, 1, out=other_words), kernels=True)
 
 
 def both_ways(

@@ -21,7 +21,7 @@ Call = Callable[[], Any]
 
 SPIN_SHARE = 1.5
 SPIN_ABOVE_US = 30.0
-# A queue has some thousand places: where a call fills it, its caller waits for the spin, and a longer one hides no more.
+# A stream's queue has some thousand places. A call that fills it waits for the spin, and a longer spin hides no more.
 MOST_SPIN_US = 60_000.0
 CALIBRATION_CYCLES = 2_000_000
 

@@ -1,4 +1,4 @@
-"""Whether it matters what the host's memory is made of: torch's pinned memory, registered huge pages, pageable memory."""
+"""What the host's memory is made of, and whether it matters: torch's pinned memory, registered huge pages, pageable."""
 
 from collections.abc import Callable, Iterator
 

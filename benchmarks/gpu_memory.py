@@ -77,10 +77,10 @@ class Checker:
         self.forget(case.dst)
         target = case.dst[: case.span_bytes]
         self._fill_with_poison(target)
-        torch.cuda.synchronize()
+        _wait_for(target, case.src)
         for call in case.calls:
             call()
-        torch.cuda.synchronize()
+        _wait_for(target, case.src)
         expected = self.expected[: case.span_bytes]
         self._fill_with_poison(expected)
         case.expect(self.truth, expected)
@@ -111,3 +111,8 @@ class Checker:
             at = int((got != want).nonzero()[0])
             return f"{what} {int(got[at]):#04x} where {int(want[at]):#04x} belongs: {where(start + at)}"
         return ""
+
+
+def _wait_for(*tensors: torch.Tensor) -> None:
+    if any(tensor.is_cuda for tensor in tensors):
+        torch.cuda.synchronize()

@@ -26,6 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE.jsonl")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), metavar="DIR")
+    parser.add_argument("--no-chart", action="store_true", help="write the tables alone, without matplotlib")
     options = parser.parse_args(arguments)
     missing = [str(path) for path in options.files if not path.exists()]
     if missing:
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     for card, results in by_card(gpu_log.read(options.files)).items():
         stem = f"gpu-{re.sub(r'[^a-z0-9]+', '-', card.lower()).strip('-')}"
-        drawn = gpu_plot.draw(options.out / f"{stem}.png", card, results)
+        drawn = not options.no_chart and gpu_plot.draw(options.out / f"{stem}.png", card, results)
         (options.out / f"{stem}.md").write_text(report(card, results, f"{stem}.png" if drawn else ""))
         print(options.out / f"{stem}.md")
 
@@ -44,7 +45,9 @@ def closing(paths: Sequence[Path]) -> str:
     for card, results in by_card(gpu_log.read(paths)).items():
         tables = [ceilings(results), *brief_cells(results), brief_budgets(results), brief_device(results)]
         tables += [brief_calls(results), goals(results)]
-        bad = [f"{r['status']}: {name_of(r)}: {r['error']}"[:200] for r in results.with_status(*gpu_log.BAD)]
+        bad = [
+            f"{r['status']} in {r['part']}: {name_of(r)}: {r['error']}"[:200] for r in results.with_status(*gpu_log.BAD)
+        ]
         texts += [card, *(table.text() for table in tables if table.rows), *bad[:2], counts(results)]
     return "\n".join(texts)
 
@@ -228,7 +231,8 @@ def best_by_size(results: Results) -> Iterator[Table]:
             (c.place.fragment_bytes, c.place.count): c for c in cells if c.place[:4] == (stream, direction, form, ids)
         }
         every = sorted({count for _, count in here})
-        title = f"{direction}, host in {form}, {ids} ids, {stream} stream: best executor, GB/s, share of the link; auto's loss"
+        place = f"{direction}, host in {form}, {ids} ids, {stream} stream"
+        title = f"{place}: best executor, GB/s, share of the link; auto's loss"
         table = Table(title, ("fragment", *(f"x {count:,}" for count in every)), left=[f"x {c:,}" for c in every])
         for fragment in sorted({fragment for fragment, _ in here}):
             table.add(
@@ -257,7 +261,21 @@ def full_tables(results: Results) -> Iterator[Table]:
 def cell_by_cell(results: Results) -> Table:
     cells = results.cells()
     executors = list(dict.fromkeys(name for cell in cells for name in cell.named))
-    names = ("way", "host", "ids", "stream", "fragment", "count", *executors, "best", "ahead of next", "auto", "loss")
+    names = (
+        "way",
+        "host",
+        "ids",
+        "stream",
+        "fragment",
+        "count",
+        *executors,
+        "best",
+        "its us",
+        "host us",
+        "ahead",
+        "auto",
+        "loss",
+    )
     table = Table("Cell by cell, GB/s", names, left=("way", "host", "ids", "stream", "best", "auto"))
     for cell in cells:
         if not cell.named:
@@ -265,10 +283,11 @@ def cell_by_cell(results: Results) -> Table:
         stream, direction, form, ids, fragment, count = cell.place
         speeds = sorted((gb_per_s(record) for record in cell.named.values()), reverse=True)
         ahead = f"{speeds[0] / speeds[1] - 1:.0%}" if len(speeds) > 1 else ""
+        times = spread(cell.best), f"{median_us(cell.best, 'host_us'):.0f}"
         table.add(
             direction, form, ids, stream, bytes_in_words(fragment), f"{count:,}",
             *(f"{gb_per_s(cell.named[name]):.1f}" if name in cell.named else "" for name in executors),
-            cell.best["executor"], ahead, cell.auto_executor, loss_text(cell),
+            cell.best["executor"], *times, ahead, cell.auto_executor, loss_text(cell),
         )  # fmt: skip
     return table
 
@@ -369,7 +388,7 @@ def wrong(results: Results) -> list[str]:
     bad = results.with_status(*gpu_log.BAD, "lost")
     if not bad:
         return []
-    lines = [f"- **{record['status']}**: {name_of(record)}: {record['error']}" for record in bad]
+    lines = [f"- **{r['status']}** in {r['part']}: {name_of(r)}: {r['error']}" for r in bad]
     return ["## Wrong bytes and errors", "", *lines, ""]
 
 
@@ -393,13 +412,19 @@ def left_out(results: Results) -> Iterator[str]:
         names = [name_of(cell) for cell in record["cells"]]
         reasons.setdefault((record["part"], "dropped", record["error"]), []).extend(names)
     for (part, status, reason), names in reasons.items():
-        some = "; ".join(names[:6]) + (f"; and {len(names) - 6} more" if len(names) > 6 else "")
-        yield f"- {part}, {status}: {reason} ({some})"
+        yield f"- {part}, {status}: {reason} ({some_of(names)})"
+    shown = [name_of(record) for record in results.with_status("measured") if record.get("hidden") is False]
+    if shown:
+        yield f"- Device times that may hold some of the caller's, which no spin hid: {some_of(shown)}."
+
+
+def some_of(names: Sequence[str], most: int = 6) -> str:
+    return "; ".join(names[:most]) + (f"; and {len(names) - most} more" if len(names) > most else "")
 
 
 def name_of(record: Record) -> str:
     """What identifies a cell, in words."""
-    words = [str(record.get("part", ""))] if "part" in record else []
+    words: list[str] = []
     for name in ("direction", "kind", "op", "rival", "memory", "executor", "name", "host_form", "ids"):
         if name in record and record[name] not in ("pools", "random"):
             words.append(str(record[name]))

@@ -1,4 +1,4 @@
-"""What a GPU run's records say: shares of the ceiling, the best executor of each cell, and whether the goals are met."""
+"""What a GPU run's records say: shares of the ceiling, each cell's best executor, and whether the goals are met."""
 
 from collections import defaultdict
 from collections.abc import Iterable
@@ -81,9 +81,9 @@ def sms_of(record: Record) -> int | None:
     """The most SMs that a call's kernels take; None where that is not known."""
     if record["executor"] == "dma":
         return 0
-    ctas = record["explained"]["device"].get("ctas")
-    if ctas is not None:
-        return int(ctas)
+    device = record["explained"]["device"]
+    if "ctas" in device:
+        return int(device["ctas"])
     return record["sm_budget"] or None
 
 
@@ -131,7 +131,7 @@ class Results:
 
     def _link_goal(self, cells: list[Cell], direction: str, fragment_bytes: int) -> Goal:
         """The worst count's best executor within the budget of SMs, on the side stream from pools of random pages."""
-        shares: list[tuple[float, Record]] = []
+        shares: list[tuple[float, Record, str]] = []
         budgeted = self.of("budget", direction=direction, fragment_bytes=fragment_bytes)
         for cell in cells:
             place = cell.place
@@ -140,14 +140,15 @@ class Results:
             fitting = [*cell.named.values(), *(r for r in budgeted if r["count"] == place.count)]
             fitting = [r for r in fitting if (sms_of(r) or 0) <= GOAL_MOST_SMS and sms_of(r) is not None]
             known = [(share, r) for r in fitting if (share := self.share(r)) is not None]
+            auto = self.share(cell.auto) if cell.auto else None
             if known:
-                shares.append(max(known, key=lambda pair: pair[0]))
+                shares.append((*max(known, key=lambda pair: pair[0]), "" if auto is None else f"; auto {auto:.2f}"))
         wanted = LINK_GOALS[fragment_bytes]
         name = f"{direction} {bytes_in_words(fragment_bytes)} from {GOAL_MIN_COUNT:,} fragments on, at most 12 SMs"
         if not shares:
             return Goal(name, f"{wanted:.2f} of the link", "", None)
-        share, record = min(shares, key=lambda pair: pair[0])
-        got = f"{share:.2f} ({record['executor']}, {sms_of(record)} SMs, {record['count']:,} fragments)"
+        share, record, auto = min(shares, key=lambda found: found[0])
+        got = f"{share:.2f} ({record['executor']}, {sms_of(record)} SMs, {record['count']:,} fragments{auto})"
         return Goal(name, f"{wanted:.2f} of the link", got, share >= wanted)
 
     def _device_goal(self, kind: str) -> Goal:

@@ -18,7 +18,7 @@ MOST_SETS = 8
 
 
 def pools_of(fragments: int) -> int:
-    """As many pools as a model has layers, where there are fragments enough: what a call costs its caller is a pool's."""
+    """As many pools as a model has layers, where there are fragments enough: pools are what a call costs its caller."""
     return next(pools for pools in (40, 8, 2, 1) if fragments >= 8 * pools or pools == 1)
 
 
