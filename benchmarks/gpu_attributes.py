@@ -83,8 +83,12 @@ def _version(function: str) -> str:
 
 def link(device: torch.device) -> dict[str, str]:
     """The link's speed and width as the system's files give them; a virtual machine's may be made up."""
-    properties = torch.cuda.get_device_properties(device)
-    place = f"{properties.pci_domain_id:04x}:{properties.pci_bus_id:02x}:{properties.pci_device_id:02x}.0"
+    text = ctypes.create_string_buffer(64)
+    error = runtime().cudaDeviceGetPCIBusId(text, len(text), device.index)
+    runtime().cudaGetLastError()
+    if error:
+        return {"pci": f"error {error}"}
+    place = text.value.decode().lower()
     found = {"pci": place}
     for name in LINK_FILES:
         try:

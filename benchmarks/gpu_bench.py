@@ -67,7 +67,7 @@ class Bench:
     def run(self, part: str, steps: Iterator[Step]) -> None:
         """Runs the steps of a part in order; those that time is too short for are listed in one line."""
         dropped = []
-        for step in steps:
+        for step in self._made(part, steps):
             if self.seconds_left() <= 0:
                 dropped.append(step.key)
                 continue
@@ -79,6 +79,11 @@ class Bench:
                 step.run(key)
         if dropped:
             self.log.write({"part": part, "status": "dropped", "cells": dropped, "error": "there was no time left"})
+
+    def _made(self, part: str, steps: Iterator[Step]) -> Iterator[Step]:
+        """The steps of a part; one that cannot be made ends the part, and not the run."""
+        with self._recording({"part": part}):
+            yield from steps
 
     def measure(self, key: Record, case: Case, effort: Effort | None = None) -> Record:
         """Checks a case's bytes, times it, and writes its line, which is returned."""

@@ -17,7 +17,7 @@ EXECUTORS = ("auto", "kernel", "dma")
 FORMS = ("pools", "rows")
 ROWS = (1_000, 10_000, 64_000)
 ROW_BYTES = 16 << 10
-EFFORT = Effort(least=5, most=40, seconds=0.1)
+EFFORT = Effort(least=5, most=40, seconds=0.05)
 
 
 def steps(bench: Bench) -> Iterator[Step]:

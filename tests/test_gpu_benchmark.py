@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -84,24 +85,6 @@ def test_every_part_runs_and_is_reported(tmp_path):
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not ON_STAND_IN, reason="only the stand-in for CUDA lacks kernels")
-def test_on_the_stand_in_only_what_it_lacks_is_not_run(tmp_path):
-    """Everything else of a part runs there, so that a GPU's first run meets no line for the first time."""
-    done, records = run_gpu(tmp_path / "gpu.jsonl", "--parts", "d2d,rivals,beside", "--fragments", "32768")
-    assert done.returncode == 0, done.stderr
-    reasons = Counter(r["error"].split(": ")[-1] for r in some(records, status="not run"))
-    assert set(reasons) == {
-        "the stand-in for CUDA runs none of torch's own kernels",
-        "the stand-in for CUDA cannot launch Triton's kernels",
-        "no --sglang FILE was given",
-        "no --lmcache DIR was given",
-    }
-    assert len(some(records, part="d2d", status="measured")) == 23
-    beside = [r for r in some(records, part="beside", status="not run") if "matmul" in r["error"]]
-    assert beside and all(len(r["alone_us"]) == 3 and r["checked"] for r in beside)
-
-
-@pytest.mark.cuda
 def test_one_question_is_asked_alone(tmp_path):
     done, records = run_gpu(
         tmp_path / "gpu.jsonl", "--parts", "grid", "--directions", "d2h", "--executors", "dma", "--fragments", "8192",
@@ -134,38 +117,129 @@ def test_cells_larger_than_the_grid_are_skipped_by_name(tmp_path):
     assert cell["status"] == "skipped" and cell["error"].startswith("20971520000 bytes of payload are more than")
 
 
-@pytest.mark.cuda
-def test_a_cell_that_raises_and_one_with_wrong_bytes_do_not_end_the_run(tmp_path, modules):
-    """Through the script's own parts, with an op that forgets the last pair, and one that raises."""
-    code = f"""
-import sys
-sys.path.insert(0, {str(BENCHMARKS)!r})
-import kvkernels, gpu
+def run_planted(tmp_path: Path, code: str, *arguments: str) -> tuple[subprocess.CompletedProcess[str], list[dict]]:
+    """The script, with something broken before it starts."""
+    script, out = tmp_path / "planted.py", tmp_path / "gpu.jsonl"
+    start = f"import sys\nsys.path.insert(0, {str(BENCHMARKS)!r})\nimport gpu, kvkernels, torch\n"
+    script.write_text(f"{start}{code}\ngpu.main(sys.argv[1:])\n")
+    done = subprocess.run(
+        [sys.executable, script, "--scale", "0.001", "--out", out, "--fragments", "4096", "--counts", "1000",
+         "--directions", "h2d", *arguments],
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    return done, [json.loads(line) for line in out.read_text().splitlines()]
+
+
+FORGETS_A_PAIR = """
 right = kvkernels.copy_pages
 def broken(src, dst, mapping, runs, executor="auto", sm_budget=0):
     if executor == "bulk":
         raise RuntimeError("planted")
     right(src, dst, mapping[:-1] if executor == "dma" else mapping, runs, executor=executor, sm_budget=sm_budget)
 kvkernels.copy_pages = broken
-gpu.main(sys.argv[1:])
+def part(bench):
+    raise ValueError("planted part")
+    yield
+gpu.PARTS["auto"] = part
 """
-    script = tmp_path / "planted.py"
-    script.write_text(code)
-    out = tmp_path / "gpu.jsonl"
-    done = subprocess.run(
-        [sys.executable, script, "--scale", "0.001", "--out", out, "--parts", "grid", "--fragments", "4096",
-         "--counts", "1000", "--directions", "h2d", "--executors", "kernel,bulk,dma"],
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+
+
+@pytest.mark.cuda
+def test_errors_and_wrong_bytes_do_not_end_the_run(tmp_path):
+    done, records = run_planted(
+        tmp_path, FORGETS_A_PAIR, "--parts", "grid,auto,budget", "--executors", "kernel,bulk,dma"
+    )
     assert done.returncode == 1, done.stderr
-    records = [json.loads(line) for line in out.read_text().splitlines()]
     statuses = {r["executor"]: r for r in some(records, part="grid", host_form="pools", ids="random")}
     assert statuses["kernel"]["status"] == "measured"
     assert statuses["bulk"]["status"] == "failed" and statuses["bulk"]["error"] == "RuntimeError: planted"
     assert statuses["dma"]["status"] == "wrong bytes" and "device_us" not in statuses["dma"]
     assert "wrote 0xa5 where 0x" in statuses["dma"]["error"] and "pool 0, block " in statuses["dma"]["error"]
+    (part,) = some(records, part="auto")
+    assert part["status"] == "failed" and part["error"] == "ValueError: planted part"
+    assert some(records, part="budget", executor="kernel", status="measured")
     assert records[-1]["status"] == "ended"
     assert "wrong bytes in grid: h2d dma" in done.stdout
+
+
+AT_RANDOM_TIMES = f"""
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from simgpu.sim import Sim
+torch.cuda.init()
+Sim.of({os.environ.get("KVKERNELS_STAND_IN", "")!r}).adversarial(7)
+"""
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not ON_STAND_IN, reason="only the stand-in for CUDA lacks kernels")
+def test_on_the_stand_in_only_what_it_lacks_is_not_run(tmp_path):
+    """Everything else of a part runs there, at random times, so that few lines meet a GPU for the first time."""
+    done, records = run_planted(tmp_path, AT_RANDOM_TIMES, "--parts", "d2d,rivals,beside")
+    assert done.returncode == 0, done.stderr
+    reasons = Counter(r["error"].split(": ")[-1] for r in some(records, status="not run"))
+    assert set(reasons) == {
+        "the stand-in for CUDA runs none of torch's own kernels",
+        "the stand-in for CUDA cannot launch Triton's kernels",
+        "no --sglang FILE was given",
+        "no --lmcache DIR was given",
+    }
+    assert len(some(records, part="d2d", status="measured")) == 23
+    beside = [r for r in some(records, part="beside", status="not run") if "matmul" in r["error"]]
+    assert beside and all(len(r["alone_us"]) == 3 and r["checked"] for r in beside)
+
+
+RUNS_ANOTHER = """
+right = kvkernels.copy_pages
+kvkernels.copy_pages = lambda *arguments, **chosen: right(*arguments, executor="kernel")
+"""
+
+
+@pytest.mark.cuda
+def test_another_executor_than_the_one_explained_is_an_error(tmp_path):
+    done, records = run_planted(tmp_path, RUNS_ANOTHER, "--parts", "grid", "--executors", "kernel,dma")
+    assert done.returncode == 1, done.stderr
+    statuses = {r["executor"]: r for r in some(records, part="grid", host_form="pools")}
+    assert statuses["kernel"]["status"] == "measured"
+    assert statuses["dma"]["error"].startswith("RuntimeError: dma was explained, and {'kernel': ")
+
+
+LOSES_THE_DEVICE = """
+right = torch.cuda.synchronize
+def broken(*arguments, **chosen):
+    def lost():
+        raise RuntimeError("CUDA error: gone")
+    torch.cuda.synchronize = lost
+    raise RuntimeError("illegal access")
+kvkernels.copy_pages = broken
+"""
+
+
+@pytest.mark.cuda
+def test_a_lost_device_ends_the_run(tmp_path):
+    done, records = run_planted(tmp_path, LOSES_THE_DEVICE, "--parts", "grid,calls", "--executors", "kernel")
+    assert done.returncode == 1
+    assert [(r["part"], r["status"], r["error"]) for r in records[-2:]] == [
+        ("grid", "failed", "RuntimeError: illegal access"),
+        ("end", "lost", "CUDA error: gone"),
+    ]
+    assert "The device was lost, and the run with it: CUDA error: gone" in done.stderr
+
+
+@pytest.mark.cuda
+def test_the_clock_tells_the_host_from_the_device(modules):
+    """A call that only keeps its caller; where a spin hides it, none of it counts as the device's."""
+    clock_module = modules("gpu_clock")
+    with torch.cuda.stream(torch.cuda.Stream()):
+        clock = clock_module.Clock("no spin" if ON_STAND_IN else "")
+        clock.warm(0.01, lambda: None)
+        calls: list[int] = []
+        turns = [lambda number=number: (calls.append(number), time.sleep(0.005)) for number in range(2)]
+        samples = clock.measure(turns, clock_module.Effort(least=3, most=4, seconds=10.0))
+    assert calls == [0, 1] * 4
+    assert len(samples.host_us) == len(samples.elapsed_us) == len(samples.device_us) == 4
+    assert 5_000 < min(samples.host_us) <= min(samples.elapsed_us)
+    assert samples.hidden is not ON_STAND_IN
+    assert ON_STAND_IN or max(samples.device_us) < 1_000
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")
@@ -233,7 +307,9 @@ def test_the_check_knows_what_every_form_moves(modules, direction, form, ids):
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_the_check_finds(modules, fault, message):
+@pytest.mark.parametrize("chunk_bytes", [1 << 20, 1000])
+def test_the_check_finds(modules, monkeypatch, fault, message, chunk_bytes):
+    monkeypatch.setattr(modules("gpu_memory"), "CHUNK_BYTES", chunk_bytes)
     case, checker, moved = a_case(modules, "h2d", "pools", "random")
     case.calls = [*case.calls, lambda: fault(moved, case.src, case.dst)]
     assert message in checker.check(case)
