@@ -292,8 +292,9 @@ def change_the_source(moved, src, dst):
 @pytest.mark.parametrize("direction", ["h2d", "d2h"])
 def test_the_check_knows_what_every_form_moves(modules, direction, form, ids):
     """On the CPU: the directions say only which side has the pools."""
-    case, checker, _ = a_case(modules, direction, form, ids)
+    case, checker, moved = a_case(modules, direction, form, ids)
     assert len(case.calls) > 1
+    assert torch.equal(moved.moves.src, torch.arange(len(moved.moves.src))) is (ids == "contiguous")
     assert checker.check(case) == ""
 
 
@@ -435,6 +436,12 @@ def test_a_cells_best_executor_and_autos_loss(modules, tmp_path):
     assert results.share(h2d.best) == pytest.approx(0.8)
     # Where auto's executor was not measured by name, auto itself was.
     assert d2h.auto_loss == pytest.approx(0.1)
+    # Where it was, auto itself is only set beside it.
+    lines.append(cell_line("h2d", 4 * KIB, 10_000, "auto", 9.0, auto="dma", part="auto"))
+    _, results = results_of(modules, lines, tmp_path)
+    assert results.cells()[1].auto_loss == pytest.approx(0.75)
+    (line,) = [row for row in modules("gpu_report").auto_itself(results).rows if row[1:3] == ["dma", "9.0"]]
+    assert line[3:] == ["10.0", "0.90"]
     met, got = goals_by_name(results)["auto's worst cell"]
     assert met is False and got == "75.0% behind: h2d 4 KiB x 10,000, side stream, dma for kernel"
     text = modules("gpu_report").report("card", results, "")
@@ -491,7 +498,7 @@ def device_line(kind: str, gb_per_s: float, executor: str = "kernel", sm_budget:
 def test_the_devices_goals(modules, tmp_path):
     lines = [machine_line(), *ceiling_lines()]
     lines += [device_line("pages 4 KiB", 1200.0), device_line("pages 4 KiB", 900.0, "bulk")]
-    lines += [device_line("pages 32 KiB", 600.0, sm_budget=12), device_line("pages 32 KiB", 1250.0)]
+    lines += [device_line("pages 4 KiB", 1290.0, sm_budget=12), device_line("pages 32 KiB", 1250.0)]
     lines += [device_line("concat TP2", 1250.0, "auto"), device_line("concat TP8", 1000.0, "auto")]
     _, results = results_of(modules, lines, tmp_path)
     goals = goals_by_name(results)
