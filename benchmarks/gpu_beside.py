@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property
 
 import torch
 
@@ -19,8 +19,8 @@ from gpu_memory import Case
 
 KIB = 1024
 SIDE = 8192
-FLOATING_POINT_OPERATIONS = 2 * SIDE**3
 SECONDS = 0.12
+MOST_PRODUCTS = 500  # fewer than a stream's queue has places, so that the copies start together with them
 FRAGMENT_BYTES, COUNT, FORM = 16 * KIB, 10_000, "rows"
 IN_FLIGHT = 3
 EXECUTORS = ("auto", "kernel", "bulk", "dma", "staged", "triton")
@@ -42,15 +42,15 @@ class Products:
     def __init__(self, bench: Bench) -> None:
         self._bench = bench
         self.stream = torch.cuda.Stream()
+        self.side = max(64, round(SIDE * bench.options.scale ** (1 / 3)))
 
-    @lru_cache(maxsize=1)  # noqa: B019  (one object a run)
+    @cached_property
     def _operands(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        side = max(64, round(SIDE * self._bench.options.scale ** (1 / 3)))
-        one, other = (torch.randn(side, side, device=self._bench.device).to(torch.bfloat16) for _ in range(2))
+        one, other = (torch.randn(self.side, self.side, device=self._bench.device).to(torch.bfloat16) for _ in range(2))
         torch.cuda.synchronize()  # they were made on another stream
         return one, other, torch.empty_like(one)
 
-    @lru_cache(maxsize=1)  # noqa: B019
+    @cached_property
     def alone_us(self) -> float:
         """Of one product, with nothing beside it."""
         count = 5
@@ -59,10 +59,11 @@ class Products:
         return self.start(count).each_us()
 
     def count(self) -> int:
-        return max(3, round(SECONDS * 1e6 / self.alone_us()))
+        wanted = round(SECONDS * self._bench.options.scale * 1e6 / self.alone_us)
+        return max(3, min(wanted, MOST_PRODUCTS))
 
     def start(self, count: int) -> "Running":
-        one, other, out = self._operands()
+        one, other, out = self._operands
         first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         with torch.cuda.stream(self.stream):
             first.record()
@@ -127,6 +128,7 @@ def _step(bench: Bench, products: Products, direction: str, executor: str, budge
         record["alone_us"] = [_alone(case, bench) for _ in range(3)]
         if ON_STAND_IN:
             return bench.log.write({**record, "status": "not run", "error": f"matmul: {NO_TORCH_KERNELS}"})
+        record["product_side"] = products.side
         record["product_alone_us"] = [products.start(products.count()).each_us()]
         pairs = [_beside(case, products) for _ in range(2)]
         record["beside_us"], record["product_beside_us"] = ([pair[i] for pair in pairs] for i in range(2))

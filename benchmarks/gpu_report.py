@@ -370,15 +370,27 @@ def rivals(results: Results) -> Table:
 
 
 def beside(results: Results) -> Table:
-    names = ("way", "executor", "SM budget", "took", "SMs", "copy alone GB/s", "copy slowed", "products slowed")
+    names = (
+        "way",
+        "executor",
+        "SM budget",
+        "took",
+        "SMs",
+        "copy alone GB/s",
+        "copy slowed",
+        "products alone TFLOP/s",
+        "products slowed",
+    )
     table = Table("Beside a model's matrix products", names, left=("way", "executor", "took"))
     for record in results.of("beside"):
         copies, products = slowdowns(record)
+        rate = 2 * record["product_side"] ** 3 / min(record["product_alone_us"]) / 1e6
         sms = sms_of({**record, "executor": record["explained"]["executor"]})
         table.add(
             record["direction"], record["executor"], str(record["sm_budget"] or "default"),
             record["explained"]["executor"], "" if sms is None else str(sms),
-            f"{record['bytes'] / min(record['alone_us']) / 1e3:.1f}", f"{copies:.2f}x", f"{products:.3f}x",
+            f"{record['bytes'] / min(record['alone_us']) / 1e3:.1f}", f"{copies:.2f}x",
+            f"{rate:.0f}", f"{products:.3f}x",
         )  # fmt: skip
     return table
 

@@ -583,6 +583,7 @@ def a_whole_run(modules) -> list[dict]:
                 **cell_line(direction, 16 * KIB, 10_000, "kernel", 9.0, "dma", "beside"),
                 "alone_us": [100.0, 102.0], "beside_us": [150.0, 160.0],
                 "product_alone_us": [1400.0], "product_beside_us": [1442.0, 1450.0],
+                "product_side": 8192,
             }
         )  # fmt: skip
     kinds = [f"pages {size} KiB" for size in (4, 32, 256)] + ["rows 256 B, NHD to HND", "reshard TP 8 to 1"]
@@ -615,7 +616,7 @@ def test_the_report_of_a_whole_run(modules, tmp_path):
     for title in ("Goals", "Ceilings", "Cell by cell", "Share of the link by SMs", "Copies inside the device", "Calls",
                   "Kinds of host memory", "Others", "Beside a model", "What was not measured"):  # fmt: skip
         assert f"## {title}" in page
-    assert "| h2d | kernel | default | kernel | 12 | 1000.0 | 1.50x | 1.030x |" in page
+    assert "| h2d | kernel | default | kernel | 12 | 1000.0 | 1.50x | 785 | 1.030x |" in page
     # torch.cat is set against the part d2d's own figure of the same copy.
     assert "| d2d concat TP2 | torch.cat | 600.0 | 0.46 | 2.00 |" in page
     assert "- beside, dropped: no time (h2d; h2d; h2d)" in page
