@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_benchmarks import assert_png_with_a_drawing, run_script
+from test_benchmarks import assert_png_with_a_drawing
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 ON_STAND_IN = "KVKERNELS_STAND_IN" in os.environ
@@ -37,6 +37,13 @@ def modules(monkeypatch):
 
 
 # ---- The run -------------------------------------------------------------------------------------------------------
+
+
+def run_script(script: str | Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    # On one thread: the work is tiny, and several of these tests may run at once.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(BENCHMARKS / script), *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
 def run_gpu(out: Path, *arguments: object) -> tuple[subprocess.CompletedProcess[str], list[dict]]:
@@ -122,11 +129,9 @@ def run_planted(tmp_path: Path, code: str, *arguments: str) -> tuple[subprocess.
     script, out = tmp_path / "planted.py", tmp_path / "gpu.jsonl"
     start = f"import sys\nsys.path.insert(0, {str(BENCHMARKS)!r})\nimport gpu, kvkernels, torch\n"
     script.write_text(f"{start}{code}\ngpu.main(sys.argv[1:])\n")
-    done = subprocess.run(
-        [sys.executable, script, "--scale", "0.001", "--out", out, "--fragments", "4096", "--counts", "1000",
-         "--directions", "h2d", *arguments],
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+    done = run_script(
+        script, "--scale", 0.001, "--out", out, "--fragments", 4096, "--counts", 1000, "--directions", "h2d", *arguments
+    )
     return done, [json.loads(line) for line in out.read_text().splitlines()]
 
 
