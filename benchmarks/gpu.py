@@ -121,7 +121,7 @@ def start(options: argparse.Namespace, log: Log) -> Bench:
             "settings": {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()},
         }
     )
-    bench = Bench(device, torch.cuda.current_stream(), Clock(NO_TORCH_KERNELS if ON_STAND_IN else ""), log, options)
+    bench = Bench(device, Clock(NO_TORCH_KERNELS if ON_STAND_IN else ""), log, options)
     nbytes = stretch_bytes(gpu_grid.largest_span(bench), options.scale)
     print(f"4 stretches of {nbytes / 1e9:.2f} GB, one of them pinned host memory", flush=True)
     bench.near = torch.empty(nbytes, dtype=torch.uint8, device=device)

@@ -41,7 +41,6 @@ class Bench:
     """The state of a run. ``near`` is the device's large stretch of memory, ``host`` the pinned one."""
 
     device: torch.device
-    stream: torch.cuda.Stream
     clock: Clock
     log: Log
     options: Any
@@ -57,6 +56,12 @@ class Bench:
     def sides(self, direction: str) -> tuple[torch.Tensor, torch.Tensor]:
         """The source and the destination of a copy over the link."""
         return (self.host, self.near) if direction == "h2d" else (self.near, self.host)
+
+    def require(self, span_bytes: int, *flats: torch.Tensor) -> None:
+        """Raises CannotRun where a stretch of memory, of the two large ones by default, is too short for a cell."""
+        there = min(map(len, flats or (self.host, self.near)))
+        if span_bytes > there:
+            raise CannotRun(f"it needs {span_bytes} bytes on each side, and this run has {there}")
 
     def effort(self, payload_bytes: int) -> Effort:
         return Effort(seconds=0.12 * min(1.0, max(self.options.scale, 0.01))).for_bytes(payload_bytes)

@@ -112,8 +112,7 @@ def _step(bench: Bench, products: Products, direction: str, executor: str, budge
     def run(key: Record) -> None:
         moved = gpu_grid.transfer(bench, direction, FRAGMENT_BYTES, COUNT, FORM)
         src, dst = bench.sides(direction)
-        if moved.geometry.flat_bytes > min(len(src), len(dst)):
-            raise CannotRun(f"it needs {moved.geometry.flat_bytes} bytes on each side")
+        bench.require(moved.geometry.flat_bytes)
         case = moved.case(src, dst, executor, budget)
         record = {**key, "bytes": case.bytes, "checked": True}
         try:

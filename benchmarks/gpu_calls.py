@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 
 import kvkernels
-from gpu_bench import Bench, CannotRun, Step
+from gpu_bench import Bench, Step
 from gpu_clock import Effort
 from gpu_log import Record
 from gpu_transfer import Transfer, pools_of
@@ -32,18 +32,12 @@ def steps(bench: Bench) -> Iterator[Step]:
             yield _batch(bench, direction, rows)
 
 
-def _fits(bench: Bench, moved: Transfer) -> None:
-    there = min(len(bench.host), len(bench.near))
-    if moved.geometry.flat_bytes > there:
-        raise CannotRun(f"it needs {moved.geometry.flat_bytes} bytes on each side, and this run has {there}")
-
-
 def _call(bench: Bench, direction: str, form: str, blocks: int, pools: int, executor: str) -> Step:
     pools_here, blocks_here = bench.scaled(pools), bench.scaled(blocks)
     moved = Transfer(direction, PAGE_BYTES, pools_here * blocks_here, pools_here, form, spread_bytes=0)
 
     def run(key: Record) -> None:
-        _fits(bench, moved)
+        bench.require(moved.geometry.flat_bytes)
         bench.measure(key, moved.case(*bench.sides(direction), executor), EFFORT)
 
     key = {"direction": direction, "op": moved.op, "blocks": blocks, "pools": pools, "executor": executor}
@@ -54,7 +48,7 @@ def _batch(bench: Bench, direction: str, rows: int) -> Step:
     def run(key: Record) -> None:
         fragments = bench.scaled(rows, least=4)
         moved = Transfer(direction, ROW_BYTES, fragments, pools_of(fragments), spread_bytes=0)
-        _fits(bench, moved)
+        bench.require(moved.geometry.flat_bytes)
         src, dst = bench.sides(direction)
         arguments = addresses(moved, src, dst)
         case = moved.other_case(

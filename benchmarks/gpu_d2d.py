@@ -11,7 +11,7 @@ import torch
 
 import kvkernels
 from geometry import GUARD_BYTES
-from gpu_bench import Bench, CannotRun, Step
+from gpu_bench import Bench, Step
 from gpu_log import Record
 from gpu_memory import Case
 from gpu_transfer import Transfer, pools_of
@@ -70,16 +70,11 @@ def _key(kind: str, executor: str, sm_budget: int) -> Record:
     return {"direction": "d2d", "kind": kind, "executor": executor, "sm_budget": sm_budget}
 
 
-def _fits(far: torch.Tensor, span_bytes: int) -> None:
-    if span_bytes > len(far):
-        raise CannotRun(f"it needs {span_bytes} bytes on each side, and this run has {len(far)}")
-
-
 def _pages(bench: Bench, far: torch.Tensor, fragment: int, executor: str, budget: int, payload_bytes: int) -> Step:
     def run(key: Record) -> None:
         fragments = max(2, payload_bytes // fragment)
         moved = Transfer("d2d", fragment, fragments, pools_of(fragments), spread_bytes=0)
-        _fits(far, moved.geometry.flat_bytes)
+        bench.require(moved.geometry.flat_bytes, far)
         case = moved.case(bench.near, far, executor, budget)
         case.facts = {"fragment_bytes": fragment, "pools": moved.pools}
         bench.measure(key, case)
@@ -131,7 +126,7 @@ def _conversion(
         generator = torch.Generator().manual_seed(0)
         src_ids, dst_ids = (torch.randperm(blocks, generator=generator)[:moved] for _ in range(2))
         mapping = torch.stack((src_ids, dst_ids), dim=1)
-        _fits(far, block_bytes * blocks + GUARD_BYTES * (LLAMA["L"] * conversion.src_ranks + 2))
+        bench.require(block_bytes * blocks + GUARD_BYTES * (LLAMA["L"] * conversion.src_ranks + 2), far)
         sources, src_end = _caches(bench.near, conversion.src, conversion.src_ranks, blocks)
         targets, dst_end = _caches(far, conversion.dst, 1, blocks)
 
@@ -210,7 +205,7 @@ def _shards(bench: Bench, far: torch.Tensor, op: str, ranks: int, payload_bytes:
 
     def run(key: Record) -> None:
         shards = shards_of(payload_bytes, ranks)
-        _fits(far, shards.span_bytes)
+        bench.require(shards.span_bytes, far)
         if op == "concat":
             name, arguments = "concat_tp_shards_out", (shards.cut(bench.near), 1, shards.whole(far))
             expect: Callable[..., None] = shards.expect_whole

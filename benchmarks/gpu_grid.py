@@ -63,22 +63,16 @@ class Cells:
 
     def _measure(self, key: Record, moved: Transfer, count: int, executor: str, sm_budget: int) -> Record | None:
         bench = self._bench
-        too_large = self._too_large(moved, count)
-        if too_large:
-            bench.log.write({**key, "status": "skipped", "error": too_large})
+        payload = moved.fragment_bytes * count
+        if payload > MOST_PAYLOAD_BYTES:
+            error = f"{payload} bytes of payload are more than the grid's {MOST_PAYLOAD_BYTES}"
+            bench.log.write({**key, "status": "skipped", "error": error})
             return None
+        bench.require(moved.geometry.flat_bytes)
         src, dst = bench.sides(moved.direction)
         case = moved.case(src, dst, executor, sm_budget)
         case.facts = {"pools": moved.pools, "fragments": moved.pools * moved.pairs, "auto": self.auto_for(moved)}
         return bench.measure(key, case)
-
-    def _too_large(self, moved: Transfer, count: int) -> str:
-        payload = moved.fragment_bytes * count
-        if payload > MOST_PAYLOAD_BYTES:
-            return f"{payload} bytes of payload are more than the grid's {MOST_PAYLOAD_BYTES}"
-        span = moved.geometry.flat_bytes
-        there = min(len(self._bench.host), len(self._bench.near))
-        return f"it needs {span} bytes on each side, and this run has {there}" if span > there else ""
 
     def auto_for(self, moved: Transfer) -> Record:
         """What ``auto`` would take for these pages, and why."""

@@ -89,8 +89,7 @@ class Held:
 def _step(bench: Bench, held: Held, kind: str, moved: Transfer, executor: str) -> Step:
     def run(key: Record) -> None:
         flat = held.flat()
-        if moved.geometry.flat_bytes > min(len(flat), len(bench.near)):
-            raise CannotRun(f"it needs {moved.geometry.flat_bytes} bytes on each side")
+        bench.require(moved.geometry.flat_bytes, flat, bench.near)
         sides = (flat, bench.near) if moved.direction == "h2d" else (bench.near, flat)
         case = moved.case(*sides, executor)
         case.facts = {"pools": moved.pools, "huge_page_share": held.huge_page_share}

@@ -101,8 +101,7 @@ def _step(
     bench: Bench, slots: Slots, rival: str, build: Callable[[Bench, Slots, torch.Tensor, torch.Tensor], Call]
 ) -> Step:
     def run(key: Record) -> None:
-        if slots.span_bytes > min(len(bench.host), len(bench.near)):
-            raise CannotRun(f"it needs {slots.span_bytes} bytes on each side")
+        bench.require(slots.span_bytes)
         src, dst = bench.sides(slots.direction)
         pools, parts = (src, dst) if slots.direction == "d2h" else (dst, src)
         bench.measure(key, slots.case(src, dst, build(bench, slots, pools, parts)))

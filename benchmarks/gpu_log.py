@@ -8,7 +8,7 @@ cell: ``part``, ``status``, what identifies it, and, where it was measured, raw 
     refused       the library cannot serve the call; ``error`` is its sentence
     failed        something raised; ``error`` says what
     not run       this machine cannot; ``error`` says why
-    skipped       too large by the rules of the grid or for this machine's memory
+    skipped       more bytes than the grid is about
     dropped       there was no time left
 """
 

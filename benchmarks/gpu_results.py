@@ -133,6 +133,7 @@ class Results:
         """The worst count's best executor within the budget of SMs, on the side stream from pools of random pages."""
         shares: list[tuple[float, Record, str]] = []
         budgeted = self.of("budget", direction=direction, fragment_bytes=fragment_bytes)
+        budgeted = [record for record in budgeted if self.stream_of(record) == "side"]
         for cell in cells:
             place = cell.place
             if place[:5] != ("side", direction, "pools", "random", fragment_bytes) or place.count < GOAL_MIN_COUNT:
@@ -140,9 +141,10 @@ class Results:
             fitting = [*cell.named.values(), *(r for r in budgeted if r["count"] == place.count)]
             fitting = [r for r in fitting if (sms_of(r) or 0) <= GOAL_MOST_SMS and sms_of(r) is not None]
             known = [(share, r) for r in fitting if (share := self.share(r)) is not None]
-            auto = self.share(cell.auto) if cell.auto else None
+            by_auto = self.share(cell.auto) if cell.auto else None
             if known:
-                shares.append((*max(known, key=lambda pair: pair[0]), "" if auto is None else f"; auto {auto:.2f}"))
+                beside = "" if by_auto is None else f"; auto {by_auto:.2f}"
+                shares.append((*max(known, key=lambda pair: pair[0]), beside))
         wanted = LINK_GOALS[fragment_bytes]
         name = f"{direction} {bytes_in_words(fragment_bytes)} from {GOAL_MIN_COUNT:,} fragments on, at most 12 SMs"
         if not shares:

@@ -12,7 +12,7 @@ import torch
 import contest
 import gpu_lmcache
 import gpu_sglang
-from gpu_bench import Bench, CannotRun, Step
+from gpu_bench import Bench, Step
 from gpu_calls import addresses
 from gpu_d2d import LLAMA, PAYLOAD_BYTES, TP_SIZES, shards_of
 from gpu_driver import batched_copy
@@ -59,8 +59,7 @@ def _step(
     bench: Bench, moved: Transfer, count: int, rival: str, build: Build, needs_torch_kernels: bool = False
 ) -> Step:
     def run(key: Record) -> None:
-        if moved.geometry.flat_bytes > min(len(bench.host), len(bench.near)):
-            raise CannotRun(f"it needs {moved.geometry.flat_bytes} bytes on each side")
+        bench.require(moved.geometry.flat_bytes)
         bench.measure(key, build(bench, moved, *bench.sides(moved.direction)))
 
     return Step({**moved.key(), "count": count, "rival": rival}, run, needs_torch_kernels)
@@ -90,8 +89,7 @@ def _batch(bench: Bench, moved: Transfer, src: torch.Tensor, dst: torch.Tensor) 
 def _torch_cat(bench: Bench, ranks: int) -> Step:
     def run(key: Record) -> None:
         shards = shards_of(bench.scaled(PAYLOAD_BYTES), ranks)
-        if shards.span_bytes > len(bench.near):
-            raise CannotRun(f"it needs {shards.span_bytes} bytes on each side")
+        bench.require(shards.span_bytes, bench.near)
         far = torch.empty_like(bench.near[: shards.span_bytes])
         parts, whole = shards.cut(bench.near), shards.whole(far)
         call = [lambda: torch.cat(parts, 1, out=whole)]
