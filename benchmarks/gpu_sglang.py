@@ -58,5 +58,5 @@ def _ops(path: Path | None) -> Any:
             ctypes.CDLL(str(numa), mode=ctypes.RTLD_GLOBAL)
         torch.ops.load_library(str(path))
     except OSError as error:
-        raise CannotRun(f"{path} does not load: {error}") from error
+        raise CannotRun(f"{path} does not load: {error.__cause__ or error}") from error
     return torch.ops.sgl_kernel

@@ -488,6 +488,11 @@ def test_the_links_goals_take_the_worst_count_and_at_most_12_sms(modules, tmp_pa
     lines.append(cell_line("h2d", 16 * KIB, 10_000, "kernel", 44.0, "dma", "budget", ctas=8, sm_budget=8))
     _, results = results_of(modules, lines, tmp_path)
     assert goals_by_name(results)[name.format(16)] == (True, "0.88 (kernel, 8 SMs, 10,000 fragments; auto 0.84)")
+    # One that was measured on the default stream does not: there copies are not batched.
+    lines += [machine_line("default"), *ceiling_lines()]
+    lines.append(cell_line("h2d", 16 * KIB, 10_000, "kernel", 49.0, "dma", "budget", ctas=8, sm_budget=8))
+    _, results = results_of(modules, lines, tmp_path)
+    assert goals_by_name(results)[name.format(16)] == (True, "0.88 (kernel, 8 SMs, 10,000 fragments; auto 0.84)")
     page = modules("gpu_report").report("card", results, "")
     assert "| 0.90 of the link | 0.92 (kernel, 12 SMs, 1,000 fragments; auto 0.92) | met |" in page
     assert "0.70 of the link |  | not measured |" in page
