@@ -80,7 +80,8 @@ class Clock:
         """Times ``calls`` in turns. A call that ``waits`` for the device itself gets no spin: it would count as its."""
         turns = cycle(calls)
         with _no_collection():
-            idle = [_idle_us(call) for call in _rounds(turns, Effort(2, min(effort.most, 7), effort.seconds / 2))]
+            rounds = Effort(2, max(2, effort.most // 2), effort.seconds / 2)
+            idle = [_idle_us(call) for call in _rounds(turns, rounds)]
             host_us = [host for host, _ in idle]
             spins = self._cycles_per_us > 0 and not waits
             spin_us = min(SPIN_SHARE * max(host_us) + SPIN_ABOVE_US, MOST_SPIN_US) if spins else 0.0

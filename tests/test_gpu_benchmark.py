@@ -222,8 +222,8 @@ def test_the_clock_tells_the_host_from_the_device(modules):
         calls: list[int] = []
         turns = [lambda number=number: (calls.append(number), time.sleep(0.005)) for number in range(2)]
         samples = clock.measure(turns, clock_module.Effort(least=3, most=4, seconds=10.0))
-    assert calls == [0, 1] * 4
-    assert len(samples.host_us) == len(samples.elapsed_us) == len(samples.device_us) == 4
+    assert calls == [0, 1] * 3
+    assert (len(samples.host_us), len(samples.elapsed_us), len(samples.device_us)) == (2, 2, 4)
     assert 5_000 < min(samples.host_us) <= min(samples.elapsed_us)
     assert samples.hidden is not ON_STAND_IN
     assert ON_STAND_IN or max(samples.device_us) < 1_000
