@@ -347,13 +347,8 @@ std::string describe(const Case& test, cpu::Isa isa) {
 
 // What no processor's row of the table says, too.
 cpu::Tuning random_tuning(Random& random, cpu::Isa isa) {
-  return {"",
-          isa,
-          false,
-          random.once_in(2) ? 2 : 4,
-          random.of<int64_t>({4096, 16 << 10, 1 << 20}),
-          random.once_in(2),
-          random.once_in(2)};
+  const auto any = [&] { return random.once_in(2); };
+  return {"", isa, false, any() ? 2 : 4, random.of<int64_t>({4096, 16 << 10, 1 << 20}), any(), any(), any()};
 }
 
 void run_case(Random& random, Case test) {
