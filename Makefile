@@ -17,6 +17,9 @@ TORCHES := .venv-torches
 # torch's CUDA build, for the stand-in for CUDA.
 STAND_IN := .venv-simgpu
 SIMGPU := $(CURDIR)/build/simgpu
+# What the dry run tests; make simgpu runs them all.
+DRY_TESTS = tests/torch_cuda/test_hardware_ids.py
+DRY_FIGURES = --scale 0.001 --fragments 512,32768 --counts 64,50000
 SOURCES := $(sort $(shell find csrc -type f)) CMakeLists.txt setup.py pyproject.toml
 CPP_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
@@ -28,8 +31,8 @@ export KVKERNELS_COMPILED = ON
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build swap pages layouts sass test simgpu simgpu-build sanitize e2e torches mutants lint format audit clean \
-  distclean always
+.PHONY: help build swap pages layouts sass test simgpu simgpu-build gpu gpu-dry-run sanitize e2e torches mutants lint \
+  format audit clean distclean always
 
 help:
 	@echo "make swap       build, check every byte and time the copies (ARGS=\"--model qwen3-32b\"; see --help)"
@@ -38,6 +41,8 @@ help:
 	@echo "make sass       what the CUDA kernels' machine code looks like (needs cuobjdump)"
 	@echo "make test       build and run all tests (ARGS=\"-k gather\" goes to pytest)"
 	@echo "make simgpu     the GPU tests without a GPU: torch's CUDA build on a stand-in for CUDA (needs nvcc; 5 GB)"
+	@echo "make gpu        everything that a GPU must be asked: tests, sanitizer, figures, in nine minutes (needs a GPU)"
+	@echo "make gpu-dry-run  every line of that on the stand-in, very small"
 	@echo "make sanitize   small copies by every CUDA kernel under compute-sanitizer (needs a GPU; reports in build/sanitizer)"
 	@echo "make e2e        vLLM on the CPU offloads its KV cache through kvkernels (ARGS=\"--model my-model/\"; see --help)"
 	@echo "make torches    the op tests with the library as it is built on torch 2.10 to 2.14 (30 GB; ARGS=\"--torch 2.10.0\")"
@@ -113,11 +118,27 @@ $(STAND_IN)/.requirements: tests/simgpu/requirements.txt
 	@touch $@
 
 # Preloaded, so that torch's libraries find the stand-in's CUDA instead of their own.
+ON_STAND_IN = KVKERNELS_STAND_IN=$(SIMGPU) KVKERNELS_FAKE_DEVICES=2 \
+  LD_PRELOAD=$(SIMGPU)/libcuda.so.1:$(SIMGPU)/libcudart.so.13:$(SIMGPU)/libkvkernels_drive.so
+
 simgpu: simgpu-build $(STAND_IN)/.requirements
 	@echo "Running the GPU tests on the stand-in for CUDA"
-	env KVKERNELS_STAND_IN=$(SIMGPU) KVKERNELS_FAKE_DEVICES=2 KVKERNELS_REQUIRE_CUDA=1 PYTHONPATH=$(SIMGPU)/package \
-	  LD_PRELOAD=$(SIMGPU)/libcuda.so.1:$(SIMGPU)/libcudart.so.13:$(SIMGPU)/libkvkernels_drive.so \
+	env $(ON_STAND_IN) KVKERNELS_REQUIRE_CUDA=1 PYTHONPATH=$(SIMGPU)/package \
 	  $(STAND_IN)/bin/pytest -m cuda -n $(JOBS) --maxprocesses=8 --dist loadfile $(ARGS)
+
+# With a virtual environment; benchmarks/gpu_day.sh alone needs none. The figures are in build/gpu-day/out.
+gpu: build $(VENV)/.requirements-dev
+	PYTHON=$(CURDIR)/$(BIN)/python bash benchmarks/gpu_day.sh build/gpu-day/out $(ARGS)
+
+# Every line of it, on the stand-in and very small: the library is installed into a package that has none.
+gpu-dry-run: simgpu-build $(STAND_IN)/.requirements
+	rm -rf $(SIMGPU)/day build/gpu-dry-run
+	mkdir -p $(SIMGPU)/day/kvkernels
+	cp -r kvkernels/*.py kvkernels/layout kvkernels/triton $(SIMGPU)/day/kvkernels
+	env $(ON_STAND_IN) PYTHON=$(CURDIR)/$(STAND_IN)/bin/python KVKERNELS_DAY_PACKAGE=$(SIMGPU)/day/kvkernels \
+	  KVKERNELS_DAY_BUILD=$(SIMGPU) KVKERNELS_DAY_TESTS="$(DRY_TESTS)" KVKERNELS_DAY_FIGURES="$(DRY_FIGURES)" \
+	  KVKERNELS_DAY_CMAKE="-DKVKERNELS_SIMGPU=ON -DCMAKE_CUDA_ARCHITECTURES=80;90;100 -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python" \
+	  bash benchmarks/gpu_day.sh build/gpu-dry-run
 
 sanitize: $(VENV)/.requirements
 	cmake --preset release -DKVKERNELS_CUDA=ON -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python

@@ -26,11 +26,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE.jsonl")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), metavar="DIR")
+    parser.add_argument("--closing", action="store_true", help="print what a run ends with, and write nothing")
     parser.add_argument("--no-chart", action="store_true", help="write the tables alone, without matplotlib")
     options = parser.parse_args(arguments)
     missing = [str(path) for path in options.files if not path.exists()]
     if missing:
         parser.error(f"there is no {', '.join(missing)}")
+    if options.closing:
+        print(closing(options.files))
+        return
     options.out.mkdir(parents=True, exist_ok=True)
     for card, results in by_card(gpu_log.read(options.files)).items():
         stem = f"gpu-{re.sub(r'[^a-z0-9]+', '-', card.lower()).strip('-')}"
