@@ -1,4 +1,4 @@
-"""benchmarks/gpu_day.sh keeps to its clock and its order, whatever its parts do. `make gpu-dry-run` has the real parts."""
+"""benchmarks/gpu_day.sh keeps to its clock and its order, whatever its parts do; `make gpu-dry-run` has real parts."""
 
 from __future__ import annotations
 
