@@ -16,8 +16,8 @@ namespace {
 constexpr uintptr_t kLastAddress = std::numeric_limits<uintptr_t>::max();
 // Memory for more rows than this (24 MiB of fragments) is given back to the system.
 constexpr size_t kSpareRows = size_t{1} << 20;
-// For so few rows, counting wide digits costs more than the passes that they save.
-constexpr size_t kFewRows = 4096;
+// As good as wider ones for 160,000 rows, and their counts cost 1,000 rows little.
+constexpr int kDigitBits = 9;
 
 thread_local std::vector<Fragment> spare_fragments;
 
@@ -134,11 +134,7 @@ class Intervals {
     const int step = std::countr_zero(hull.varying);
     const uint64_t limit = ((hull.most - hull.least) >> step) + 1;
     const auto key = [step, least = hull.least](const Interval& interval) { return (interval.begin - least) >> step; };
-    if (listed_.size() <= kFewRows) {
-      radix_sort<8>(listed_, spare_, limit, key);
-    } else {
-      radix_sort<11>(listed_, spare_, limit, key);
-    }
+    radix_sort<kDigitBits>(listed_, spare_, limit, key);
     return listed_;
   }
 
