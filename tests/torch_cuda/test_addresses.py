@@ -46,7 +46,7 @@ class Copies:
         with pytest.raises(ValueError) as raised:
             kvkernels.swap_blocks_batch(*self.arguments, **options)
         torch.cuda.synchronize()
-        assert not self.dst.any() if not self.dst.is_cuda else not self.dst.cpu().any()
+        assert not self.dst.cpu().any()
         text = str(raised.value)
         assert text.startswith(f"swap_blocks_batch: executor '{options['executor']}' cannot serve this call: ")
         return text.split("call: ")[1]
@@ -118,7 +118,6 @@ def test_the_budget_bounds_the_grid(sim, executor):
     wide = Copies(pinned, on(0), [4096] * 100).explain(executor=executor).device["ctas"]
     assert wide > 2
     copies = Copies(pinned, on(0), [4096] * 100)
-    sim.clear_log()
     assert copies.check(executor=executor, sm_budget=2).device["ctas"] == 2
 
 
