@@ -8,6 +8,7 @@ import argparse
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +45,15 @@ GOAL_CONCAT_RATIO = 1.5
 GOAL_ONE_BLOCK_US = 8.0
 GOAL_SIXTEEN_BLOCKS_US = 35.0
 GOAL_CHECK_MS = 0.8
+GOAL_FEW_ADDRESSES_US = 15.0
+GOAL_MANY_ADDRESSES_MS = 2.5
 
 # A block of 16 token slots with 8 heads of 128 elements in bfloat16.
 BLOCK_TOKENS, HEADS, HEAD_DIM = 16, 8, 128
 LATENCY_PAGE_BYTES = 16 * KIB
 CHECKED_PAIRS, CHECKED_IDS = 100_000, 1_000_000
+FEW_ADDRESSES, MANY_ADDRESSES = 1_000, 160_000
+ADDRESS_POOLS, BLOCKS_PER_POOL = 64, 10_000
 
 
 @dataclass
@@ -167,6 +172,18 @@ def hot_seconds(run: Callable[[], Any], calls: int) -> float:
     return times["hot"].median_s
 
 
+def raw_addresses(rows: int) -> tuple[torch.Tensor, ...]:
+    """Random blocks of 64 pools to as many others, layer by layer; nothing is behind these addresses."""
+    generator = torch.Generator().manual_seed(0)
+    row = torch.arange(rows)
+    pool, in_pool = row * ADDRESS_POOLS // rows, row % -(-rows // ADDRESS_POOLS)
+    sides = []
+    for begin in (1 << 44, 1 << 45):
+        block = torch.randperm(BLOCKS_PER_POOL, generator=generator)[in_pool]
+        sides.append(begin + (pool * BLOCKS_PER_POOL + block) * LATENCY_PAGE_BYTES)
+    return *sides, torch.full((rows,), LATENCY_PAGE_BYTES)
+
+
 def costs(calls: int) -> list[Cost]:
     """One call through torch.ops, and the checks and coalescing alone, which kvkernels.explain runs without a copy."""
     swap = torch.ops.kvkernels.swap_blocks
@@ -183,6 +200,10 @@ def costs(calls: int) -> list[Cost]:
     explained = hot_seconds(lambda: kvkernels.explain("swap_blocks", big_src, big_dst, 64, many), calls // 40 + 1)
     explained_one = hot_seconds(
         lambda: kvkernels.explain("swap_blocks", big_src, big_dst, 64, many[:1]), calls // 40 + 1
+    )
+    one_row, few_rows, many_rows = (
+        hot_seconds(partial(kvkernels.explain, "swap_blocks_batch", *raw_addresses(rows)), calls // 40 + 1)
+        for rows in (1, FEW_ADDRESSES, MANY_ADDRESSES)
     )
     page = plot.bytes_in_words(LATENCY_PAGE_BYTES)
     return [
@@ -202,6 +223,18 @@ def costs(calls: int) -> list[Cost]:
             f"check and coalesce {CHECKED_PAIRS:,} random pairs, ids below {CHECKED_IDS:,}",
             (explained - explained_one) * 1e3,
             GOAL_CHECK_MS,
+            "ms",
+        ),
+        Cost(
+            f"check and join {FEW_ADDRESSES:,} rows of addresses, blocks of {page}",
+            (few_rows - one_row) * 1e6,
+            GOAL_FEW_ADDRESSES_US,
+            "us",
+        ),
+        Cost(
+            f"check and join {MANY_ADDRESSES:,} rows of addresses, blocks of {page}",
+            (many_rows - one_row) * 1e3,
+            GOAL_MANY_ADDRESSES_MS,
             "ms",
         ),
     ]
@@ -258,8 +291,8 @@ def markdown(result: dict[str, Any]) -> str:
     lines += [
         "",
         "The median call of a hot loop through `torch.ops`. Checking and coalescing is what `kvkernels.explain` takes"
-        " for the pairs beyond what it takes for one: it runs the op's own checks, coalescing and lowering, and moves"
-        " nothing.",
+        " for the pairs or rows beyond what it takes for one: it runs the op's own checks, coalescing and lowering, and"
+        " moves nothing.",
         "",
         "![share of the ceiling and ratio to torch](pages.png)",
         "",

@@ -226,8 +226,9 @@ def check_swap_blocks(src: Tensor, dst: Tensor, block_size_in_bytes: int, block_
     )
 
 
-def check_swap_blocks_batch(src_ptrs: Tensor, dst_ptrs: Tensor, sizes: Tensor) -> None:
+def check_swap_blocks_batch(src_ptrs: Tensor, dst_ptrs: Tensor, sizes: Tensor, executor: str, sm_budget: int) -> None:
     op = "swap_blocks_batch"
+    check_executor(op, executor, sm_budget)
     check_tensor(op, "src_ptrs", src_ptrs)
     check_dtype(op, "src_ptrs", src_ptrs, _POINTER_DTYPES)
     require(

@@ -15,8 +15,15 @@ def swap_blocks(src: Tensor, dst: Tensor, block_size_in_bytes: int, block_mappin
     checks.check_swap_blocks(src, dst, block_size_in_bytes, block_mapping)
 
 
-def swap_blocks_batch(src_ptrs: Tensor, dst_ptrs: Tensor, sizes: Tensor, is_src_access_order_any: bool = False) -> None:
-    checks.check_swap_blocks_batch(src_ptrs, dst_ptrs, sizes)
+def swap_blocks_batch(
+    src_ptrs: Tensor,
+    dst_ptrs: Tensor,
+    sizes: Tensor,
+    is_src_access_order_any: bool = False,
+    executor: str = "auto",
+    sm_budget: int = 0,
+) -> None:
+    checks.check_swap_blocks_batch(src_ptrs, dst_ptrs, sizes, executor, sm_budget)
 
 
 def gather_blocks(
@@ -69,6 +76,10 @@ def _copy_pages_reference(
     dst_subblocks_per_block: int,
     skip_negative: bool,
 ) -> None:
+    """Only C++ calls it, after its own checks."""
+
+
+def _swap_blocks_batch_reference(copies: Tensor) -> None:
     """Only C++ calls it, after its own checks."""
 
 

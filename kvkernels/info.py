@@ -18,7 +18,7 @@ from kvkernels.reference import NO_LIBRARY
 from kvkernels.version import __version__
 
 _PLACES = ("cpu to cpu", "cpu to cuda", "cuda to cpu", "cuda to cuda")
-_TAKES_EXECUTOR = frozenset({"gather_blocks", "scatter_blocks", "copy_pages"})
+_TAKES_EXECUTOR = frozenset({"swap_blocks_batch", "gather_blocks", "scatter_blocks", "copy_pages"})
 
 
 def info() -> dict[str, Any]:
@@ -85,29 +85,40 @@ def _service(op: str, place: str, cuda: Mapping[str, Any]) -> dict[str, Any]:
         explanation = _explain_small(op)
         named = [explanation.executor, "reference"] if op in _TAKES_EXECUTOR else [explanation.executor]
         return _entry(list(dict.fromkeys(named)), explanation.executor, explanation.reason)
+    if op == "swap_blocks_batch":
+        return _service_of_addresses(cuda)
     if not LIBRARY.compiled:
-        if op == "swap_blocks_batch":
-            return _entry([], None, "the reference cannot tell a device's address from the host's")
         return _entry(["reference"], "reference", NO_LIBRARY)
     reference = ["reference"] if op in _TAKES_EXECUTOR else []
     if not cuda["built"]:
         why = "the library was built without CUDA code"
-        if op == "swap_blocks_batch" or not triton.is_installed():
+        if not triton.is_installed():
             return _entry(reference, None, why)
         return _entry(["triton", *reference], "triton", why)
     named = ["triton"] if op in _TAKES_EXECUTOR and triton.is_installed() else []
-    both = ["kernel", "dma", *named, *reference]
-    linked = both if op == "swap_blocks_batch" else ["kernel", "bulk", "dma", "staged", *named, *reference]
-    if place == "cuda to cuda" and op != "swap_blocks_batch":
+    if place == "cuda to cuda":
         return _entry(
             ["kernel", "bulk", "dma", *named, *reference] if op in _TAKES_EXECUTOR else ["kernel"],
             "kernel",
             "one launch for all pools and pairs",
         )
     return _entry(
-        linked,
-        "kernel or dma" if op == "swap_blocks_batch" else "kernel, bulk, dma or staged",
+        ["kernel", "bulk", "dma", "staged", *named, *reference],
+        "kernel, bulk, dma or staged",
         "by fragment bytes, their number and the direction: kvkernels.explain says which",
+    )
+
+
+def _service_of_addresses(cuda: Mapping[str, Any]) -> dict[str, Any]:
+    """The same for raw addresses on a device."""
+    if not LIBRARY.compiled:
+        return _entry([], None, "the reference cannot tell a device's address from the host's")
+    if not cuda["built"]:
+        return _entry([], None, "the library was built without CUDA code")
+    return _entry(
+        ["kernel", "bulk", "dma"],
+        "kernel, bulk or dma",
+        "by fragment bytes, their sizes and number, and the direction: kvkernels.explain says which",
     )
 
 

@@ -66,7 +66,14 @@ def swap_blocks(src: Tensor, dst: Tensor, block_size_in_bytes: int, block_mappin
     _swap_blocks(src, dst, block_size_in_bytes, block_mapping)
 
 
-def swap_blocks_batch(src_ptrs: Tensor, dst_ptrs: Tensor, sizes: Tensor, is_src_access_order_any: bool = False) -> None:
+def swap_blocks_batch(
+    src_ptrs: Tensor,
+    dst_ptrs: Tensor,
+    sizes: Tensor,
+    is_src_access_order_any: bool = False,
+    executor: str = "auto",
+    sm_budget: int = 0,
+) -> None:
     """Copy between raw addresses: vLLM's call, on the host's addresses too.
 
     Parameters
@@ -78,13 +85,20 @@ def swap_blocks_batch(src_ptrs: Tensor, dst_ptrs: Tensor, sizes: Tensor, is_src_
     is_src_access_order_any : bool
         Let a copy engine read host sources before earlier work on the stream is done: for sources that nothing on the
         stream writes. Copies from the device to the host ignore it.
+    executor : {'auto', 'cpu', 'kernel', 'bulk', 'dma', 'reference'}
+        What carries the copy out; ``cpu`` and ``reference`` take the host's addresses alone. ``kernel`` and ``bulk``
+        take at most 8 different sizes, where neighbours that continue each other on both sides count as one or each for
+        itself, whichever gives fewer. A named one that cannot serve the call raises, as ``staged`` and ``triton`` do,
+        which take tensors; another is never run instead.
+    sm_budget : int
+        The most SMs that ``kernel`` and ``bulk`` may use; 0 for the policy's default.
 
     Raises
     ------
     ValueError
-        A wrong shape, dtype or device; a negative size; a null address; a range past the end of the address space; two
-        destinations that share a byte, or a byte both read and written. An identical row that comes twice is copied
-        once.
+        A wrong shape, dtype, device or executor; a negative size; a null address; a range past the end of the address
+        space; two destinations that share a byte, or a byte both read and written. An identical row that comes twice is
+        copied once.
     RuntimeError
         CUDA failed, with CUDA's name for it; or the compiled library, or its CUDA code, is missing and CUDA has been
         initialised, so that addresses could be the device's.
@@ -112,7 +126,7 @@ def swap_blocks_batch(src_ptrs: Tensor, dst_ptrs: Tensor, sizes: Tensor, is_src_
     >>> dst.tolist()
     [2, 3, 0, 0]
     """
-    _swap_blocks_batch(src_ptrs, dst_ptrs, sizes, is_src_access_order_any)
+    _swap_blocks_batch(src_ptrs, dst_ptrs, sizes, is_src_access_order_any, executor, sm_budget)
 
 
 def gather_blocks(

@@ -265,31 +265,43 @@ def copy_pages_checked(
     _move(_bind_all(src_pools, dst_pools, plan, pairs, *subblocks), pairs)
 
 
-def swap_blocks_batch(src_ptrs: Tensor, dst_ptrs: Tensor, sizes: Tensor, is_src_access_order_any: bool = False) -> None:
+def swap_blocks_batch(
+    src_ptrs: Tensor,
+    dst_ptrs: Tensor,
+    sizes: Tensor,
+    is_src_access_order_any: bool = False,
+    executor: str = "auto",
+    sm_budget: int = 0,
+) -> None:
     op = "swap_blocks_batch"
-    checks.check_swap_blocks_batch(src_ptrs, dst_ptrs, sizes)
+    checks.check_swap_blocks_batch(src_ptrs, dst_ptrs, sizes, executor, sm_budget)
+    _check_servable(op, executor)
     triples = _host_triples(op, src_ptrs, dst_ptrs, sizes)
     if torch.cuda.is_initialized():
         raise RuntimeError(
             f"{op}: src_ptrs and dst_ptrs must be told apart as host or device addresses, got no compiled library "
             "to ask the CUDA driver with; kvkernels.info() says why"
         )
-    rows = triples.tolist()
     record = ledger.Record(
         op=op,
         executor="reference",
         reason=NO_LIBRARY,
         direction="h2h",
-        descriptors=len(rows),
-        bytes=sum(row[2] for row in rows),
-        pairs=len(rows),
+        descriptors=len(triples),
+        bytes=int(triples[:, 2].sum()),
+        pairs=len(triples),
         moves=1,
     )
     if ledger.explains(record):
         return
-    for src, dst, size in rows:
-        ctypes.memmove(dst & _ADDRESS_MASK, src & _ADDRESS_MASK, size)
+    swap_blocks_batch_checked(triples)
     ledger.count(record.descriptors, record.bytes)
+
+
+def swap_blocks_batch_checked(copies: Tensor) -> None:
+    """The move alone: the compiled library has checked, and an error that crossed it would lose its type."""
+    for src, dst, size in copies.tolist():
+        ctypes.memmove(dst & _ADDRESS_MASK, src & _ADDRESS_MASK, size)
 
 
 def _host_triples(op: str, src_ptrs: Tensor, dst_ptrs: Tensor, sizes: Tensor) -> Tensor:

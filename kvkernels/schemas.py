@@ -9,7 +9,8 @@ NAMESPACE = "kvkernels"
 PUBLIC = {
     "swap_blocks": "(Tensor src, Tensor(a!) dst, int block_size_in_bytes, Tensor block_mapping) -> ()",
     "swap_blocks_batch": (
-        "(Tensor src_ptrs, Tensor(a!) dst_ptrs, Tensor sizes, bool is_src_access_order_any=False) -> ()"
+        "(Tensor src_ptrs, Tensor(a!) dst_ptrs, Tensor sizes, bool is_src_access_order_any=False, "
+        'str executor="auto", int sm_budget=0) -> ()'
     ),
     "gather_blocks": ('(Tensor[] pools, Tensor block_ids, Tensor(a!) out, str executor="auto", int sm_budget=0) -> ()'),
     "scatter_blocks": (
@@ -35,6 +36,7 @@ PRIVATE = {
         "(Tensor[] src, Tensor(a!)[] dst, Tensor mapping, Tensor runs, int src_subblocks_per_block, "
         "int dst_subblocks_per_block, bool skip_negative) -> ()"
     ),
+    "_swap_blocks_batch_reference": "(Tensor copies) -> ()",
     "_first_requiring_grad": "(Tensor[] tensors) -> int",
     "_note_writes": "(Tensor[] tensors) -> ()",
     "_triton_refusal": "(int device) -> Tensor",
@@ -45,7 +47,14 @@ PRIVATE = {
 TAKES_HOST_IDS = frozenset({"swap_blocks", "swap_blocks_batch", "gather_blocks", "scatter_blocks", "copy_pages"})
 
 # Kernels that Python provides even where the library is compiled: C++ calls them, after its own checks.
-PYTHON_KERNELS = ("_copy_pages_reference", "_first_requiring_grad", "_note_writes", "_triton_refusal", "_triton_copy")
+PYTHON_KERNELS = (
+    "_copy_pages_reference",
+    "_swap_blocks_batch_reference",
+    "_first_requiring_grad",
+    "_note_writes",
+    "_triton_refusal",
+    "_triton_copy",
+)
 
 
 def tags(op: str) -> tuple[torch.Tag, ...]:

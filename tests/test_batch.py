@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
-from cases import addresses_are_the_hosts, examples
+from cases import addresses_are_the_hosts, assert_issued, examples
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -15,6 +17,8 @@ from kvkernels import reference
 
 DOORS = {
     "torch.ops": torch.ops.kvkernels.swap_blocks_batch,
+    "cpu": partial(torch.ops.kvkernels.swap_blocks_batch, executor="cpu"),
+    "reference, named": partial(torch.ops.kvkernels.swap_blocks_batch, executor="reference"),
     "reference": addresses_are_the_hosts()(reference.swap_blocks_batch),
 }
 Row = tuple[int, int, int]  # source offset, destination offset, bytes
@@ -85,6 +89,33 @@ def test_random_fragments(rows: list[Row], pointers: torch.dtype, sizes: torch.d
         assert torch.equal(src, source)
 
 
+@pytest.mark.parametrize("executor", ["auto", "cpu", "reference"])
+def test_what_is_explained_is_issued(executor: str) -> None:
+    src, dst = memory(4096), memory(4096)
+    rows = [(100, 200, 64), (164, 264, 64), (3000, 0, 7), (3000, 0, 7), (5, 5, 0)]
+    wanted = expected(src, dst, rows)
+    explained = kvkernels.explain("swap_blocks_batch", *columns(src, dst, rows), executor=executor)
+    assert explained.executor == ("cpu" if executor == "auto" else executor)
+    assert (explained.pairs, explained.bytes) == (3, 135)
+    kvkernels.reset_counters()
+    kvkernels.swap_blocks_batch(*columns(src, dst, rows), executor=executor, sm_budget=3)
+    assert_issued(explained)
+    assert torch.equal(dst, wanted)
+
+
+@pytest.mark.parametrize("executor", ["kernel", "bulk", "dma", "staged", "triton"])
+def test_executors_that_do_not_serve_the_hosts_addresses(executor: str) -> None:
+    why = "it takes tensors, and got addresses"
+    if executor not in ("staged", "triton"):
+        why = "it needs a tensor on a cuda device"
+    src, dst = memory(64), memory(64)
+    before = dst.clone()
+    with pytest.raises(ValueError) as raised:
+        kvkernels.swap_blocks_batch(*columns(src, dst, [(0, 1, 8)]), executor=executor)
+    assert str(raised.value) == f"swap_blocks_batch: executor '{executor}' cannot serve this call: {why}"
+    assert torch.equal(dst, before)
+
+
 KINDS = {"pageable": lambda t: t, "pinned": Tensor.pin_memory, "device": Tensor.cuda}
 
 
@@ -107,6 +138,55 @@ def test_random_fragments_on_a_device(kinds: tuple[str, str]) -> None:
             torch.cuda.synchronize()
         assert torch.equal(dst.cpu(), wanted)
         assert torch.equal(host_dst, host_wanted)
+
+    run()
+
+
+@st.composite
+def few_sizes(draw: st.DrawFn, sizes: st.SearchStrategy[int], step: int) -> list[Row]:
+    """Destinations as in ``layouts``, of at most eight sizes, at multiples of ``step``; neighbours often join."""
+    chosen = draw(st.lists(sizes, min_size=1, max_size=8))
+    rows: list[Row] = []
+    at = to = 0
+    for size in draw(st.lists(st.sampled_from(chosen), max_size=40)):
+        if draw(st.booleans()):
+            at = draw(st.integers(0, 8000 // step)) * step
+        rows.append((at, to, size))
+        at = (at + size + step - 1) // step * step % (8000 // step * step)
+        to += (size + step - 1) // step * step + draw(st.sampled_from([0, 0, step, 4 * step]))
+    return draw(st.permutations(rows))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("executor", ["kernel", "bulk", "dma"])
+@pytest.mark.parametrize("kinds", ["pinned-to-device", "device-to-pinned", "device-to-device"])
+def test_executors_on_a_device(executor: str, kinds: str) -> None:
+    """By name, with several sizes in one call: what was predicted, by the executor named, and every byte."""
+    place_src, place_dst = (KINDS[kind] for kind in kinds.split("-to-"))
+    least = 512 if executor == "bulk" else 1
+
+    @examples(40)
+    @given(
+        st.sampled_from([1, 8, 16]).flatmap(lambda step: few_sizes(st.integers(least, 3000), step)),
+        st.integers(0, 4),
+        st.booleans(),
+    )
+    def run(rows: list[Row], sm_budget: int, on_own_stream: bool) -> None:
+        src, dst = place_src(memory(11_100)), place_dst(memory(160_000))
+        wanted = expected(src.cpu(), dst.cpu(), rows)
+        arguments = columns(src, dst, rows)
+        with torch.cuda.stream(torch.cuda.Stream() if on_own_stream else None):
+            torch.cuda.synchronize()
+            explained = kvkernels.explain("swap_blocks_batch", *arguments, executor=executor, sm_budget=sm_budget)
+            kvkernels.reset_counters()
+            kvkernels.swap_blocks_batch(*arguments, executor=executor, sm_budget=sm_budget)
+            torch.cuda.synchronize()
+        assert explained.executor == executor
+        assert_issued(explained)
+        assert torch.equal(dst.cpu(), wanted)
+        if rows and executor != "dma":
+            assert explained.launches == explained.moves <= len({size for _, _, size in rows})
+            assert sm_budget == 0 or explained.device["ctas"] <= sm_budget
 
     run()
 

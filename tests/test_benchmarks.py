@@ -111,7 +111,7 @@ def test_pages_writes_its_table(tmp_path):
     concats = [("concat", f"{order} TP{tp}") for order in ("NHD", "HND") for tp in (2, 8)]
     assert lines == {(*line, threads) for line in pages + concats for threads in (1, 2)}
     assert all((row["goal_share"] is None) == (row["op"] == "concat") for row in result["rows"])
-    assert [cost["unit"] for cost in result["costs"]] == ["us", "us", "ms"]
+    assert [cost["unit"] for cost in result["costs"]] == ["us", "us", "ms", "us", "ms"]
     text = (tmp_path / "pages.md").read_text()
     assert text.count("\n| ") == 2 + 2 + len(result["rows"]) + len(result["costs"])
     assert_png_with_a_drawing(tmp_path / "pages.png")

@@ -45,6 +45,8 @@ SAMPLES = {
         lambda: ((_pointers(_A), _pointers(_B), torch.tensor([8])), {}),
         lambda: ((_pointers(_A).to(torch.uint64), _pointers(_B).to(torch.uint64), torch.tensor([3])), {}),
         lambda: ((_pointers(), _pointers(), torch.empty(0, dtype=torch.int32)), {"is_src_access_order_any": True}),
+        lambda: ((_pointers(_A), _pointers(_B), torch.tensor([5])), {"executor": "cpu", "sm_budget": 2}),
+        lambda: ((_pointers(_A), _pointers(_B), torch.tensor([5])), {"executor": "reference"}),
     ],
     "gather_blocks": [
         lambda: (([_pages(6, 8)], torch.tensor([5, 0, 5]), torch.empty(3, 32, dtype=torch.uint8)), {}),

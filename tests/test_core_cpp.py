@@ -25,6 +25,7 @@ CORE = sorted(CSRC.glob("core/*.cpp"))
 CPU = sorted(CSRC.glob("cpu/*.cpp"))
 # The programs that run one test by its name, and what they are linked with.
 PROGRAMS = {
+    "test_batch": [CSRC / "core" / "batch.cpp"],
     "test_core": CORE,
     "test_core_bytes": [*CORE, *CPU],
     "test_staged": CORE,

@@ -59,16 +59,23 @@ def test_info_is_json_and_covers_every_op_and_combination():
         assert places["cpu to cpu"]["auto"] == ("cpu" if found["compiled"] else "reference"), op
 
 
-def test_the_executors_that_info_lists_are_those_that_serve():
+@pytest.mark.parametrize("op", ["gather_blocks", "swap_blocks_batch"])
+def test_the_executors_that_info_lists_are_those_that_serve(op):
     pool, out = torch.ones(2, 4, dtype=torch.uint8), torch.zeros(1, 4, dtype=torch.uint8)
-    listed = kvkernels.info()["ops"]["gather_blocks"]["cpu to cpu"]["executors"]
+    arguments = {
+        "gather_blocks": ([pool], torch.tensor([1]), out),
+        "swap_blocks_batch": tuple(torch.tensor([n]) for n in (pool.data_ptr(), out.data_ptr(), 4)),
+    }[op]
+    listed = kvkernels.info()["ops"][op]["cpu to cpu"]["executors"]
+    assert "reference" in listed
     for executor in EXECUTORS:
+        out.zero_()
         if executor in listed:
-            kvkernels.gather_blocks([pool], torch.tensor([1]), out.zero_(), executor)
+            getattr(kvkernels, op)(*arguments, executor=executor)
             assert out.tolist() == [[1] * 4]
         else:
             with pytest.raises(ValueError, match=f"executor '{executor}' cannot serve this call: "):
-                kvkernels.gather_blocks([pool], torch.tensor([1]), out, executor)
+                getattr(kvkernels, op)(*arguments, executor=executor)
 
 
 def test_command_line(tmp_path):

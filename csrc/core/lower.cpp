@@ -1,6 +1,7 @@
 #include "core/lower.h"
 
 #include <algorithm>
+#include <bit>
 #include <cstdlib>
 #include <utility>
 
@@ -227,19 +228,22 @@ Work lower_fragments(std::vector<Fragment> fragments, Direction direction, const
   work.executor = options.executor;
   work.direction = direction;
   work.pairs = static_cast<int64_t>(fragments.size());
-  for (const Fragment& fragment : fragments) {
+  size_t kept = 0;
+  for (const Fragment fragment : fragments) {
     if (fragment.bytes == 0) continue;
     work.bytes += fragment.bytes;
-    if (!work.fragments.empty()) {
-      Fragment& last = work.fragments.back();
+    if (kept > 0) {
+      Fragment& last = fragments[kept - 1];
       if (last.src + last.bytes == fragment.src && last.dst + last.bytes == fragment.dst) {
         last.bytes += fragment.bytes;
         continue;
       }
     }
-    work.fragments.push_back(fragment);
+    fragments[kept++] = fragment;
   }
-  work.descriptors = static_cast<int64_t>(work.fragments.size());
+  fragments.resize(kept);
+  work.fragments = std::move(fragments);
+  work.descriptors = static_cast<int64_t>(kept);
   if (options.executor == Executor::kCpu) {
     work.lanes = cpu_policy().lanes_for(work.bytes, options.threads);
     work.streaming = cpu_policy().streams(work.bytes, options.soon_read);
@@ -247,22 +251,48 @@ Work lower_fragments(std::vector<Fragment> fragments, Direction direction, const
   return work;
 }
 
-std::optional<Work> addresses_as_ids(const Work& listed) {
-  if (listed.fragments.empty()) return std::nullopt;
-  const Side addresses{nullptr, 1, 0, 1};
-  const int64_t fragment_bytes = listed.fragments.front().bytes;
-  Work work = listed;
-  work.fragments.clear();
-  work.shape = Shape::kPage;
-  work.moves = {Move{addresses, addresses, fragment_bytes, 0, {}, false}};
-  work.pairs = static_cast<int64_t>(listed.fragments.size());
-  for (const Fragment& fragment : listed.fragments) {
-    const auto src = static_cast<int64_t>(reinterpret_cast<uintptr_t>(fragment.src));
-    const auto dst = static_cast<int64_t>(reinterpret_cast<uintptr_t>(fragment.dst));
-    if (fragment.bytes != fragment_bytes || src < 0 || dst < 0) return std::nullopt;
-    work.segments.push_back({src, dst, 1});
+int count_sizes(const std::vector<Fragment>& fragments) {
+  int64_t sizes[kMostSizes];
+  int count = 0;
+  for (const Fragment& fragment : fragments) {
+    if (std::find(sizes, sizes + count, fragment.bytes) != sizes + count) continue;
+    if (count == kMostSizes) return kMostSizes + 1;
+    sizes[count++] = fragment.bytes;
   }
-  return work;
+  return count;
+}
+
+std::vector<Work> addresses_as_ids(const std::vector<Fragment>& fragments, Direction direction) {
+  std::vector<Work> works;
+  uintptr_t bits = kVectorBytes;
+  for (const Fragment& fragment : fragments) {
+    bits |= reinterpret_cast<uintptr_t>(fragment.src) | reinterpret_cast<uintptr_t>(fragment.dst);
+    const auto has_size = [&](const Work& work) { return work.moves.front().fragment_bytes == fragment.bytes; };
+    auto work = std::find_if(works.begin(), works.end(), has_size);
+    if (work == works.end()) {
+      work = works.insert(works.end(), Work{});
+      work->direction = direction;
+      work->moves = {Move{{}, {}, fragment.bytes, 0, {}, false}};
+    }
+    ++work->pairs;
+  }
+  // Ids count in steps of what divides all addresses, from which the kernels' access width follows.
+  const int step = std::countr_zero(bits);
+  const Side addresses{nullptr, int64_t{1} << step, 0, 1};
+  for (Work& work : works) {
+    Move& move = work.moves.front();
+    move.src = move.dst = addresses;
+    work.shape = shape_of(work.moves);
+    work.bytes = work.pairs * move.fragment_bytes;
+    work.descriptors = work.pairs;
+    work.segments.reserve(static_cast<size_t>(work.pairs));
+    for (const Fragment& fragment : fragments) {
+      if (fragment.bytes != move.fragment_bytes) continue;
+      work.segments.push_back({static_cast<int64_t>(reinterpret_cast<uintptr_t>(fragment.src) >> step),
+                               static_cast<int64_t>(reinterpret_cast<uintptr_t>(fragment.dst) >> step), 1});
+    }
+  }
+  return works;
 }
 
 bool is_vector_aligned(const std::vector<Move>& moves) { return std::all_of(moves.begin(), moves.end(), is_aligned); }

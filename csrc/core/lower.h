@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cstdint>
-#include <optional>
 #include <string_view>
 #include <vector>
 
@@ -93,9 +92,13 @@ Work lower(std::vector<Move> moves, PairList pairs, int64_t src_ids, Direction d
 // Fragments as a caller listed them, already checked: those that continue each other become one.
 Work lower_fragments(std::vector<Fragment> fragments, Direction direction, const LowerOptions& options);
 
-// Listed fragments of one size as one move whose ids are addresses, which is how a kernel takes them; nothing where
-// sizes differ or a side's address does not fit in an id.
-std::optional<Work> addresses_as_ids(const Work& listed);
+// How many sizes the fragments have, counted no further than kMostSizes + 1.
+constexpr int kMostSizes = 8;
+int count_sizes(const std::vector<Fragment>& fragments);
+
+// Listed fragments of at most kMostSizes sizes as a kernel takes them: for each size one move, whose ids are addresses.
+// All lie below 2^63, as what a device reaches does.
+std::vector<Work> addresses_as_ids(const std::vector<Fragment>& fragments, Direction direction);
 
 // The same where the ids live on the device and only `rows` is known.
 Work lower_device_ids(std::vector<Move> moves, int64_t rows, Direction direction);

@@ -9,11 +9,11 @@
 
 namespace kvkernels {
 
-template <class Record, class Key>
-void radix_sort(std::vector<Record>& records, uint64_t key_limit, Key key) {
-  constexpr int kDigitBits = 11;
+// `spare` is memory that the caller keeps; what is in it afterwards is of no use.
+template <int kDigitBits, class Record, class Key>
+void radix_sort(std::vector<Record>& records, std::vector<Record>& spare, uint64_t key_limit, Key key) {
   constexpr size_t kDigits = size_t{1} << kDigitBits;
-  std::vector<Record> spare(records.size());
+  spare.resize(records.size());
   for (int shift = 0; shift < 64 && ((key_limit - 1) >> shift) != 0 && key_limit > 1; shift += kDigitBits) {
     std::array<size_t, kDigits> starts{};
     for (const Record& record : records) ++starts[(key(record) >> shift) & (kDigits - 1)];
@@ -26,6 +26,13 @@ void radix_sort(std::vector<Record>& records, uint64_t key_limit, Key key) {
     for (const Record& record : records) spare[starts[(key(record) >> shift) & (kDigits - 1)]++] = record;
     records.swap(spare);
   }
+}
+
+template <class Record, class Key>
+void radix_sort(std::vector<Record>& records, uint64_t key_limit, Key key) {
+  constexpr int kDigitBits = 11;
+  std::vector<Record> spare;
+  radix_sort<kDigitBits>(records, spare, key_limit, key);
 }
 
 }  // namespace kvkernels

@@ -14,8 +14,8 @@ void carry_out_on_cuda(const CopyCall& call, std::vector<Move> moves, PairList l
 
 bool addresses_may_be_cuda() { return cuda_in_use(); }
 
-bool carry_out_fragments_on_cuda(const char* op, const std::vector<Fragment>&, bool) {
-  throw std::runtime_error(text(op,
+bool carry_out_addresses_on_cuda(const AddressCall& call) {
+  throw std::runtime_error(text(call.op,
                                 ": src_ptrs and dst_ptrs must be told apart as host or device addresses, got a build "
                                 "without CUDA code, which cannot ask the driver; rebuild with KVKERNELS_CUDA=ON"));
 }

@@ -89,21 +89,23 @@ class Uploads {
 
 int grid_budget(int64_t sm_budget) { return static_cast<int>(std::min<int64_t>(sm_budget, 1 << 20)); }
 
+void record_kernels(const char* op, const Work& work, const KernelPlan& plan, const Context& context,
+                    const std::string& reason) {
+  Explanation explanation = explanation_of(op, work, reason);
+  explanation.launches = plan.launches;
+  explanation.descriptors = plan.descriptors;
+  explanation.device =
+      text('{', context.json(), ", \"ctas\": ", plan.ctas, ", \"threads\": ", plan.threads,
+           ", \"shared_bytes\": ", plan.shared_bytes, ", \"tiles\": ", plan.tiles,
+           ", \"table_bytes\": ", plan.table_bytes, ", \"uploads\": ", plan.uploads ? "true" : "false", '}');
+  record(explanation);
+}
+
 // The executors kernel and bulk.
 void run_kernel_executor(const char* op, const Work& work, const DeviceIds* ids, int64_t sm_budget,
                          const Context& context, const std::string& reason) {
   const KernelPlan plan = plan_kernel(work, ids, grid_budget(sm_budget), context.limits(), context.is_capturing());
-  if (explaining()) {
-    Explanation explanation = explanation_of(op, work, reason);
-    explanation.shape = std::string(name_of(plan.shape));
-    explanation.launches = plan.launches;
-    explanation.descriptors = plan.descriptors;
-    explanation.device =
-        text('{', context.json(), ", \"ctas\": ", plan.ctas, ", \"threads\": ", plan.threads,
-             ", \"shared_bytes\": ", plan.shared_bytes, ", \"tiles\": ", plan.tiles,
-             ", \"table_bytes\": ", plan.table_bytes, ", \"uploads\": ", plan.uploads ? "true" : "false", '}');
-    return record(explanation);
-  }
+  if (explaining()) return record_kernels(op, work, plan, context, reason);
   Uploads uploads(context.device());
   const Issued issued = run_kernel(plan, uploads.function(), context.stream());
   count_issued(work.executor, issued.launches, issued.descriptors, issued.bytes);
@@ -292,31 +294,41 @@ struct AddressFacts {
   bool dst_on_device = false;
   bool src_on_host = false;
   bool dst_on_host = false;
-  bool kernel_reaches = true;
+  const char* pageable = nullptr;  // the argument with an address of pageable memory
+  std::string unreachable;         // why no device's kernel reaches all of them; empty where one may
 };
+
+void note_range(const char* op, const char* argument, const Range& range, AddressFacts& facts) {
+  if (range.memory == Range::Memory::kDevice) {
+    check_one_device(op, {facts.device >= 0, facts.device}, {true, range.device});
+    facts.device = range.device;
+  }
+  if (range.memory == Range::Memory::kPageable) {
+    facts.pageable = argument;
+  } else if (!range.mapped) {
+    facts.unreachable = text(argument, " is in host memory that is not mapped for the device");
+  } else if (range.device_offset != 0) {
+    facts.unreachable = text(argument, " is in host memory that the device sees at another address");
+  }
+}
 
 AddressFacts facts_of(const char* op, const std::vector<Fragment>& fragments) {
   AddressFacts facts;
   PointerMap pointers;
-  const auto note = [&](const std::byte* begin, int64_t bytes, bool& on_device, bool& on_host) {
+  const auto note = [&](const char* argument, const std::byte* begin, int64_t bytes, bool& on_device, bool& on_host) {
     // A fragment may cross from one registration into the next; of pageable memory one look is enough.
     for (auto at = reinterpret_cast<uintptr_t>(begin), end = at + static_cast<uintptr_t>(bytes); at < end;) {
       const Range range = pointers.find(reinterpret_cast<const std::byte*>(at));
       const bool is_device = range.memory == Range::Memory::kDevice || range.memory == Range::Memory::kManaged;
       (is_device ? on_device : on_host) = true;
-      if (range.memory == Range::Memory::kDevice) {
-        check_one_device(op, {facts.device >= 0, facts.device}, {true, range.device});
-        facts.device = range.device;
-      }
-      facts.kernel_reaches = facts.kernel_reaches && range.mapped && range.device_offset == 0;
+      note_range(op, argument, range, facts);
       if (range.memory == Range::Memory::kPageable) return;
       at = range.end;
     }
   };
-  for (const Fragment& fragment : fragments) {
-    note(fragment.src, fragment.bytes, facts.src_on_device, facts.src_on_host);
-    note(fragment.dst, fragment.bytes, facts.dst_on_device, facts.dst_on_host);
-  }
+  // Side by side, because neighbours in the list are mostly of one allocation, which is then known.
+  for (const Fragment& copy : fragments) note("src_ptrs", copy.src, copy.bytes, facts.src_on_device, facts.src_on_host);
+  for (const Fragment& copy : fragments) note("dst_ptrs", copy.dst, copy.bytes, facts.dst_on_device, facts.dst_on_host);
   if ((facts.src_on_device || facts.dst_on_device) && facts.device < 0) facts.device = current_device();
   return facts;
 }
@@ -324,6 +336,91 @@ AddressFacts facts_of(const char* op, const std::vector<Fragment>& fragments) {
 Direction direction_of(const AddressFacts& facts) {
   if (!facts.src_on_host && !facts.dst_on_host) return Direction::kDeviceToDevice;
   return facts.dst_on_device && !facts.dst_on_host ? Direction::kHostToDevice : Direction::kDeviceToHost;
+}
+
+// Why no kernel can make these copies; empty where one can.
+std::string kernel_refusal(const AddressFacts& facts, int sizes, const Context& context) {
+  if (!context.no_code().empty()) return context.no_code();
+  if (!facts.unreachable.empty()) return facts.unreachable;
+  if (facts.pageable != nullptr && !context.limits().reads_pageable) {
+    return text(facts.pageable, " is in pageable host memory, which the device cannot read");
+  }
+  if (sizes > kMostSizes) return text("its fragments have more than ", kMostSizes, " sizes");
+  return "";
+}
+
+// All the moves of kernels that share no pairs.
+Work outline_of(const std::vector<Work>& works) {
+  Work outline = works.front();
+  outline.segments.clear();
+  for (size_t i = 1; i < works.size(); ++i) {
+    if (works[i].shape != outline.shape) outline.shape = Shape::kPage;
+    outline.moves.push_back(works[i].moves.front());
+    outline.pairs += works[i].pairs;
+    outline.bytes += works[i].bytes;
+    outline.descriptors += works[i].descriptors;
+  }
+  return outline;
+}
+
+// What plans come to that are carried out one after the other.
+KernelPlan sum_of(const std::vector<KernelPlan>& plans) {
+  KernelPlan sum = plans.front();
+  for (size_t i = 1; i < plans.size(); ++i) {
+    sum.launches += plans[i].launches;
+    sum.ctas = std::max(sum.ctas, plans[i].ctas);
+    sum.threads = std::max(sum.threads, plans[i].threads);
+    sum.shared_bytes = std::max(sum.shared_bytes, plans[i].shared_bytes);
+    sum.tiles += plans[i].tiles;
+    sum.descriptors += plans[i].descriptors;
+    sum.table_bytes += plans[i].table_bytes;
+    sum.uploads = sum.uploads || plans[i].uploads;
+  }
+  return sum;
+}
+
+// The executors kernel and bulk: a move's pairs are those of its launch, so each size has launches of its own.
+void run_kernels_on_addresses(const AddressCall& call, std::vector<Work>& works, Work outline, const Context& context,
+                              const GpuChoice& choice) {
+  std::vector<KernelPlan> plans;
+  for (Work& work : works) {
+    work.executor = choice.executor;
+    plans.push_back(plan_kernel(work, nullptr, grid_budget(call.sm_budget), context.limits(), context.is_capturing()));
+  }
+  outline.executor = choice.executor;
+  if (explaining()) return record_kernels(call.op, outline, sum_of(plans), context, choice.reason);
+  Uploads uploads(context.device());
+  Issued issued;
+  for (const KernelPlan& plan : plans) {
+    const Issued more = run_kernel(plan, uploads.function(), context.stream());
+    issued.launches += more.launches;
+    issued.descriptors += more.descriptors;
+    issued.bytes += more.bytes;
+  }
+  count_issued(choice.executor, issued.launches, issued.descriptors, issued.bytes);
+}
+
+// Raises where the executor that the caller named cannot serve addresses; `refusal` is a kernel's.
+void check_named_for_addresses(const AddressCall& call, const std::string& refusal) {
+  switch (call.executor) {
+    case Executor::kAuto:
+    case Executor::kDma:
+      return;
+    case Executor::kCpu:
+      refuse(call.op, call.executor, "an address is on a cuda device");
+    case Executor::kKernel:
+    case Executor::kBulk:
+      if (!refusal.empty()) refuse(call.op, call.executor, refusal);
+      return;
+    default:
+      refuse_addresses(call.op, call.executor);
+  }
+}
+
+// `joined` is what a copy engine would be given.
+GpuChoice choose_for_addresses(const AddressCall& call, const Work& joined, const GpuFacts& facts) {
+  if (call.executor != Executor::kAuto) return {call.executor, "named by the caller"};
+  return choose_on_gpu(joined.direction, joined.bytes, joined.descriptors, facts);
 }
 
 }  // namespace
@@ -344,25 +441,30 @@ void carry_out_on_cuda(const CopyCall& call, std::vector<Move> moves, PairList l
 
 bool addresses_may_be_cuda() { return cuda_in_use(); }
 
-bool carry_out_fragments_on_cuda(const char* op, const std::vector<Fragment>& fragments, bool any_source_order) {
-  return named_errors(op, [&] {
-    const AddressFacts facts = facts_of(op, fragments);
+bool carry_out_addresses_on_cuda(const AddressCall& call) {
+  return named_errors(call.op, [&] {
+    const AddressFacts facts = facts_of(call.op, call.fragments);
     if (facts.device < 0) return false;
     const Context context(facts.device);
-    const Work work = lower_fragments(fragments, direction_of(facts), {Executor::kDma, 1, false});
-    std::optional<Work> as_ids = facts.kernel_reaches ? addresses_as_ids(work) : std::nullopt;
-    const std::string refusal = !context.no_code().empty() ? context.no_code()
-                                : as_ids                   ? ""
-                                                           : "its fragments differ in size, or it cannot reach them";
-    // A copy engine serves every direction, so only small fragments are worth a kernel's launch here.
-    const GpuChoice choice =
-        choose_on_gpu(work.direction, work.bytes, work.descriptors, {context.allows_batches(), refusal});
-    if (choice.executor == Executor::kKernel && as_ids) {
-      as_ids->executor = Executor::kKernel;
-      run_kernel_executor(op, *as_ids, nullptr, 0, context, choice.reason);
-    } else {
-      run_dma_executor(op, work, any_source_order, context, choice.reason);
+    const Work joined = lower_fragments(call.fragments, direction_of(facts), {Executor::kDma, 1, false});
+    // Neighbours that became one are of many sizes where random pages are of one.
+    const int joined_sizes = count_sizes(joined.fragments);
+    const int listed_sizes = count_sizes(call.fragments);
+    const std::string refusal = kernel_refusal(facts, std::min(joined_sizes, listed_sizes), context);
+    check_named_for_addresses(call, refusal);
+    GpuFacts gpu{context.allows_batches(), refusal};
+    if (const GpuChoice choice = choose_for_addresses(call, joined, gpu); choice.executor == Executor::kDma) {
+      run_dma_executor(call.op, joined, call.any_source_order, context, choice.reason);
+      return true;
     }
+    std::vector<Work> works =
+        addresses_as_ids(listed_sizes < joined_sizes ? call.fragments : joined.fragments, joined.direction);
+    const Work outline = outline_of(works);
+    gpu.bulk_pays = bulk_pays(outline.moves, context.bulk());
+    const GpuChoice choice = choose_for_addresses(call, joined, gpu);
+    const std::string no_bulk = bulk_refusal(outline.moves, context.bulk());
+    if (choice.executor == Executor::kBulk && !no_bulk.empty()) refuse(call.op, choice.executor, no_bulk);
+    run_kernels_on_addresses(call, works, outline, context, choice);
     return true;
   });
 }

@@ -13,8 +13,20 @@ void carry_out_on_cuda(const CopyCall& call, std::vector<Move> moves, PairList l
 // True where raw addresses may be the device's: this process has initialised CUDA.
 bool addresses_may_be_cuda();
 
-// swap_blocks_batch's addresses on a device; false where all of them are the host's.
-bool carry_out_fragments_on_cuda(const char* op, const std::vector<Fragment>& fragments, bool any_source_order);
+// swap_blocks_batch's checked copies.
+struct AddressCall {
+  const char* op;
+  std::vector<Fragment> fragments;
+  Executor executor = Executor::kAuto;
+  int64_t sm_budget = 0;
+  bool any_source_order = false;
+};
+
+// False, with nothing done, where all addresses are the host's.
+bool carry_out_addresses_on_cuda(const AddressCall& call);
+
+// For the executors that need tensors.
+[[noreturn]] void refuse_addresses(const char* op, Executor executor);
 
 // {} or {"count": …, "first_row": …, "op": …}; synchronises, clears.
 std::string take_fault_json(int device);

@@ -221,6 +221,11 @@ void call_reference(const std::vector<Tensor>& src, const std::vector<Tensor>& d
   call_dispatcher("kvkernels::_copy_pages_reference", stack);
 }
 
+void call_batch_reference(const Tensor& copies) {
+  std::array<StableIValue, 1> stack{torch::stable::detail::from(copies)};
+  call_dispatcher("kvkernels::_swap_blocks_batch_reference", stack);
+}
+
 int64_t call_first_requiring_grad(const std::vector<Tensor>& tensors) {
   std::array<StableIValue, 1> stack{torch::stable::detail::from(tensors)};
   call_dispatcher("kvkernels::_first_requiring_grad", stack);

@@ -26,8 +26,8 @@ Function* torch_function(const char* library, const char* name) {
   return reinterpret_cast<Function*>(torch_symbol(library, name));
 }
 
-// A str argument as the dispatcher hands it over. torch's own unboxing to std::string is code of its headers, and before
-// 2.14 it leaves a string behind at each call.
+// A str argument as the dispatcher hands it over. torch's own unboxing to std::string is code of its headers, and
+// before 2.14 it leaves a string behind at each call.
 struct StrArgument {
   StringHandle handle;
 
@@ -89,6 +89,9 @@ void parallel_lanes(int lanes, void* context, void (*body)(void* context, int la
 // kvkernels::_copy_pages_reference, which Python registers. An error crossing it would lose its type: check first.
 void call_reference(const std::vector<Tensor>& src, const std::vector<Tensor>& dst, const Tensor& mapping,
                     const Tensor& runs, int64_t src_subblocks, int64_t dst_subblocks, bool skip_negative);
+
+// The same for kvkernels::_swap_blocks_batch_reference: a row of int64 a copy, source and destination address, bytes.
+void call_batch_reference(const Tensor& copies);
 
 // kvkernels::_first_requiring_grad and kvkernels::_note_writes of Python, for a torch that csrc/ops/autograd.cpp does
 // not know.

@@ -161,26 +161,45 @@ void check_gpu_override() {
   if (unsetenv(variable) != 0) throw std::runtime_error("unsetenv failed");
 }
 
-// Listed fragments as one move: every byte where the list has it, or nothing where sizes differ.
+// Listed fragments as a move a size: every byte where the list has it, in the widest steps that all addresses allow.
 void check_addresses_as_ids() {
-  std::byte src[64] = {};
-  std::byte dst[64] = {};
-  const auto listed = [](std::vector<Fragment> fragments) {
-    return lower_fragments(std::move(fragments), Direction::kHostToDevice, {Executor::kDma, 1, false});
+  alignas(16) std::byte src[4096] = {};
+  alignas(16) std::byte dst[4096] = {};
+  const auto as_ids = [](const std::vector<Fragment>& fragments) {
+    return addresses_as_ids(fragments, Direction::kHostToDevice);
   };
-  const std::optional<Work> work = addresses_as_ids(listed({{src + 1, dst + 40, 8}, {src + 30, dst + 3, 8}}));
-  expect(work && work->pairs == 2 && work->bytes == 16 && work->fragments.empty(), "two fragments, two pairs");
-  if (work) {
-    expect(work->segments.size() == 2 && work->segments[0].count == 1 && work->segments[1].count == 1, "one pair each");
+  const std::vector<Fragment> mixed = {{src + 2, dst + 40, 8}, {src + 30, dst + 4, 24}, {src + 60, dst + 80, 8}};
+  const std::vector<Work> works = as_ids(mixed);
+  expect(works.size() == 2 && works[0].pairs == 2 && works[0].bytes == 16 && works[1].pairs == 1 &&
+             works[1].bytes == 24 && works[1].descriptors == 1,
+         "a move a size");
+  size_t matched = 0;
+  for (const Work& work : works) {
+    const Move& move = work.moves.front();
+    expect(work.direction == Direction::kHostToDevice && work.fragments.empty() && move.src.block_stride == 2,
+           "ids count in steps that divide every address");
+    for (const Segment& segment : work.segments) {
+      for (const Fragment& fragment : mixed) {
+        matched += segment.count == 1 && move.src.at(segment.src) == fragment.src &&
+                   move.dst.at(segment.dst) == fragment.dst && move.fragment_bytes == fragment.bytes;
+      }
+    }
   }
-  if (work) {
-    const Move& move = work->moves.front();
-    const Segment& second = work->segments.back();
-    expect(move.fragment_bytes == 8 && move.src.at(second.src) == src + 30 && move.dst.at(second.dst) == dst + 3,
-           "an id is its address");
+  expect(matched == mixed.size(), "an id is its address");
+  const std::vector<Work> aligned = as_ids({{src + 16, dst + 1024, 4096 - 1024}, {src, dst, 512}});
+  expect(aligned.size() == 2 && is_vector_aligned(aligned[0].moves) && is_vector_aligned(aligned[1].moves),
+         "addresses of 16 bytes are aligned");
+  expect(aligned[0].shape == Shape::kPage && aligned[1].shape == Shape::kRow, "pages and rows");
+  expect(!is_vector_aligned(as_ids({{src + 8, dst, 512}})[0].moves), "one that is not");
+  expect(as_ids({}).empty(), "an empty list");
+
+  std::vector<Fragment> sizes;
+  for (int64_t bytes = 1; bytes <= kMostSizes; ++bytes) {
+    sizes.insert(sizes.end(), 3, {src, dst, bytes});
+    expect(count_sizes(sizes) == bytes, "sizes are counted once");
   }
-  expect(!addresses_as_ids(listed({{src, dst + 40, 8}, {src + 30, dst, 9}})), "sizes that differ");
-  expect(!addresses_as_ids(listed({})), "an empty list");
+  sizes.insert(sizes.end(), {{src, dst, 100}, {src, dst, 101}});
+  expect(count_sizes(sizes) == kMostSizes + 1 && count_sizes({}) == 0, "and no further than needed");
 }
 
 void check_lowering() {

@@ -280,11 +280,10 @@ void run_addresses(Session& session) {
   for (const Direction direction : kDirections) {
     Trial trial(geometry, src_memory(direction), dst_memory(direction), session.next_seed(), session.stream());
     const std::vector<Pair> pairs = pairs_of(geometry);
-    const Work listed = lower_fragments(fragments_of(trial, pairs), direction, {Executor::kDma, 1, false});
-    std::optional<Work> work = addresses_as_ids(listed);
-    expect(work.has_value(), "fragments of one size must do as ids");
-    work->executor = Executor::kKernel;
-    const KernelPlan plan = session.launch_mapped(*work, nullptr, 0);
+    std::vector<Work> works = addresses_as_ids(fragments_of(trial, pairs), direction);
+    expect(works.size() == 1, "fragments of one size must do as one move");
+    works.front().executor = Executor::kKernel;
+    const KernelPlan plan = session.launch_mapped(works.front(), nullptr, 0);
     expect(plan.parts.at(0).head.id_width == 8, "addresses must be ids of 64 bits");
     session.finish();
     session.judge(text("addresses, ", name_of(direction)), trial, pairs, std::nullopt);

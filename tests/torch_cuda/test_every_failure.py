@@ -28,6 +28,7 @@ CALLS = [
     *itertools.product(OPS, ("h2d", "d2h", "d2d"), ("auto",), ("cpu",)),
     *itertools.product(TAKES_EXECUTOR, ("h2d", "d2h"), LINK_EXECUTORS, ("cpu",)),
     *itertools.product(TAKES_EXECUTOR, ("d2d",), ("kernel", "bulk"), ("cpu", "cuda:1")),
+    *itertools.product(("swap_blocks_batch",), ("h2d", "d2h", "d2d"), ("kernel", "bulk", "dma"), ("cpu",)),
 ]
 PAGE_BYTES = 1024
 # Whether CUDA is in use is known from any answer but one.
