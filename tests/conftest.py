@@ -50,7 +50,7 @@ def _wrong_package() -> str:
     if foreign:
         return (
             f"the tests in {ROOT / 'tests'} import kvkernels from {PACKAGE}, whose {foreign[0].name} is not this "
-            "tree's; install this tree: pip install --no-build-isolation -e ."
+            "tree's; install this tree: pip install -e ."
         )
     found = kvkernels.info()
     if not found["compiled"] and not ALLOWS_REFERENCE:
