@@ -21,7 +21,7 @@ SOURCES := $(sort $(shell find csrc -type f)) CMakeLists.txt setup.py pyproject.
 CPP_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 # CMake and ninja come from the virtual environment.
-export PATH := $(CURDIR)/$(BIN):$(PATH)
+export PATH := $(abspath $(BIN)):$(PATH)
 export KVKERNELS_CUDA KVKERNELS_WERROR
 # make is about the compiled library, whatever the shell asks of a pip install.
 export KVKERNELS_COMPILED = ON

@@ -16,8 +16,13 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, __version__, setup
 from setuptools.command.build_ext import build_ext
+
+# Without isolation the environment's own is used, however old, and reads pyproject.toml with errors a page long. One
+# that does not know its version says 0.
+if 0 < int(__version__.partition(".")[0]) < 77:
+    raise SystemExit(f"kvkernels: setuptools must be 77 or later, got {__version__}: pip install --upgrade setuptools")
 
 ROOT = Path(__file__).resolve().parent
 LIBRARIES = ("libkvkernels_ops.so", f"_host{sysconfig.get_config_var('EXT_SUFFIX')}")
