@@ -72,7 +72,7 @@ def pytest_report_header() -> str:
 
 
 # Minutes each, with few tests: what runs in several processes must not leave them for last.
-LONG_FILES = ("triton_ptx", "ptx_kernels", "ptx_bulk", "kernel_body", "ptx_fuzz", "core_cpp", "streaming")
+LONG_FILES = ("triton_ptx", "ptx_kernels", "ptx_bulk", "kernel_body", "ptx_fuzz", "core_cpp", "install", "streaming")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
