@@ -69,7 +69,8 @@ def search_path() -> str:
     for package, attribute in (("cmake", "CMAKE_BIN_DIR"), ("ninja", "BIN_DIR")):
         if importlib.util.find_spec(package):
             folders.append(getattr(importlib.import_module(package), attribute))
-    return os.pathsep.join([*folders, os.environ.get("PATH", os.defpath)])
+    folders.append(os.environ.get("PATH", os.defpath))
+    return os.pathsep.join(filter(None, folders))  # ninja's is "" in isolation, whose own PATH has it
 
 
 def missing(torch: str, path: str) -> list[str]:

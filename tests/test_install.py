@@ -163,7 +163,7 @@ def test_the_torch_on_pythonpath_comes_first_where_there_is_no_isolation(builder
 
 def test_what_an_environment_prints_at_its_start_is_no_torch(builder):
     folder = fake_torch(builder.site)
-    (builder.site / "noise.pth").write_text("import sys; print('/no/such/torch/__init__.py')\n")
+    (builder.site / "noise.pth").write_text("import sys; sys.stdout.write('starting\\nup')\n")
     assert builder.build(isolated=True).returncode == 0
     assert builder.torch() == str(folder)
 
@@ -229,6 +229,22 @@ def test_a_tool_that_an_isolated_build_would_install_is_named(builder, tool):
     (compilers / "c++").symlink_to(sys.executable)
     reason = f"no {tool} was found (pip install {tool})"
     assert_refused(builder, builder.build(PATH=str(compilers)), reason)
+
+
+def test_a_package_that_does_not_know_its_program_leaves_it_to_the_path(builder):
+    """pip's ninja, in isolation. An empty place on a PATH would be the current directory."""
+    fake_torch(builder.site)
+    programs = builder.tmp / "programs"
+    programs.mkdir()
+    (builder.tools / "ninja" / "ninja").rename(builder.source / "ninja")
+    (builder.tools / "ninja" / "__init__.py").write_text("BIN_DIR = ''\n")
+    try:
+        assert_refused(builder, builder.build(PATH="", CXX=sys.executable), "no ninja was found (pip install ninja)")
+        (builder.source / "ninja").rename(programs / "ninja")
+        ran = builder.build(PATH=str(programs), CXX=sys.executable)
+        assert ran.returncode == 0, ran.stdout
+    finally:
+        (builder.source / "ninja").unlink(missing_ok=True)
 
 
 def test_all_that_is_missing_is_said_at_once(builder):
