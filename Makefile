@@ -28,8 +28,8 @@ export KVKERNELS_COMPILED = ON
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build wheel swap pages layouts sass test simgpu simgpu-build sanitize e2e torches mutants lint format audit clean \
-  distclean always
+.PHONY: help build wheel swap pages layouts sass test simgpu simgpu-build sanitize e2e torches mutants lint format audit \
+  clean distclean always
 
 help:
 	@echo "make swap       build, check every byte and time the copies (ARGS=\"--model qwen3-32b\"; see --help)"

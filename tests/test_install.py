@@ -50,6 +50,14 @@ def must_run(command: Sequence[object], cwd: Path, **env: str) -> str:
     return ran.stdout
 
 
+def environment(place: Path) -> tuple[Path, Path]:
+    """The interpreter of a new environment without packages, and the folder for them."""
+    venv.create(place, symlinks=True)
+    python = place / "bin" / "python"
+    ask = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+    return python, Path(must_run(ask, place).strip())
+
+
 def flowing(text: str) -> str:
     """A message without its line breaks."""
     return re.sub(r"\s+", " ", text)
@@ -119,9 +127,7 @@ class Builder:
 
 @pytest.fixture
 def builder(source, tmp_path) -> Builder:
-    venv.create(tmp_path / "env", symlinks=True)
-    python = tmp_path / "env" / "bin" / "python"
-    site = Path(must_run([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], tmp_path).strip())
+    python, site = environment(tmp_path / "env")
     tools = tmp_path / "tools"
     for program in ("cmake", "ninja"):  # each as pip installs it: a package that says where its program is
         folder = tools / program
@@ -353,9 +359,7 @@ def pip(python: Path, *arguments: object, cwd: Path) -> str:
 
 def with_this_torch(place: Path) -> Path:
     """The interpreter of a new environment that has nothing but this one's packages."""
-    venv.create(place, symlinks=True)
-    python = place / "bin" / "python"
-    site = Path(must_run([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], place).strip())
+    python, site = environment(place)
     (site / "torch.pth").write_text(f"{TORCH.parent}\n")
     return python
 
@@ -405,30 +409,38 @@ def editable(unpacked, tmp_path_factory) -> Path:
     return python
 
 
+def ages(tree: Path) -> dict[Path, int]:
+    """The objects of the core, which know neither torch nor a package of the build, and when each was compiled."""
+    objects = (tree / "build" / "cmake" / "CMakeFiles" / "kvkernels_core.dir").rglob("*.o")
+    return {path: path.stat().st_mtime_ns for path in objects}
+
+
 def test_an_isolated_install_beside_a_torch_is_compiled(editable, unpacked, tmp_path):
     assert moves_bytes(editable, tmp_path) == unpacked / "kvkernels"
 
 
 def test_a_second_isolated_install_finds_its_objects_and_not_the_first_ones_tools(editable, unpacked, tmp_path):
-    objects = [*(unpacked / "build" / "cmake" / "CMakeFiles" / "kvkernels_core.dir").rglob("*.o")]
-    before = {path: path.stat().st_mtime_ns for path in objects}
+    before = ages(unpacked)
     for name in (LIBRARY, HOST):
         (unpacked / "kvkernels" / name).unlink()
     pip(editable, "--editable", unpacked, cwd=unpacked.parent)
     assert moves_bytes(editable, tmp_path) == unpacked / "kvkernels"
-    assert before and before == {path: path.stat().st_mtime_ns for path in objects}
+    assert before and before == ages(unpacked)
 
 
 def test_make_wheel_makes_one_for_this_python_without_torch(editable, unpacked, tmp_path):
     for name in ("Makefile", "requirements.txt", "requirements-dev.txt"):
         shutil.copy(ROOT / name, unpacked)
-    environment = Path(sys.prefix)
-    for stale in ("build/lib.old/kvkernels/stale.py", f"build/lib.{sysconfig.get_platform()}/kvkernels/stale.py"):
-        (unpacked / stale).parent.mkdir(parents=True)
-        (unpacked / stale).touch()
+    stale = (
+        unpacked / "build" / f"lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}" / "kvkernels" / "gone.py"
+    )
+    stale.parent.mkdir(parents=True)
+    stale.touch()
+    objects = ages(unpacked)
     # Nothing is installed into this session's environment, which has the requirements.
-    as_it_is = [f"VENV={environment}", "-o", environment / ".requirements-dev"]
+    as_it_is = [f"VENV={sys.prefix}", "-o", Path(sys.prefix, ".requirements-dev")]
     must_run(["make", "wheel", "KVKERNELS_CUDA=OFF", *as_it_is], unpacked)
+    assert objects and objects == ages(unpacked)
     (wheel,) = (unpacked / "dist").glob("*.whl")
     version = f"cp{sys.version_info.major}{sys.version_info.minor}"
     assert re.fullmatch(rf"kvkernels-[\d.]+-{version}-{version}-manylinux_\d+_\d+_\w+\.whl", wheel.name)
