@@ -24,15 +24,15 @@ SOURCES := $(sort $(shell find csrc -type f)) CMakeLists.txt setup.py pyproject.
 CPP_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 # CMake and ninja come from the virtual environment.
-export PATH := $(CURDIR)/$(BIN):$(PATH)
+export PATH := $(abspath $(BIN)):$(PATH)
 export KVKERNELS_CUDA KVKERNELS_WERROR
-# A build that fails must fail here; without this, setup.py would fall back to the pure-torch package.
+# make is about the compiled library, whatever the shell asks of a pip install.
 export KVKERNELS_COMPILED = ON
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build swap pages layouts sass test simgpu simgpu-build gpu gpu-dry-run sanitize e2e torches mutants lint \
-  format audit clean distclean always
+.PHONY: help build wheel swap pages layouts sass test simgpu simgpu-build gpu gpu-dry-run sanitize e2e torches mutants \
+  lint format audit clean distclean always
 
 help:
 	@echo "make swap       build, check every byte and time the copies (ARGS=\"--model qwen3-32b\"; see --help)"
@@ -48,6 +48,7 @@ help:
 	@echo "make torches    the op tests with the library as it is built on torch 2.10 to 2.14 (30 GB; ARGS=\"--torch 2.10.0\")"
 	@echo "make mutants    whether the tests notice when the sources are edited (hours; ARGS=\"--count 20\"; see --help)"
 	@echo "make build      only build"
+	@echo "make wheel      a wheel for this Python in dist, under the manylinux tag that auditwheel gives it"
 	@echo "make lint       ruff, clang-format and mypy"
 	@echo "make format     rewrite the files as lint wants them"
 	@echo "make audit      check that the op library keeps to torch's stable ABI"
@@ -85,6 +86,12 @@ $(VENV)/.built: $(SOURCES) $(VENV)/.requirements $(VENV)/.settings
 	@touch $@
 
 build: $(VENV)/.built
+
+# torch is the environment's own at run time: auditwheel would pack a second one.
+wheel: $(VENV)/.requirements-dev
+	rm -rf build/wheel build/lib* build/bdist*
+	$(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir build/wheel .
+	$(BIN)/auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --wheel-dir dist build/wheel/*.whl
 
 sass: build
 	$(BIN)/python benchmarks/sass.py

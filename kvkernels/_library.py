@@ -65,8 +65,8 @@ def load() -> Library:
 
 def _load_compiled(path: Path) -> None:
     remedy = (
-        "rebuild it beside this torch (pip install --no-build-isolation --force-reinstall .), or delete the file to "
-        "run on the reference"
+        "rebuild it beside this torch (pip install --force-reinstall --no-deps . in kvkernels' sources), or delete the "
+        "file to run on the reference"
     )
     try:
         torch.ops.load_library(str(path))
@@ -139,7 +139,7 @@ def _refuse_to_shadow() -> None:
             raise ImportError(
                 f"kvkernels: the copy in {PACKAGE} has no compiled library and shadows the installed one in {package}; "
                 "run Python from another directory, or build in place with "
-                "pip install --no-build-isolation -e . (KVKERNELS_ALLOW_REFERENCE=1 accepts the reference)"
+                "pip install -e . (KVKERNELS_ALLOW_REFERENCE=1 accepts the reference)"
             )
 
 

@@ -53,7 +53,7 @@ def _wrong_package() -> str:
     if foreign:
         return (
             f"the tests in {ROOT / 'tests'} import kvkernels from {PACKAGE}, whose {foreign[0].name} is not this "
-            "tree's; install this tree: pip install --no-build-isolation -e ."
+            "tree's; install this tree: pip install -e ."
         )
     found = kvkernels.info()
     if not found["compiled"] and not ALLOWS_REFERENCE:
@@ -75,7 +75,7 @@ def pytest_report_header() -> str:
 
 
 # Minutes each, with few tests: what runs in several processes must not leave them for last.
-LONG_FILES = ("triton_ptx", "ptx_kernels", "ptx_bulk", "kernel_body", "ptx_fuzz", "core_cpp", "streaming")
+LONG_FILES = ("triton_ptx", "ptx_kernels", "ptx_bulk", "kernel_body", "ptx_fuzz", "core_cpp", "install", "streaming")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
