@@ -40,7 +40,7 @@ class Copier {
       const Range src = pointers_.find(fragment.src);
       const Range dst = pointers_.find(fragment.dst);
       const int64_t bytes = std::min(room(src, fragment.src, fragment.bytes), room(dst, fragment.dst, fragment.bytes));
-      add_piece({fragment.src, fragment.dst, bytes}, src.memory, dst.memory);
+      add_piece({fragment.src, fragment.dst, bytes}, src, dst);
       fragment.src += bytes;
       fragment.dst += bytes;
       fragment.bytes -= bytes;
@@ -68,15 +68,24 @@ class Copier {
                                                                      : static_cast<int64_t>(last.begin - address);
   }
 
-  void add_piece(const Fragment& piece, Memory src, Memory dst) {
+  // A batch takes addresses of the device alone; a plain copy takes the host's as well.
+  static bool is_batchable(const Range& range) {
+    return range.mapped && (range.memory == Memory::kPinned || range.memory == Memory::kDevice);
+  }
+
+  static CUdeviceptr device_address(const Range& range, const void* at) {
+    return reinterpret_cast<CUdeviceptr>(at) + static_cast<CUdeviceptr>(range.device_offset);
+  }
+
+  void add_piece(const Fragment& piece, const Range& src, const Range& dst) {
     ++issued_.descriptors;
     issued_.bytes += piece.bytes;
-    const bool known =
-        (src == Memory::kPinned || src == Memory::kDevice) && (dst == Memory::kPinned || dst == Memory::kDevice);
-    if (batch_ == nullptr || !known) return copy_alone(piece.src, piece.dst, static_cast<size_t>(piece.bytes));
-    loads_only_ = loads_only_ && src == Memory::kPinned && dst == Memory::kDevice;
-    sources_.push_back(reinterpret_cast<CUdeviceptr>(piece.src));
-    destinations_.push_back(reinterpret_cast<CUdeviceptr>(piece.dst));
+    if (batch_ == nullptr || !is_batchable(src) || !is_batchable(dst)) {
+      return copy_alone(piece.src, piece.dst, static_cast<size_t>(piece.bytes));
+    }
+    loads_only_ = loads_only_ && src.memory == Memory::kPinned && dst.memory == Memory::kDevice;
+    sources_.push_back(device_address(src, piece.src));
+    destinations_.push_back(device_address(dst, piece.dst));
     sizes_.push_back(static_cast<size_t>(piece.bytes));
     if (static_cast<int64_t>(sizes_.size()) == kBatchDescriptors) flush();
   }

@@ -73,6 +73,10 @@ bool find(uintptr_t address, Allocation& found);
 void insert(const Allocation& allocation);
 bool erase(uintptr_t begin, Allocation& erased);
 
+// Where the memory is that the device sees at the address; 0 where it sees none there. The host's address of pinned
+// memory that has another for the device is none of the device's.
+uintptr_t behind_device_address(uintptr_t address);
+
 // Whether either side of the copy is empty or crosses the end of an allocation or registration.
 bool is_bad_copy(uintptr_t dst, uintptr_t src, size_t bytes);
 

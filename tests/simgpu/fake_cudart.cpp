@@ -78,9 +78,15 @@ cudaError_t release(const char* call, void* pointer) {
   return done(code != 0 ? code : after);
 }
 
-bool is_pageable(const void* pointer) {
+bool is_pageable(uintptr_t at) {
   Allocation found;
-  return !fake::find(address(pointer), found) || found.memory == fake::kPageable;
+  return !fake::find(at, found) || found.memory == fake::kPageable;
+}
+
+// A plain copy takes either address of pinned memory.
+uintptr_t behind(const void* pointer) {
+  const uintptr_t seen = fake::behind_device_address(address(pointer));
+  return seen != 0 ? seen : address(pointer);
 }
 
 // A copy from pageable memory has read it when the call returns, and one to pageable memory is complete then.
@@ -99,21 +105,23 @@ cudaError_t copy(const char* call, void* dst, const void* src, size_t bytes, cud
                    {"capturing", fake::is_capturing(*stream)},
                    {"operation", fake::upcoming_operation()}});
   if (const int code = fake::refusal(*stream)) return done(code);
-  if (fake::is_bad_copy(address(dst), address(src), bytes)) return done(cudaErrorInvalidValue);
+  const uintptr_t to = behind(dst);
+  const uintptr_t from = behind(src);
+  if (fake::is_bad_copy(to, from, bytes)) return done(cudaErrorInvalidValue);
   Counters& counters = fake::counters();
   ++counters.copy_calls;
-  fake::count_copy(address(dst), address(src), bytes);
-  fake::Work work{.kind = call, .copies = {{address(dst), address(src), bytes}}};
-  if (is_pageable(src)) work.reads = fake::Reads::kDuringCall;
+  fake::count_copy(to, from, bytes);
+  fake::Work work{.kind = call, .copies = {{to, from, bytes}}};
+  if (is_pageable(from)) work.reads = fake::Reads::kDuringCall;
   int64_t id = 0;
   const bool is_recorded = stream->capture != nullptr;
   const int code = fake::submit(*stream, std::move(work), &id);
   if (is_recorded || code != 0) return done(code);
-  if (is_synchronous || is_pageable(dst)) {
+  if (is_synchronous || is_pageable(to)) {
     ++counters.hidden_synchronisations;
     return done(fake::finish(id));
   }
-  if (is_pageable(src)) ++counters.staged_copies;
+  if (is_pageable(from)) ++counters.staged_copies;
   return done(0);
 }
 

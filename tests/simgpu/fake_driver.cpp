@@ -156,6 +156,17 @@ bool erase(uintptr_t begin, Allocation& erased) {
   return true;
 }
 
+uintptr_t behind_device_address(uintptr_t address) {
+  Lock lock(mutex());
+  Allocation found;
+  if (find(address, found) && found.memory != kPageable && found.device_offset == 0) return address;
+  for (const auto& [at, allocation] : state().allocations) {
+    const uintptr_t shift = static_cast<uintptr_t>(allocation.device_offset);
+    if (shift != 0 && address >= at + shift && address < allocation.end + shift) return address - shift;
+  }
+  return 0;
+}
+
 bool is_bad_copy(uintptr_t dst, uintptr_t src, size_t bytes) {
   Lock lock(mutex());
   return bytes == 0 || crosses(dst, bytes) || crosses(src, bytes);
@@ -412,12 +423,11 @@ EXPORT CUresult fake_cuMemcpyBatchAsync(CUdeviceptr* dsts, CUdeviceptr* srcs, si
                : order == CU_MEMCPY_SRC_ACCESS_ORDER_ANY  ? Reads::kAnyTime
                                                           : Reads::kDuringCall;
   for (size_t i = 0; i < count; ++i) {
-    Allocation src;
-    Allocation dst;
-    const bool is_known = find(srcs[i], src) && find(dsts[i], dst);
+    const uintptr_t dst = behind_device_address(dsts[i]);
+    const uintptr_t src = behind_device_address(srcs[i]);
     *failed = i;
-    if (!is_known || is_bad_copy(dsts[i], srcs[i], sizes[i])) return CUDA_ERROR_INVALID_VALUE;
-    work.copies.push_back({dsts[i], srcs[i], sizes[i]});
+    if (dst == 0 || src == 0 || is_bad_copy(dst, src, sizes[i])) return CUDA_ERROR_INVALID_VALUE;
+    work.copies.push_back({dst, src, sizes[i]});
   }
   *failed = SIZE_MAX;
   ++counters().copy_calls;
