@@ -71,10 +71,9 @@ UNREPORTED = {("cudaStreamDestroy", 1), ("cudaStreamDestroy", 2), *SETS_MODE_BAC
 MOVES_BYTES = {"cudaMemcpyAsync", "cuMemcpyBatchAsync", "cudaLaunchKernelExC"}
 
 
-POINTER_CALLS = ("cuPointerGetAttributes", "cudaPointerGetAttributes")
 CALLS = {
-    "dma": ("cuMemcpyBatchAsync", "cudaMemcpyAsync", "cudaStreamIsCapturing", *POINTER_CALLS),
-    "kernel": ("cudaLaunchKernelExC", "cudaGetDevice", "cudaMalloc", *POINTER_CALLS),
+    "dma": ("cuMemcpyBatchAsync", "cudaMemcpyAsync", "cudaStreamIsCapturing", "cuPointerGetAttributes"),
+    "kernel": ("cudaLaunchKernelExC", "cudaGetDevice", "cudaMalloc", "cuPointerGetAttributes"),
 }
 
 

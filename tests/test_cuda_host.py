@@ -567,16 +567,16 @@ def test_one_launch_and_no_synchronisation(sim):
 @on_stand_in
 def test_what_a_device_has_code_for(sim):
     """Each device here is new, since the answers are kept."""
-    assert sim.limits(300) == [132, 90, 90, 227 << 10, 0]
+    assert sim.limits(300) == [132, 90, 90, 227 << 10, 0, 0]
     sim.set("code_capability", 80)
     sim.set("shared_bytes", 99 << 10)
     sim.set("pageable_access", 1)
-    assert sim.limits(301) == [132, 90, 80, 99 << 10, 1]
+    assert sim.limits(301) == [132, 90, 80, 99 << 10, 1, 0]
     sim.set("no_image", 1)
-    assert sim.limits(302) == [132, 90, 0, 99 << 10, 1]
+    assert sim.limits(302) == [132, 90, 0, 99 << 10, 1, 0]
     assert sim.cudart.cudaPeekAtLastError() == 0
     for call in ("cudaFuncGetAttributes", "cudaThreadExchangeStreamCaptureMode"):
         sim.fail(call, 1, OUT_OF_MEMORY)
         with pytest.raises(CudaError, match=f"^{call} failed: cudaErrorMemoryAllocation"):
             sim.limits(303)
-    assert sim.limits(300) == [132, 90, 90, 227 << 10, 0]
+    assert sim.limits(300) == [132, 90, 90, 227 << 10, 0, 0]

@@ -55,17 +55,16 @@ class Copier {
   }
 
  private:
-  // How many of `bytes` from `at` on are in one piece of memory. Pageable memory has no known end, but if its last byte
-  // is registered, that registration's begin is one.
+  // How many of `bytes` from `at` on are in one piece of memory. Where no end is known, the last byte may lie in memory
+  // whose begin is one.
   int64_t room(const Range& range, const void* at, int64_t bytes) {
     const uintptr_t address = reinterpret_cast<uintptr_t>(at);
     if (range.memory != Memory::kPageable) {
-      return static_cast<int64_t>(std::min<uintptr_t>(range.end - address, static_cast<uintptr_t>(bytes)));
+      bytes = static_cast<int64_t>(std::min<uintptr_t>(range.end - address, static_cast<uintptr_t>(bytes)));
     }
-    if (bytes == 1) return 1;
+    if (range.is_known || bytes == 1) return bytes;
     const Range last = pointers_.find(static_cast<const std::byte*>(at) + bytes - 1);
-    return last.memory == Memory::kPageable || last.begin <= address ? bytes
-                                                                     : static_cast<int64_t>(last.begin - address);
+    return !last.is_known || last.begin <= address ? bytes : static_cast<int64_t>(last.begin - address);
   }
 
   // A batch takes addresses of the device alone; a plain copy takes the host's as well.

@@ -40,8 +40,11 @@ Issued run_staged(const Work& work, const Staging& staging, std::byte* ring, int
 
 Issued plan_staged(const Work& work, const Staging& staging, int sm_budget, const DeviceLimits& limits,
                    cudaStream_t stream) {
-  const Range ring{kNowhere, kNowhere + static_cast<uintptr_t>(staging.ring_bytes), Range::Memory::kDevice, -1, true,
-                   0};
+  const Range ring{.begin = kNowhere,
+                   .end = kNowhere + static_cast<uintptr_t>(staging.ring_bytes),
+                   .memory = Range::Memory::kDevice,
+                   .is_known = true,
+                   .mapped = true};
   Issued total;
   for (int64_t i = 0; i < staging.chunks(); ++i) {
     const StagingChunk chunk = staging_chunk(work, staging, i, reinterpret_cast<std::byte*>(kNowhere));

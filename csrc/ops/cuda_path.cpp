@@ -151,11 +151,17 @@ void run_staged_executor(const CopyCall& call, const Work& work, const Staging& 
   count_issued(Executor::kStaged, issued.launches, issued.descriptors, issued.bytes);
 }
 
-// Makes `work` reachable for a kernel, or says why it is not.
+// Makes `work` reachable for a kernel, or says why it is not. Memory that would move is for who names the kernel, or
+// has no other choice.
 std::string map_or_refuse(const CopyCall& call, Work& work, const DeviceIds* ids, const Context& context) {
   PointerMap pointers;
+  if (writes_read_only(work, ids, pointers)) {
+    value_error(call.op, ": ", call.dst_list,
+                " must be writable for the device, got host memory that is registered as read-only");
+  }
+  const bool may_migrate = call.executor != Executor::kAuto || ids != nullptr;
   try {
-    map_for_device(work, ids, context.limits(), pointers, {call.src_list, call.dst_list});
+    map_for_device(work, ids, context.limits(), pointers, {call.src_list, call.dst_list}, may_migrate);
   } catch (const std::invalid_argument& error) {
     return error.what();
   }
@@ -292,6 +298,7 @@ struct AddressFacts {
   bool dst_on_device = false;
   bool src_on_host = false;
   bool dst_on_host = false;
+  bool dst_is_read_only = false;  // for the device
   bool kernel_reaches = true;
 };
 
@@ -308,6 +315,9 @@ AddressFacts facts_of(const char* op, const std::vector<Fragment>& fragments) {
         check_one_device(op, {facts.device >= 0, facts.device}, {true, range.device});
         facts.device = range.device;
       }
+      facts.dst_is_read_only =
+          facts.dst_is_read_only || (&on_host == &facts.dst_on_host && range.memory == Range::Memory::kPinned &&
+                                     pointers.is_read_only(reinterpret_cast<const void*>(at)));
       facts.kernel_reaches = facts.kernel_reaches && range.mapped && range.device_offset == 0;
       if (range.memory == Range::Memory::kPageable) return;
       at = range.end;
@@ -349,6 +359,9 @@ bool carry_out_fragments_on_cuda(const char* op, const std::vector<Fragment>& fr
     const AddressFacts facts = facts_of(op, fragments);
     if (facts.device < 0) return false;
     const Context context(facts.device);
+    if (facts.dst_is_read_only) {
+      value_error(op, ": dst_ptrs must be writable for the device, got host memory that is registered as read-only");
+    }
     const Work work = lower_fragments(fragments, direction_of(facts), {Executor::kDma, 1, false});
     std::optional<Work> as_ids = facts.kernel_reaches ? addresses_as_ids(work) : std::nullopt;
     const std::string refusal = !context.no_code().empty() ? context.no_code()

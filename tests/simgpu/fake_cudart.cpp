@@ -53,7 +53,7 @@ cudaError_t allocate(const char* call, void** out, size_t bytes, int memory) {
   const size_t rounded = (bytes + 4095) / 4096 * 4096;
   void* at = mmap(nullptr, rounded, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (at == MAP_FAILED) return done(cudaErrorMemoryAllocation);
-  Allocation allocation{address(at), address(at) + bytes, memory, current_device(), 0};
+  Allocation allocation{address(at), address(at) + bytes, memory, current_device()};
   if (memory == fake::kPinned && fake::setting("device_addresses_differ") != 0) {
     allocation.device_offset = static_cast<ptrdiff_t>(fake::map_again(allocation.begin, rounded) - allocation.begin);
   }
@@ -147,11 +147,12 @@ EXPORT cudaError_t cudaMallocManaged(void** out, size_t bytes, unsigned) {
   return allocate("cudaMallocManaged", out, bytes, fake::kManaged);
 }
 
-EXPORT cudaError_t cudaHostRegister(void* pointer, size_t bytes, unsigned) {
+EXPORT cudaError_t cudaHostRegister(void* pointer, size_t bytes, unsigned flags) {
   if (const int code = fake::enter("cudaHostRegister")) return done(code);
   Allocation found;
   if (fake::find(address(pointer), found)) return done(cudaErrorHostMemoryAlreadyRegistered);
-  found = {address(pointer), address(pointer) + bytes, fake::kPinned, current_device(), 0};
+  found = {address(pointer), address(pointer) + bytes, fake::kPinned, current_device()};
+  found.is_read_only = (flags & cudaHostRegisterReadOnly) != 0;
   if (fake::setting("device_addresses_differ") != 0) {
     const uintptr_t second = fake::map_again(found.begin, bytes);
     if (second == 0) return done(cudaErrorInvalidValue);
@@ -243,7 +244,7 @@ EXPORT cudaError_t cudaGetDevice(int* device) {
 EXPORT cudaError_t cudaSetDevice(int device) {
   if (const int code = fake::enter("cudaSetDevice")) return done(code);
   if (device < 0 || device >= fake::device_count()) return done(cudaErrorInvalidDevice);
-  current_device() = device;
+  fake::set_device(device);
   return done(0);
 }
 
@@ -251,16 +252,21 @@ EXPORT cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** f
                                                     unsigned long long, cudaDriverEntryPointQueryResult* status) {
   if (const int code = fake::enter("cudaGetDriverEntryPointByVersion")) return done(code);
   fake::log("cudaGetDriverEntryPointByVersion", {{"version", version}}, symbol);
-  *function = nullptr;
-  *status = cudaDriverEntryPointSuccess;
-  if (std::strcmp(symbol, "cuPointerGetAttributes") == 0) {
-    *function = reinterpret_cast<void*>(fake_cuPointerGetAttributes);
-  } else if (std::strcmp(symbol, "cuMemcpyBatchAsync") == 0 && version == 12080 &&
-             fake::setting("batch_missing") == 0) {
-    *function = reinterpret_cast<void*>(fake_cuMemcpyBatchAsync);
-  } else {
-    *status = cudaDriverEntryPointSymbolNotFound;
-  }
+  static const std::map<std::string, void*> kFunctions{
+      {"cuCtxGetCurrent", reinterpret_cast<void*>(cuCtxGetCurrent)},
+      {"cuCtxSetCurrent", reinterpret_cast<void*>(cuCtxSetCurrent)},
+      {"cuDeviceGet", reinterpret_cast<void*>(cuDeviceGet)},
+      {"cuDevicePrimaryCtxRetain", reinterpret_cast<void*>(cuDevicePrimaryCtxRetain)},
+      {"cuMemcpyBatchAsync", reinterpret_cast<void*>(fake_cuMemcpyBatchAsync)},
+      {"cuPointerGetAttribute", reinterpret_cast<void*>(cuPointerGetAttribute)},
+      {"cuPointerGetAttributes", reinterpret_cast<void*>(fake_cuPointerGetAttributes)},
+  };
+  const auto found = kFunctions.find(symbol);
+  bool is_there = found != kFunctions.end();
+  if (std::strcmp(symbol, "cuMemcpyBatchAsync") == 0)
+    is_there = version == 12080 && fake::setting("batch_missing") == 0;
+  *function = is_there ? found->second : nullptr;
+  *status = is_there ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
   return done(0);
 }
 
