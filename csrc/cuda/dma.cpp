@@ -25,9 +25,9 @@ PFN_cuMemcpyBatchAsync_v12080 batch_function() {
 
 class Copier {
  public:
-  Copier(int64_t expected, bool any_source_order, bool issues, cudaStream_t stream)
+  Copier(int64_t expected, bool any_source_order, bool issues, bool batches, cudaStream_t stream)
       : any_source_order_(any_source_order), issues_(issues), stream_(stream) {
-    if (!is_capturing(stream) && !is_legacy(stream)) batch_ = batch_function();
+    if (batches) batch_ = batch_function();
     const size_t room = static_cast<size_t>(std::clamp<int64_t>(expected, 1, kBatchDescriptors));
     sources_.reserve(room);
     destinations_.reserve(room);
@@ -142,8 +142,10 @@ class Copier {
   Issued issued_;
 };
 
+bool allows_batches(cudaStream_t stream) { return !is_capturing(stream) && !is_legacy(stream); }
+
 Issued walk(const Work& work, bool any_source_order, bool issues, cudaStream_t stream) {
-  Copier copier(work.descriptors, any_source_order, issues, stream);
+  Copier copier(work.descriptors, any_source_order, issues, allows_batches(stream), stream);
   FragmentCursor cursor(work, 0, work.bytes);
   Fragment fragments[64];
   for (int64_t count; (count = cursor.next(fragments, std::ssize(fragments))) > 0;) {
@@ -152,10 +154,8 @@ Issued walk(const Work& work, bool any_source_order, bool issues, cudaStream_t s
   return copier.finish();
 }
 
-Issued walk(const Fragment* fragments, int64_t count, bool any_source_order, bool issues, cudaStream_t stream,
-            const Range* assumed = nullptr) {
-  Copier copier(count, any_source_order, issues, stream);
-  if (assumed != nullptr) copier.assume(*assumed);
+Issued walk(const Fragment* fragments, int64_t count, bool any_source_order, bool issues, cudaStream_t stream) {
+  Copier copier(count, any_source_order, issues, allows_batches(stream), stream);
   for (int64_t i = 0; i < count; ++i) copier.add(fragments[i]);
   return copier.finish();
 }
@@ -172,8 +172,15 @@ Issued dma_copy(const Fragment* fragments, int64_t count, bool any_source_order,
 
 Issued plan_dma(const Work& work, cudaStream_t stream) { return walk(work, false, false, stream); }
 
-Issued plan_dma(const Fragment* fragments, int64_t count, cudaStream_t stream, const Range* assumed) {
-  return walk(fragments, count, false, false, stream, assumed);
+Issued plan_dma(const Fragment* fragments, int64_t count, cudaStream_t stream) {
+  return walk(fragments, count, false, false, stream);
+}
+
+Issued plan_ring_copies(const Fragment* fragments, int64_t count, const Range& ring) {
+  Copier copier(count, false, false, true, nullptr);
+  copier.assume(ring);
+  for (int64_t i = 0; i < count; ++i) copier.add(fragments[i]);
+  return copier.finish();
 }
 
 }  // namespace kvkernels

@@ -127,27 +127,28 @@ void run_dma_executor(const char* op, const Work& work, bool any_source_order, c
 Staging stage(const Work& work, const Context& context) {
   if (!context.is_capturing()) return plan_staging(work);
   Staging staging;
-  staging.refusal = "its stream is captured, and its ring on the device ends with the call";
+  staging.refusal = "its stream is captured, and its ring on the device serves other calls before a replay";
   return staging;
 }
 
-// `ring` is there unless the call is only explained.
-void run_staged_executor(const CopyCall& call, const Work& work, const Staging& staging,
-                         const std::optional<Tensor>& ring, const Context& context, const std::string& reason) {
+// `lease` is there unless the call is only explained.
+void run_staged_executor(const CopyCall& call, const Work& work, const Staging& staging, const RingLease* lease,
+                         const Context& context, const std::string& reason) {
   const int budget = grid_budget(call.sm_budget);
   if (explaining()) {
-    const Issued planned = plan_staged(work, staging, budget, context.limits(), context.stream());
+    const Issued planned = plan_staged(work, staging, budget, context.limits());
     Explanation explanation = explanation_of(call.op, work, reason);
     explanation.launches = planned.launches;
     explanation.descriptors = planned.descriptors;
+    const int64_t ring_bytes = staging.chunk_bytes * std::min<int64_t>(staging.chunks(), staging.parts);
     explanation.device =
-        text('{', context.json(), ", \"ring_bytes\": ", staging.ring_bytes, ", \"chunks\": ", staging.chunks(), '}');
+        text('{', context.json(), ", \"ring_bytes\": ", ring_bytes, ", \"chunks\": ", staging.chunks(), '}');
     return record(explanation);
   }
-  // Freed, like the ring, after the last launch.
+  // Freed after the last launch.
   Uploads uploads(context.device());
-  const Issued issued = run_staged(work, staging, static_cast<std::byte*>(ring->mutable_data_ptr()), budget,
-                                   context.limits(), uploads.function(), context.stream());
+  const Issued issued =
+      run_staged(work, staging, lease->ring(), budget, context.limits(), uploads.function(), context.stream());
   count_issued(Executor::kStaged, issued.launches, issued.descriptors, issued.bytes);
 }
 
@@ -242,18 +243,19 @@ GpuChoice choose(const Work& work, const Context& context, const std::string& un
   }
   GpuFacts facts{context.allows_batches(), no_code.empty() ? unreachable : no_code,
                  bulk_pays(work.moves, context.bulk())};
-  if (staging != nullptr && no_code.empty() && staging_may_pay(work.direction, work.bytes, work.descriptors, facts)) {
+  if (staging != nullptr && no_code.empty() && staging_may_pay(work.direction, work.bytes, work.descriptors, facts) &&
+      ring_may_be_had(context.device(), !explaining())) {
     *staging = stage(work, context);
     facts.staged_bytes = staging->mean_copy_bytes();
   }
   return choose_on_gpu(work.direction, work.bytes, work.descriptors, facts);
 }
 
-// Memory for the ring; nothing where there is none and `auto` may take something else.
-std::optional<Tensor> allocate_ring(const CopyCall& call, const Staging& staging, const Context& context) {
+// A ring; none where there is no memory for one and `auto` may take something else.
+std::optional<RingLease> lease_ring(const CopyCall& call, const Context& context) {
   try {
-    return device_bytes(static_cast<size_t>(staging.ring_bytes), context.device());
-  } catch (const std::runtime_error&) {
+    return std::optional<RingLease>(std::in_place, context.device(), context.stream());
+  } catch (const NoMemoryForRing&) {
     if (call.executor != Executor::kAuto) throw;
     return std::nullopt;
   }
@@ -271,10 +273,10 @@ void carry_out_host_ids(const CopyCall& call, std::vector<Move> moves, PairList 
   check_named(call, work, context, unreachable, staging);
   GpuChoice choice{call.executor, "named by the caller"};
   if (call.executor == Executor::kAuto) choice = choose(work, context, unreachable, &staging);
-  std::optional<Tensor> ring;
+  std::optional<RingLease> lease;
   if (choice.executor == Executor::kStaged && work.bytes > 0 && !explaining()) {
-    ring = allocate_ring(call, staging, context);
-    if (!ring) choice = choose(work, context, unreachable, nullptr);
+    lease = lease_ring(call, context);
+    if (!lease) choice = choose(work, context, unreachable, nullptr);
   }
   work.executor = mapped.executor = choice.executor;
   if (work.bytes == 0) {
@@ -282,7 +284,7 @@ void carry_out_host_ids(const CopyCall& call, std::vector<Move> moves, PairList 
   } else if (choice.executor == Executor::kKernel || choice.executor == Executor::kBulk) {
     run_kernel_executor(call.op, mapped, nullptr, call.sm_budget, context, choice.reason);
   } else if (choice.executor == Executor::kStaged) {
-    run_staged_executor(call, work, staging, ring, context, choice.reason);
+    run_staged_executor(call, work, staging, lease ? &*lease : nullptr, context, choice.reason);
   } else if (choice.executor == Executor::kTriton) {
     run_triton(call, mapped, context.device(), nullptr, choice.reason);
   } else {

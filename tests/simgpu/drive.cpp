@@ -311,7 +311,7 @@ EXPORT int drive_kernel(const int64_t* moves, int64_t move_count, const int64_t*
 }
 
 // `options`: direction, sm_budget, bytes of the ring (0: the default), whether only to plan. `out`: what was issued,
-// the chunks, and the ring's bytes.
+// the chunks, and the bytes of the ring that they take.
 EXPORT int drive_staged(const int64_t* moves, int64_t move_count, const int64_t* segments, int64_t segment_count,
                         const int64_t* options, void* stream, int64_t* out) {
   return guarded([&] {
@@ -323,13 +323,11 @@ EXPORT int drive_staged(const int64_t* moves, int64_t move_count, const int64_t*
     const auto budget = static_cast<int>(options[1]);
     const DeviceLimits limits = device_limits(current_device());
     out[3] = staging.chunks();
-    out[4] = staging.ring_bytes;
-    if (options[3] != 0) return write_issued(plan_staged(work, staging, budget, limits, on), out);
-    void* ring = nullptr;
-    check(cudaMalloc(&ring, static_cast<size_t>(staging.ring_bytes)), "cudaMalloc");
-    uploads.push_back(ring);
+    out[4] = staging.chunk_bytes * staging.parts;
+    if (options[3] != 0) return write_issued(plan_staged(work, staging, budget, limits), out);
+    const RingLease lease(current_device(), on);
     const auto send = [&](const void* host, size_t bytes) { return upload(host, bytes, on); };
-    write_issued(run_staged(work, staging, static_cast<std::byte*>(ring), budget, limits, send, on), out);
+    write_issued(run_staged(work, staging, lease.ring(), budget, limits, send, on), out);
   });
 }
 
