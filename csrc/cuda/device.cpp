@@ -6,6 +6,7 @@
 #include <map>
 #include <mutex>
 
+#include "cuda/bulk_kernel.h"
 #include "cuda/copy_kernel.h"
 #include "cuda/error.h"
 #include "cuda/stream.h"
@@ -57,8 +58,12 @@ DeviceLimits device_limits(int device) {
   limits.reads_pageable = attribute(cudaDevAttrPageableMemoryAccess, device) != 0;
   limits.uses_host_page_tables = attribute(cudaDevAttrPageableMemoryAccessUsesHostPageTables, device) != 0;
   limits.shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  const RelaxedCapture relaxed;  // the question may load the code
+  const RelaxedCapture relaxed;  // it loads the code
   limits.code_capability = code_capability();
+  if (limits.code_capability > 0) {
+    load_copy_kernels();
+    load_bulk_kernels();
+  }
   return known[device] = limits;
 }
 

@@ -20,7 +20,7 @@ struct DeviceLimits {
   int64_t max_items = (1ll << 31) - 256;  // tiles or chunks of one launch: indices are 32-bit and divided by magic
 };
 
-// Asks the runtime once a device, which must be current.
+// Asks the runtime once a device, which must be current, and loads all kernels on it.
 DeviceLimits device_limits(int device);
 
 // Makes `device` current until it goes out of scope, and then the context that was, which may have been none:

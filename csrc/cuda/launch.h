@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "cuda/copy_body.h"
+#include "cuda/error.h"
 
 namespace kvkernels {
 
@@ -43,6 +44,15 @@ struct KernelTrio {
     return table_bytes <= kSmallTables ? small : large;
   }
 };
+
+// Code is loaded when it is first asked about. A launch that finds none would load it in the middle of a capture, or of
+// serving.
+inline void load(const KernelTrio& kernels) {
+  for (const void* kernel : {kernels.small, kernels.large, kernels.table}) {
+    cudaFuncAttributes attributes{};
+    check(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
+  }
+}
 
 struct LaunchSize {
   int ctas;

@@ -213,8 +213,9 @@ void carry_out_device_ids(const CopyCall& call, std::vector<Move> moves, Directi
     return run_kernel_executor(call.op, work, &ids, call.sm_budget, context, reason);
   }
   if (explaining()) return run_triton(call, work, context.device(), nullptr, reason);
-  const FaultWord word(context.device());
+  FaultWord word(context.device());
   run_triton(call, work, context.device(), word.get(), reason);
+  word.note_launches(context.stream());
 }
 
 // Raises where the executor that the caller named cannot serve the call. `unreachable`: why a kernel cannot reach the

@@ -8,6 +8,7 @@
 
 #include <cstring>
 #include <map>
+#include <set>
 #include <vector>
 
 #include "fake.h"
@@ -315,6 +316,18 @@ EXPORT cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void* stub) {
   return cudaSuccess;
 }
 
+namespace {
+
+// Whoever needs a kernel on a device first loads it.
+void load(const char* call, const void* stub) {
+  static auto* const loaded = new std::set<std::pair<const void*, int>>;
+  if (!loaded->insert({stub, current_device()}).second) return;
+  fake::log("load", {{"device", current_device()}, {"by_question", std::strcmp(call, "cudaFuncGetAttributes") == 0}},
+            kernels()[stub]);
+}
+
+}  // namespace
+
 size_t fake::shared_bytes() {
   const int64_t set = fake::setting("shared_bytes");
   return set != 0 ? static_cast<size_t>(set) : 227 << 10;
@@ -325,6 +338,7 @@ EXPORT cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const v
   if (const int code = fake::enter("cudaFuncGetAttributes")) return done(code);
   if (kernels().count(stub) == 0) return done(cudaErrorInvalidDeviceFunction);
   if (fake::setting("no_image") != 0) return done(cudaErrorNoKernelImageForDevice);
+  load("cudaFuncGetAttributes", stub);
   std::memset(attributes, 0, sizeof *attributes);
   const int64_t set = fake::setting("code_capability");
   attributes->ptxVersion = set != 0 ? static_cast<int>(set) : 90;
@@ -340,6 +354,7 @@ EXPORT cudaError_t cudaFuncSetAttribute(const void* stub, cudaFuncAttribute attr
     return static_cast<cudaError_t>(fake::refuse_runtime_call("another attribute of a kernel"));
   }
   if (value < 0 || static_cast<size_t>(value) > fake::shared_bytes()) return done(cudaErrorInvalidValue);
+  load("cudaFuncSetAttribute", stub);
   shared_limits()[{stub, current_device()}] = static_cast<size_t>(value);
   return done(0);
 }
@@ -361,6 +376,7 @@ EXPORT cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const v
   if (!is_flat || config->gridDim.x == 0 || config->blockDim.x == 0 || config->blockDim.x > 1024) {
     return done(cudaErrorInvalidConfiguration);
   }
+  load("cudaLaunchKernelExC", stub);
   return done(fake::launch(found->second.c_str(), arguments, config->gridDim.x, config->blockDim.x,
                            config->dynamicSmemBytes, config->stream));
 }
