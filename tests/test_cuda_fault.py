@@ -6,7 +6,7 @@ import ctypes
 import threading
 
 import pytest
-from simgpu.sim import DEVICE, PAGE, CudaError, DeviceIds, IdColumn, ids_in_column
+from simgpu.sim import DEVICE, LEGACY, PAGE, PER_THREAD, CudaError, DeviceIds, IdColumn, ids_in_column
 from simgpu.worker import on_stand_in
 
 GLOBAL = 0
@@ -51,17 +51,20 @@ def test_taken_while_this_call_is_captured(sim):
 @on_stand_in
 def test_all_streams_are_waited_for(sim):
     """Each that was launched on, legacy ones and those that are gone too; nothing else is."""
-    run, streams, idle = bad_call(sim, 2), [sim.stream(), sim.stream(), 0, 2], sim.stream()
+    run, streams, idle = bad_call(sim, 2), [sim.stream(), sim.stream(), LEGACY, PER_THREAD], sim.stream()
     spare = sim.memory(DEVICE, 64)
     late = False
     for seed in range(1, SEEDS):
         sim.adversarial(seed)
         for stream in streams:
             run(stream)
-        gone = [sim._create("cudaStreamCreateWithFlags", 1) for _ in range(2)]
-        for stream in gone:
-            run(stream)
-            sim._runtime("cudaStreamDestroy", ctypes.c_void_p(stream))
+        gone = sim._create("cudaStreamCreateWithFlags", 1)
+        run(gone)
+        sim._runtime("cudaStreamDestroy", ctypes.c_void_p(gone))
+        # By one name each thread has a stream of its own.
+        thread = threading.Thread(target=run, args=(PER_THREAD,))
+        thread.start()
+        thread.join()
         spare[:] = 1
         sim.fill(spare, 2, idle)
         assert sim.take_fault() == (12, 1, 7), seed
