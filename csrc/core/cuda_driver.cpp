@@ -27,6 +27,21 @@ bool cuda_in_use() {
   return current != nullptr && current(&context) != kNotInitialized;
 }
 
+int cuda_driver_version() {
+  const auto ask = driver_symbol<int(int*)>("cuDriverGetVersion");
+  int version = 0;
+  return ask != nullptr && ask(&version) == 0 ? version : 0;
+}
+
+bool is_on_device(const void* address) {
+  constexpr int kMemoryType = 2;         // CU_POINTER_ATTRIBUTE_MEMORY_TYPE
+  constexpr unsigned kDeviceMemory = 2;  // CU_MEMORYTYPE_DEVICE, which managed memory is, too
+  const auto ask = driver_symbol<int(void*, int, uint64_t)>("cuPointerGetAttribute");
+  unsigned type = 0;
+  const auto at = static_cast<uint64_t>(reinterpret_cast<uintptr_t>(address));
+  return ask != nullptr && ask(&type, kMemoryType, at) == 0 && type == kDeviceMemory;
+}
+
 std::string host_address_refusal(const void* address, bool writes) {
   constexpr int kDevicePointer = 3;  // CU_POINTER_ATTRIBUTE_DEVICE_POINTER
   constexpr int kAccessFlags = 16;   // CU_POINTER_ATTRIBUTE_ACCESS_FLAGS

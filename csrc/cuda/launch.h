@@ -11,8 +11,8 @@
 
 namespace kvkernels {
 
-// Bytes of tables that ride in a launch's parameters: drivers before 12.1 take 4 KB, and 32,000 bytes compile for every
-// target.
+// Bytes of tables that ride in a launch's parameters: 32,000 compile for every target, and each launch copies all that
+// its kernel takes, so that small tables have a kernel of their own.
 constexpr size_t kSmallParams = 4096;
 constexpr size_t kLargeParams = 32000;
 

@@ -341,12 +341,21 @@ Direction direction_of(const AddressFacts& facts) {
 
 }  // namespace
 
+std::string driver_refusal() {
+  // A runtime runs on drivers of its major version and later; every call of it fails on others.
+  constexpr int kMajor = CUDART_VERSION / 1000;
+  static_assert(kMajor == 12 || kMajor == 13, "which driver release is the first for this version of CUDA?");
+  const int found = cuda_driver_version();
+  if (found == 0 || found / 1000 >= kMajor) return "";
+  return text("this library's code for CUDA ", kMajor, " needs driver ", kMajor == 13 ? 580 : 525,
+              " or later, and the driver found is for CUDA ", found / 1000, '.', found % 1000 / 10);
+}
+
 void carry_out_on_cuda(const CopyCall& call, std::vector<Move> moves, PairList list) {
   // Tensors are on a device and no CUDA driver is loaded: this torch is for another vendor's.
-  if (!cuda_in_use()) {
-    return carry_out_on_triton(call, std::move(moves), std::move(list),
-                               "this build's kernels are CUDA's, and no CUDA driver is in use");
-  }
+  const std::string why_not =
+      cuda_in_use() ? driver_refusal() : "this build's kernels are CUDA's, and no CUDA driver is in use";
+  if (!why_not.empty()) return carry_out_on_triton(call, std::move(moves), std::move(list), why_not);
   named_errors(call.op, [&] {
     const Context context(call.src.place.on_device ? call.src.place.device : call.dst.place.device);
     const Direction direction = kvkernels::direction_of(call.src.place, call.dst.place);
@@ -358,6 +367,14 @@ void carry_out_on_cuda(const CopyCall& call, std::vector<Move> moves, PairList l
 bool addresses_may_be_cuda() { return cuda_in_use(); }
 
 bool carry_out_fragments_on_cuda(const char* op, const std::vector<Fragment>& fragments, bool any_source_order) {
+  if (const std::string why_not = driver_refusal(); !why_not.empty()) {
+    const auto touches_device = [](const Fragment& fragment) {
+      return is_on_device(fragment.src) || is_on_device(fragment.src + fragment.bytes - 1) ||
+             is_on_device(fragment.dst) || is_on_device(fragment.dst + fragment.bytes - 1);
+    };
+    if (std::none_of(fragments.begin(), fragments.end(), touches_device)) return false;
+    throw std::runtime_error(text(op, ": addresses on a cuda device need CUDA code that runs: ", why_not));
+  }
   return named_errors(op, [&] {
     const AddressFacts facts = facts_of(op, fragments);
     if (facts.device < 0) return false;
@@ -384,7 +401,7 @@ bool carry_out_fragments_on_cuda(const char* op, const std::vector<Fragment>& fr
 }
 
 std::string take_fault_json(int device) {
-  if (!cuda_in_use()) return "{}";
+  if (!cuda_in_use() || !driver_refusal().empty()) return "{}";
   return named_errors("check_device", [&]() -> std::string {
     const DeviceGuard guard(device);
     const std::optional<FaultRecord> fault = take_fault(device);

@@ -396,6 +396,12 @@ EXPORT CUresult cuCtxSetCurrent(CUcontext context) {
   return CUDA_SUCCESS;
 }
 
+// Another thing than what the runtime's function says here: torch's runtime is as old as its driver, and ours is not.
+EXPORT CUresult cuDriverGetVersion(int* version) {
+  *version = setting("driver_version") != 0 ? static_cast<int>(setting("driver_version")) : CUDA_VERSION;
+  return CUDA_SUCCESS;
+}
+
 EXPORT CUresult cuDeviceGet(CUdevice* device, int ordinal) {
   if (const int code = enter("cuDeviceGet")) return static_cast<CUresult>(code);
   *device = ordinal;
@@ -427,6 +433,10 @@ EXPORT CUresult cuPointerGetAttribute(void* data, CUpointer_attribute attribute,
   if (!find(pointer, found) || found.memory == kPageable) return CUDA_ERROR_INVALID_VALUE;
   if (attribute == CU_POINTER_ATTRIBUTE_DEVICE_POINTER) {
     *static_cast<CUdeviceptr*>(data) = pointer + static_cast<uintptr_t>(found.device_offset);
+    return CUDA_SUCCESS;
+  }
+  if (attribute == CU_POINTER_ATTRIBUTE_MEMORY_TYPE) {
+    *static_cast<unsigned*>(data) = found.memory == kPinned ? CU_MEMORYTYPE_HOST : CU_MEMORYTYPE_DEVICE;
     return CUDA_SUCCESS;
   }
   if (attribute != CU_POINTER_ATTRIBUTE_ACCESS_FLAGS) return CUDA_ERROR_INVALID_VALUE;
