@@ -2,19 +2,25 @@
 
 #include <dlfcn.h>
 
+#include <atomic>
 #include <cstdint>
 
 namespace kvkernels {
 namespace {
 
-// The driver where this process has it loaded, which it stays.
+// The driver where this process has it loaded, which it is from then on.
+void* loaded_driver() {
+  static std::atomic<void*> kept = nullptr;
+  if (void* const driver = kept.load()) return driver;
+  void* const driver = dlopen("libcuda.so.1", RTLD_LAZY | RTLD_NOLOAD);
+  kept.store(driver);
+  return driver;
+}
+
 template <class Function>
 Function* driver_symbol(const char* name) {
-  void* driver = dlopen("libcuda.so.1", RTLD_LAZY | RTLD_NOLOAD);
-  if (driver == nullptr) return nullptr;
-  const auto function = reinterpret_cast<Function*>(dlsym(driver, name));
-  dlclose(driver);
-  return function;
+  void* const driver = loaded_driver();
+  return driver == nullptr ? nullptr : reinterpret_cast<Function*>(dlsym(driver, name));
 }
 
 }  // namespace

@@ -5,10 +5,10 @@
 //   ring:  | window 0, row 0 | row 1 | ... | window 1, row 0 | row 1 | ...
 //
 // A row is a pair of the chunk that a half of the ring holds, while the other half is filled or emptied; a pair that
-// takes more has the whole ring. Rows are in the order of host ids. A window is what one pair
-// touches of the host in one place, laid out in the ring as it lies there, gaps included. A kernel moves fragments
-// between the device's pools and the ring; the copy engine moves what is touched of each window, and windows that
-// follow each other on both sides as one.
+// takes more has the whole ring. Rows are in the order of host ids. A window is what one pair touches of the host in one
+// place, laid out in the ring as it lies there, gaps included. A kernel moves fragments between the device's pools and
+// the ring; the copy engine moves what is touched of each window, and windows that follow each other on both sides as
+// one.
 #pragma once
 
 #include <cstdint>
@@ -66,8 +66,8 @@ struct Staging {
   int64_t mean_copy_bytes() const { return copies > 0 ? host_bytes / copies : 0; }
 };
 
-// For work between the host and a device that has something to move, and whose ids are known. `ring_bytes` of the ring
-// are used.
+// For work between the host and a device that has something to move, and whose ids are known. Uses `ring_bytes` of the
+// ring at most.
 Staging plan_staging(const Work& work, int64_t ring_bytes = kStagingRingBytes);
 
 // A chunk: what the kernel moves between the pools and its place in the ring, and what the copy engine moves between

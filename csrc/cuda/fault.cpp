@@ -18,7 +18,9 @@ struct FaultWatch {
   Fault* word = nullptr;
   std::mutex mutex;
   std::map<cudaStream_t, cudaEvent_t> by_stream;
-  std::vector<cudaEvent_t> in_graphs;  // nodes of graphs, recorded by each replay; never destroyed, for graphs stay
+  // One for each captured call: a node of its graph, recorded by each replay. Never destroyed: nobody says when a graph
+  // is.
+  std::vector<cudaEvent_t> in_graphs;
 };
 
 namespace {

@@ -121,8 +121,8 @@ void move_blocks(const char* op, const std::vector<Tensor>& pool_tensors, const 
 
 }  // namespace
 
-void gather_blocks(const std::vector<Tensor>& pools, const Tensor& block_ids, const Tensor& out, StrArgument executor,
-                   int64_t sm_budget) {
+void gather_blocks(const std::vector<Tensor>& pools, const Tensor& block_ids, const Tensor& out,
+                   StrArgument executor, int64_t sm_budget) {
   move_blocks("gather_blocks", pools, block_ids, out, executor.take(), sm_budget, true);
 }
 

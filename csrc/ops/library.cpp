@@ -1,36 +1,32 @@
 // Every op's schema and the C++ function for it, in one place.
 //
-// Python defines the ops (kvkernels/schemas.py): torch before 2.12 takes no tags from C++, and their numbers differ
-// from one torch to the next. The functions below were written for these schemas, which Python compares with its own
-// before it defines anything, so that a library of another version is refused and not called with other arguments.
+// Python defines the ops (kvkernels/schemas.py): torch before 2.12 takes no tags from C++, and their numbers differ from
+// one torch to the next. The functions below were written for these schemas, which Python compares with its own before
+// it defines anything, so that a library of another version is refused and not called with other arguments.
 #include "ops/counters.h"
 #include "ops/ops.h"
 
 extern "C" __attribute__((visibility("default"))) const char* kvkernels_schemas() {
-  return "swap_blocks(Tensor src, Tensor(a!) dst, int block_size_in_bytes, Tensor block_mapping) -> ()\n"
-         "swap_blocks_batch(Tensor src_ptrs, Tensor(a!) dst_ptrs, Tensor sizes, bool is_src_access_order_any=False) -> "
-         "()\n"
-         "gather_blocks(Tensor[] pools, Tensor block_ids, Tensor(a!) out, str executor=\"auto\", int sm_budget=0) -> "
-         "()\n"
-         "scatter_blocks(Tensor buffer, Tensor block_ids, Tensor(a!)[] pools, str executor=\"auto\", int sm_budget=0) "
-         "-> ()\n"
-         "copy_pages(Tensor[] src, Tensor(a!)[] dst, Tensor mapping, Tensor runs, int src_subblocks_per_block=1, int "
-         "dst_subblocks_per_block=1, bool skip_negative=False, str executor=\"auto\", int sm_budget=0) -> ()\n"
-         "concat_tp_shards(Tensor[] shards, int dim) -> Tensor\n"
-         "concat_tp_shards_out(Tensor[] shards, int dim, Tensor(a!) out) -> ()\n"
-         "split_tp_shards(Tensor input, int dim, Tensor(a!)[] out) -> ()\n"
-         "_copy_pages_reference(Tensor[] src, Tensor(a!)[] dst, Tensor mapping, Tensor runs, int "
-         "src_subblocks_per_block, int dst_subblocks_per_block, bool skip_negative) -> ()\n"
-         "_first_requiring_grad(Tensor[] tensors) -> int\n"
-         "_note_writes(Tensor[] tensors) -> ()\n"
-         "_triton_refusal(int device) -> Tensor\n"
-         "_triton_copy(Tensor table, int[] head) -> ()\n"
-         "_explain_begin() -> ()\n"
-         "_explain_end() -> Tensor\n"
-         "_counters() -> Tensor\n"
-         "_reset_counters() -> ()\n"
-         "_build_info() -> Tensor\n"
-         "_check_device(int device) -> Tensor\n";
+  return
+      "swap_blocks(Tensor src, Tensor(a!) dst, int block_size_in_bytes, Tensor block_mapping) -> ()\n"
+      "swap_blocks_batch(Tensor src_ptrs, Tensor(a!) dst_ptrs, Tensor sizes, bool is_src_access_order_any=False) -> ()\n"
+      "gather_blocks(Tensor[] pools, Tensor block_ids, Tensor(a!) out, str executor=\"auto\", int sm_budget=0) -> ()\n"
+      "scatter_blocks(Tensor buffer, Tensor block_ids, Tensor(a!)[] pools, str executor=\"auto\", int sm_budget=0) -> ()\n"
+      "copy_pages(Tensor[] src, Tensor(a!)[] dst, Tensor mapping, Tensor runs, int src_subblocks_per_block=1, int dst_subblocks_per_block=1, bool skip_negative=False, str executor=\"auto\", int sm_budget=0) -> ()\n"
+      "concat_tp_shards(Tensor[] shards, int dim) -> Tensor\n"
+      "concat_tp_shards_out(Tensor[] shards, int dim, Tensor(a!) out) -> ()\n"
+      "split_tp_shards(Tensor input, int dim, Tensor(a!)[] out) -> ()\n"
+      "_copy_pages_reference(Tensor[] src, Tensor(a!)[] dst, Tensor mapping, Tensor runs, int src_subblocks_per_block, int dst_subblocks_per_block, bool skip_negative) -> ()\n"
+      "_first_requiring_grad(Tensor[] tensors) -> int\n"
+      "_note_writes(Tensor[] tensors) -> ()\n"
+      "_triton_refusal(int device) -> Tensor\n"
+      "_triton_copy(Tensor table, int[] head) -> ()\n"
+      "_explain_begin() -> ()\n"
+      "_explain_end() -> Tensor\n"
+      "_counters() -> Tensor\n"
+      "_reset_counters() -> ()\n"
+      "_build_info() -> Tensor\n"
+      "_check_device(int device) -> Tensor\n";
 }
 
 namespace {

@@ -12,8 +12,8 @@ void swap_blocks(const Tensor& src, const Tensor& dst, int64_t block_size_in_byt
 void swap_blocks_batch(const Tensor& src_ptrs, const Tensor& dst_ptrs, const Tensor& sizes,
                        bool is_src_access_order_any);
 
-void gather_blocks(const std::vector<Tensor>& pools, const Tensor& block_ids, const Tensor& out, StrArgument executor,
-                   int64_t sm_budget);
+void gather_blocks(const std::vector<Tensor>& pools, const Tensor& block_ids, const Tensor& out,
+                   StrArgument executor, int64_t sm_budget);
 void scatter_blocks(const Tensor& buffer, const Tensor& block_ids, const std::vector<Tensor>& pools,
                     StrArgument executor, int64_t sm_budget);
 

@@ -20,8 +20,7 @@ void check_torch(AOTITorchError code, const char* call) {
   if (code == AOTI_TORCH_SUCCESS) return;
   static const auto what =
       torch_function<const char*()>("libtorch_cpu.so", "torch_exception_get_what_without_backtrace");
-  throw std::runtime_error(what != nullptr ? text(what(), " (from ", call, ')')
-                                           : text(call, " failed in torch, which printed why"));
+  throw std::runtime_error(what != nullptr ? text(what(), " (from ", call, ')') : text(call, " failed in torch, which printed why"));
 }
 
 Tensor empty(const std::vector<int64_t>& sizes, int32_t dtype, int32_t device_type, int32_t device_index = 0,
@@ -30,9 +29,9 @@ Tensor empty(const std::vector<int64_t>& sizes, int32_t dtype, int32_t device_ty
   for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * sizes[i];
   const auto make = pinned ? &aoti_torch_empty_strided_pinned : &aoti_torch_empty_strided;
   AtenTensorHandle handle = nullptr;
-  check_torch(
-      make(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype, device_type, device_index, &handle),
-      pinned ? "aoti_torch_empty_strided_pinned" : "aoti_torch_empty_strided");
+  check_torch(make(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype, device_type, device_index,
+                   &handle),
+              pinned ? "aoti_torch_empty_strided_pinned" : "aoti_torch_empty_strided");
   return Tensor(handle);
 }
 
@@ -62,7 +61,8 @@ std::string StrArgument::take() const {
 }
 
 Tensor text_tensor(const std::string& value) {
-  Tensor tensor = empty({static_cast<int64_t>(value.size())}, aoti_torch_dtype_uint8(), aoti_torch_device_type_cpu());
+  Tensor tensor =
+      empty({static_cast<int64_t>(value.size())}, aoti_torch_dtype_uint8(), aoti_torch_device_type_cpu());
   if (!value.empty()) std::memcpy(tensor.mutable_data_ptr(), value.data(), value.size());
   return tensor;
 }

@@ -26,8 +26,8 @@ Function* torch_function(const char* library, const char* name) {
   return reinterpret_cast<Function*>(torch_symbol(library, name));
 }
 
-// A str argument as the dispatcher hands it over. torch's own unboxing to std::string is code of its headers, and
-// before 2.14 it leaves a string behind at each call.
+// A str argument as the dispatcher hands it over. torch's own unboxing to std::string is code of its headers, and before
+// 2.14 it leaves a string behind at each call.
 struct StrArgument {
   StringHandle handle;
 
