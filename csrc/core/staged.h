@@ -5,10 +5,10 @@
 //   ring:  | window 0, row 0 | row 1 | ... | window 1, row 0 | row 1 | ...
 //
 // A row is a pair of the chunk that a half of the ring holds, while the other half is filled or emptied; a pair that
-// takes more has the whole ring. Rows are in the order of host ids. A window is what one pair touches of the host in one
-// place, laid out in the ring as it lies there, gaps included. A kernel moves fragments between the device's pools and
-// the ring; the copy engine moves what is touched of each window, and windows that follow each other on both sides as
-// one.
+// takes more has the whole ring. Rows are in the order of host ids. A window is what one pair touches of the host in
+// one place, laid out in the ring as it lies there, gaps included. A kernel moves fragments between the device's pools
+// and the ring; the copy engine moves what is touched of each window, and windows that follow each other on both sides
+// as one.
 #pragma once
 
 #include <cstdint>
