@@ -144,7 +144,8 @@ def check_device(device: int | str | torch.device) -> None:
 
     Notes
     -----
-    Synchronises the device and clears the record. Ids on the host are checked by the op itself, before anything moves.
+    Waits for the ops' calls with ids on the device, on all streams and in replayed graphs, and clears the record. Works
+    while a stream captures. Ids on the host are checked by the op itself, before anything moves.
     """
     place = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
     if place.type != "cuda":

@@ -40,13 +40,15 @@ def info() -> dict[str, Any]:
     >>> kvkernels.info()["version"]
     '0.1.0'
     """
+    available = torch.cuda.is_available()  # loads the driver, which the library then asks for its version
     build = {**build_record(), **json.loads(text_of(torch.ops.kvkernels._build_info()))}
     architectures = [a for a in str(build.get("architectures", "")).split(",") if a]
     cuda = {
         "built": bool(build.get("cuda")),
         "version": build.get("cuda_version") or None,
         "architectures": architectures,
-        "available": torch.cuda.is_available(),
+        "available": available,
+        "driver_refusal": build.get("driver_refusal") or None,
     }
     return {
         "version": __version__,
@@ -90,8 +92,8 @@ def _service(op: str, place: str, cuda: Mapping[str, Any]) -> dict[str, Any]:
     if not LIBRARY.compiled:
         return _entry(["reference"], "reference", NO_LIBRARY)
     reference = ["reference"] if op in _TAKES_EXECUTOR else []
-    if not cuda["built"]:
-        why = "the library was built without CUDA code"
+    if not cuda["built"] or cuda["driver_refusal"]:
+        why = cuda["driver_refusal"] or "the library was built without CUDA code"
         if not triton.is_installed():
             return _entry(reference, None, why)
         return _entry(["triton", *reference], "triton", why)
@@ -113,8 +115,8 @@ def _service_of_addresses(cuda: Mapping[str, Any]) -> dict[str, Any]:
     """The same for raw addresses on a device."""
     if not LIBRARY.compiled:
         return _entry([], None, "the reference cannot tell a device's address from the host's")
-    if not cuda["built"]:
-        return _entry([], None, "the library was built without CUDA code")
+    if not cuda["built"] or cuda["driver_refusal"]:
+        return _entry([], None, cuda["driver_refusal"] or "the library was built without CUDA code")
     return _entry(
         ["kernel", "bulk", "dma"],
         "kernel, bulk or dma",
@@ -153,6 +155,7 @@ def info_text(found: Mapping[str, Any]) -> str:
         f"compiled: {'yes' if found['compiled'] else 'no'} ({found['why']})",
         f"library:  {found['library'] or 'none'}",
         f"cuda:     {code}; torch finds {'a' if cuda['available'] else 'no'} CUDA device",
+        *([f"driver:   {cuda['driver_refusal']}"] if cuda["driver_refusal"] else []),
         f"cpu:      {cpu['instruction_set'] or 'torch decides'}, tuned for: {cpu['tuning'] or 'nothing'}, "
         f"{cpu['torch_threads']} threads",
         "",

@@ -66,15 +66,14 @@ class FirstUse:
 
 
 # Calls whose failure a destructor meets: nothing can be done about it, and the next call would say what is wrong.
-SETS_MODE_BACK = {("cudaThreadExchangeStreamCaptureMode", 2), ("cudaThreadExchangeStreamCaptureMode", 4)}
+SETS_MODE_BACK = {("cudaThreadExchangeStreamCaptureMode", k) for k in (2, 4, 6)}
 UNREPORTED = {("cudaStreamDestroy", 1), ("cudaStreamDestroy", 2), *SETS_MODE_BACK}
 MOVES_BYTES = {"cudaMemcpyAsync", "cuMemcpyBatchAsync", "cudaLaunchKernelExC"}
 
 
-POINTER_CALLS = ("cuPointerGetAttributes", "cudaPointerGetAttributes")
 CALLS = {
-    "dma": ("cuMemcpyBatchAsync", "cudaMemcpyAsync", "cudaStreamIsCapturing", *POINTER_CALLS),
-    "kernel": ("cudaLaunchKernelExC", "cudaGetDevice", "cudaMalloc", *POINTER_CALLS),
+    "dma": ("cuMemcpyBatchAsync", "cudaMemcpyAsync", "cudaStreamIsCapturing", "cuPointerGetAttributes"),
+    "kernel": ("cudaLaunchKernelExC", "cudaGetDevice", "cudaMalloc", "cuPointerGetAttributes"),
 }
 
 
@@ -108,7 +107,8 @@ def test_every_return_code_at_first_use(sim):
     """The same for what happens once a device: each try has a device of its own."""
     names = ("cudaDeviceGetAttribute", "cudaMalloc", "cudaStreamCreateWithFlags", "cudaMemsetAsync", "cudaGetDevice",
              "cudaStreamSynchronize", "cudaThreadExchangeStreamCaptureMode", "cudaStreamDestroy",
-             "cudaDeviceSynchronize", "cudaMemcpy", "cudaLaunchKernelExC", "cudaFuncGetAttributes")  # fmt: skip
+             "cudaStreamIsCapturing", "cudaEventCreateWithFlags", "cudaStreamWaitEvent", "cudaEventRecord",
+             "cudaMemcpyAsync", "cudaLaunchKernelExC", "cudaFuncGetAttributes")  # fmt: skip
     counts = {}
     assert FirstUse(sim).run(lambda: counts.update({name: -sim.calls(name) for name in names})) == (1, 0, 7)
     counts = {name: count + sim.calls(name) for name, count in counts.items()}
@@ -124,7 +124,7 @@ def test_every_return_code_at_first_use(sim):
         except CudaError as error:
             assert str(error).startswith(f"{name} failed: cudaErrorMemoryAllocation"), error
             # Once cleared, a record is gone with the exception; before that, it is still there for the next call.
-            lost = len(sim.log("launch")) - ((name, k) == ("cudaStreamSynchronize", 2))
+            lost = len(sim.log("launch")) - ((name, k) == ("cudaStreamSynchronize", 3))
         assert sim.cudart.cudaPeekAtLastError() == 0, name
         if (name, k) in SETS_MODE_BACK:
             sim.cudart.fake_set_capture_mode(0)
@@ -251,7 +251,8 @@ def test_a_context_that_breaks_within_a_call(sim, scenario):
 def test_a_context_that_breaks_at_first_use(sim):
     """Everything made for the fault word is given back, though CUDA refuses to hear of it."""
     names = ("cudaMalloc", "cudaStreamCreateWithFlags", "cudaMemsetAsync", "cudaStreamSynchronize",
-             "cudaStreamDestroy", "cudaLaunchKernelExC", "cudaDeviceSynchronize", "cudaMemcpy")  # fmt: skip
+             "cudaStreamDestroy", "cudaLaunchKernelExC", "cudaEventRecord", "cudaStreamWaitEvent",
+             "cudaMemcpyAsync")  # fmt: skip
     for name in names:
         sim.reset()
         allocations, streams = sim.cuda.fake_allocations(), sim.cuda.fake_streams()
@@ -261,5 +262,6 @@ def test_a_context_that_breaks_at_first_use(sim):
         assert sim.cudart.fake_capture_mode() == 0, name
         sim.reset()
         assert sim.cuda.fake_streams() == streams, name
-        keeps_word = name in ("cudaLaunchKernelExC", "cudaDeviceSynchronize", "cudaMemcpy", "cudaStreamDestroy")
+        keeps_word = name in ("cudaLaunchKernelExC", "cudaEventRecord", "cudaStreamWaitEvent", "cudaMemcpyAsync",
+                              "cudaStreamDestroy")  # fmt: skip
         assert sim.cuda.fake_allocations() - allocations == keeps_word, name

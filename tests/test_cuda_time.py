@@ -56,6 +56,11 @@ def move_by_kernel(sim, src, dst, stream, direction, capturing=False):
     sim.kernel([PAGE], PAIRS, src, dst, stream, direction=direction, maps=True, capturing=capturing)
 
 
+def move_by_staged(sim, src, dst, stream, direction):
+    """In four chunks, whose copies are on a stream of the ring's own."""
+    sim.staged([PAGE], PAIRS, src, dst, stream, direction=direction, ring_bytes=800)
+
+
 MOVERS = {"dma": move_by_dma, "fragments": move_by_fragments, "kernel": move_by_kernel}
 
 
@@ -311,6 +316,15 @@ def check(sim, program: Program) -> None:
 @on_stand_in
 def test_race(sim, scenario, mover):
     check(sim, globals()[scenario](sim, MOVERS[mover]))
+
+
+@pytest.mark.parametrize(
+    "scenario", [s.__name__ for s in SCENARIOS if s not in (copies_that_depend_on_each_other, fork_in_a_graph)]
+)
+@on_stand_in
+def test_race_by_way_of_a_ring(sim, scenario):
+    """All but what is inside the device or captured: the caller's stream orders what the ring's own does."""
+    check(sim, globals()[scenario](sim, move_by_staged))
 
 
 @pytest.mark.parametrize("mover", ["dma", "fragments"])

@@ -95,7 +95,8 @@ def test_many_chunks(sim, direction):
         _, chunks, taken = check_staged(
             sim, moves, random_pairs(29, blocks), src, dst, sim.stream(), direction=direction, ring_bytes=ring_bytes
         )
-        assert chunks == -(-29 // (ring_bytes // (layers * page))) and taken <= ring_bytes
+        rows = max(1, ring_bytes // 2 // (layers * page))
+        assert chunks == -(-29 // rows) and taken <= ring_bytes
         sim.reset()
 
 
@@ -160,12 +161,21 @@ def test_every_return_code_is_checked(sim, direction):
     src, dst = places(sim, direction, 1 << 16, 1 << 16)
     stream = sim.stream()
     run = lambda: sim.staged(moves, random_pairs(40, 200), src, dst, stream, direction=direction, ring_bytes=2000)  # noqa: E731
-    for call in ("cudaLaunchKernelExC", "cuMemcpyBatchAsync", "cuPointerGetAttributes", "cudaStreamIsCapturing"):
+    for call in ("cudaLaunchKernelExC", "cuMemcpyBatchAsync", "cuPointerGetAttributes", "cudaStreamIsCapturing",
+                 "cudaEventRecord", "cudaStreamWaitEvent"):  # fmt: skip
+        sim.adversarial(0)
         before = sim.calls(call)
         run()
         for k in range(1, sim.calls(call) - before + 1):
+            sim.adversarial(k)
+            dst[:] = 0
             sim.fail(call, k, OUT_OF_MEMORY)
             with pytest.raises(CudaError, match=f"^{call}.* failed: cudaErrorMemoryAllocation"):
                 run()
             assert sim.cudart.cudaPeekAtLastError() == 0
+            # What was on its way on the ring's own stream is behind the caller's, too.
+            sim.finish_stream(stream)
+            found = dst.copy()
+            sim.finish_device()
+            assert np.array_equal(dst, found)
     assert BATCH > 40

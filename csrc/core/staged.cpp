@@ -126,21 +126,26 @@ void find_pairs(const Work& work, bool is_dst, Staging& staging) {
              [](const HostPair& pair) { return static_cast<uint64_t>(pair.host); });
 }
 
-// As many rows as the ring holds, and where each window's begin: at its host address's distance from a multiple of 16,
-// so that kernels find fragments aligned where the pools' are.
+// As many rows as half the ring holds, or else all of it, and where each window's begin: at its host address's distance
+// from a multiple of 16, so that kernels find fragments aligned where the pools' are.
 void place_rows(int64_t ring_bytes, Staging& staging) {
   int64_t row_bytes = 0;
   for (const Window& window : staging.windows) row_bytes += window.row_bytes;
-  const int64_t room = ring_bytes - static_cast<int64_t>(staging.windows.size()) * (kPlaneBytes + kVectorBytes);
-  staging.rows = std::min<int64_t>(std::max<int64_t>(room, 0) / row_bytes, static_cast<int64_t>(staging.pairs.size()));
+  const int64_t padding = static_cast<int64_t>(staging.windows.size()) * (kPlaneBytes + kVectorBytes);
+  const auto rows_in = [&](int64_t bytes) {
+    const int64_t rows = std::max<int64_t>(bytes - padding, 0) / row_bytes;
+    return std::min<int64_t>(rows, static_cast<int64_t>(staging.pairs.size()));
+  };
+  staging.parts = rows_in(ring_bytes / 2) > 0 ? 2 : 1;
+  staging.rows = rows_in(ring_bytes / staging.parts);
   if (staging.rows == 0) {
     staging.refusal = text("a pair spans ", row_bytes, " bytes of host memory, more than the ring's ", ring_bytes);
     return;
   }
   for (Window& window : staging.windows) {
     const auto phase = static_cast<int64_t>(reinterpret_cast<uintptr_t>(window.host.base) % kVectorBytes);
-    window.ring_offset = round_up(staging.ring_bytes, kPlaneBytes) + phase;
-    staging.ring_bytes = window.ring_offset + staging.rows * window.row_bytes;
+    window.ring_offset = round_up(staging.chunk_bytes, kPlaneBytes) + phase;
+    staging.chunk_bytes = window.ring_offset + staging.rows * window.row_bytes;
   }
 }
 
@@ -171,7 +176,7 @@ Staging plan_staging(const Work& work, int64_t ring_bytes) {
   return staging;
 }
 
-StagingChunk staging_chunk(const Work& work, const Staging& staging, int64_t chunk, std::byte* ring) {
+StagingChunk staging_chunk(const Work& work, const Staging& staging, int64_t chunk, std::byte* place) {
   const bool is_dst = work.direction == Direction::kDeviceToHost;
   const auto begin = static_cast<size_t>(chunk * staging.rows);
   const size_t end = std::min(begin + static_cast<size_t>(staging.rows), staging.pairs.size());
@@ -181,10 +186,10 @@ StagingChunk staging_chunk(const Work& work, const Staging& staging, int64_t chu
   in_device.direction = Direction::kDeviceToDevice;
   in_device.pairs = static_cast<int64_t>(end - begin);
   for (size_t i = 0; i < work.moves.size(); ++i) {
-    const Staging::Place& place = staging.places[i];
-    const Window& window = staging.windows[place.window];
+    const Staging::Place& at = staging.places[i];
+    const Window& window = staging.windows[at.window];
     Move move = work.moves[i];
-    (is_dst ? move.dst : move.src) = {ring + window.ring_offset + place.offset, window.row_bytes, 0, 1};
+    (is_dst ? move.dst : move.src) = {place + window.ring_offset + at.offset, window.row_bytes, 0, 1};
     move.merges = false;
     in_device.bytes += in_device.pairs * move.bytes_per_pair();
     in_device.moves.push_back(move);
@@ -195,7 +200,7 @@ StagingChunk staging_chunk(const Work& work, const Staging& staging, int64_t chu
     in_device.segments.push_back(is_dst ? Segment{id, row, 1} : Segment{row, id, 1});
   }
   for (const Window& window : staging.windows) {
-    std::byte* at = ring + window.ring_offset;
+    std::byte* at = place + window.ring_offset;
     for (size_t i = begin; i < end; ++i, at += window.row_bytes) {
       std::byte* const host = window.host.at(staging.pairs[i].host);
       for (const Piece& piece : window.pieces) {

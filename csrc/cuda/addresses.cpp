@@ -59,46 +59,75 @@ Span touched(const Side& side, const Move& move, int64_t Loop::* stride, const I
   throw std::invalid_argument(std::string(name) + " is in " + reason);
 }
 
-ptrdiff_t device_offset(const char* name, const std::byte* begin, const std::byte* end, const DeviceLimits& limits,
+// What of the device and the caller decides whether pageable memory will do.
+struct PageableAccess {
+  bool reads;
+  bool may_migrate;
+  bool uses_host_page_tables;
+};
+
+// How far the device's addresses of [begin, end) are from the host's.
+ptrdiff_t device_offset(const char* name, const std::byte* begin, const std::byte* end, const PageableAccess& pageable,
                         PointerMap& pointers) {
-  const Range first = pointers.find(begin);
+  // Asked first, so that memory without a known end ends where the last byte's begins.
+  const Range last = pointers.find(end - 1);
+  const ptrdiff_t offset = pointers.find(begin).device_offset;
+  const auto check_range = [&](const Range& range) {
+    if (range.memory == Range::Memory::kPageable) {
+      if (!pageable.reads) refuse(name, "pageable host memory, which the device cannot read");
+      if (!pageable.may_migrate && !pageable.uses_host_page_tables) {
+        refuse(name, "pageable host memory, of which each page that a kernel touches moves to the device");
+      }
+    } else if (!range.mapped) {
+      refuse(name, "host memory that is not mapped for the device");
+    }
+    // Where the device reads pageable memory, it does so at the host's address, and so with an offset of 0.
+    if (range.device_offset != offset) refuse(name, "host memory that the device sees at more than one offset");
+  };
   for (const std::byte* at = begin; at < end;) {
     const Range range = pointers.find(at);
-    if (range.memory == Range::Memory::kPageable) {
-      if (!limits.reads_pageable) refuse(name, "pageable host memory, which the device cannot read");
-      // Where the device reads any host memory, it does so at the host's address.
-      if (first.device_offset != 0) refuse(name, "host memory that the device sees at more than one offset");
-      return 0;
-    }
-    if (!range.mapped) refuse(name, "host memory that is not mapped for the device");
-    if (range.device_offset != first.device_offset) {
-      refuse(name, "host memory that the device sees at more than one offset");
-    }
+    check_range(range);
+    // Nothing is known of what follows.
+    if (range.memory == Range::Memory::kPageable) break;
     at = reinterpret_cast<const std::byte*>(range.end);
   }
-  return first.device_offset;
-}
-
-void map_side(const char* name, Side& side, const Move& move, int64_t Loop::* stride, const IdRange& ids,
-              const DeviceLimits& limits, PointerMap& pointers) {
-  if (ids.high < ids.low) return;
-  const Span span = touched(side, move, stride, ids);
-  side.base += device_offset(name, side.base + span.low, side.base + span.high, limits, pointers);
+  check_range(last);
+  return offset;
 }
 
 }  // namespace
 
 void map_for_device(Work& work, const DeviceIds* ids, const DeviceLimits& limits, PointerMap& pointers,
-                    const SideNames& names) {
+                    const SideNames& names, bool may_migrate) {
+  if (work.direction != Direction::kHostToDevice && work.direction != Direction::kDeviceToHost) return;
+  const bool is_dst = work.direction == Direction::kDeviceToHost;
+  const PageableAccess pageable{limits.reads_pageable, may_migrate, limits.uses_host_page_tables};
   const IdRanges ranges = id_ranges(work, ids);
+  const IdRange& range = is_dst ? ranges.dst : ranges.src;
+  if (range.high < range.low) return;
   for (Move& move : work.moves) {
-    if (work.direction == Direction::kHostToDevice) {
-      map_side(names.src, move.src, move, &Loop::src_stride, ranges.src, limits, pointers);
-    }
-    if (work.direction == Direction::kDeviceToHost) {
-      map_side(names.dst, move.dst, move, &Loop::dst_stride, ranges.dst, limits, pointers);
+    Side& side = is_dst ? move.dst : move.src;
+    const auto span = touched(side, move, is_dst ? &Loop::dst_stride : &Loop::src_stride, range);
+    side.base +=
+        device_offset(is_dst ? names.dst : names.src, side.base + span.low, side.base + span.high, pageable, pointers);
+  }
+}
+
+bool writes_read_only(const Work& work, const DeviceIds* ids, PointerMap& pointers) {
+  if (work.direction != Direction::kDeviceToHost) return false;
+  const IdRange range = id_ranges(work, ids).dst;
+  if (range.high < range.low) return false;
+  for (const Move& move : work.moves) {
+    const auto span = touched(move.dst, move, &Loop::dst_stride, range);
+    const std::byte* const end = move.dst.base + span.high;
+    for (const std::byte* at = move.dst.base + span.low; at < end;) {
+      const Range found = pointers.find(at);
+      if (found.memory == Range::Memory::kPageable) break;
+      if (found.memory == Range::Memory::kPinned && pointers.is_read_only(at)) return true;
+      at = reinterpret_cast<const std::byte*>(found.end);
     }
   }
+  return false;
 }
 
 }  // namespace kvkernels

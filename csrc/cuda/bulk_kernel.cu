@@ -47,16 +47,23 @@ size_t bulk_shared_bytes(uint32_t tile_bytes) {
   return static_cast<size_t>(kBulkWarps) * stages_of(tile_bytes) * tile_bytes;
 }
 
+namespace {
+
+const KernelTrio kKernels{reinterpret_cast<const void*>(kvkernels_copy_bulk_small),
+                          reinterpret_cast<const void*>(kvkernels_copy_bulk_large),
+                          reinterpret_cast<const void*>(kvkernels_copy_bulk_table)};
+
+}  // namespace
+
+void load_bulk_kernels() { load(kKernels); }
+
 void launch_bulk(const Head& head, const std::byte* tables, size_t table_bytes, int ctas, cudaStream_t stream) {
-  static const KernelTrio kernels{reinterpret_cast<const void*>(kvkernels_copy_bulk_small),
-                                  reinterpret_cast<const void*>(kvkernels_copy_bulk_large),
-                                  reinterpret_cast<const void*>(kvkernels_copy_bulk_table)};
   const size_t shared_bytes = bulk_shared_bytes(head.unit_bytes);
   // More than 48 KiB has to be asked for, on each device; asking again is cheap.
-  check(cudaFuncSetAttribute(kernels.of(tables, table_bytes), cudaFuncAttributeMaxDynamicSharedMemorySize,
+  check(cudaFuncSetAttribute(kKernels.of(tables, table_bytes), cudaFuncAttributeMaxDynamicSharedMemorySize,
                              static_cast<int>(kBulkWarps * kRingBytes)),
         "cudaFuncSetAttribute");
-  check_copy(launch(kernels, head, tables, table_bytes, {ctas, kBulkThreads, shared_bytes}, stream),
+  check_copy(launch(kKernels, head, tables, table_bytes, {ctas, kBulkThreads, shared_bytes}, stream),
              "cudaLaunchKernelExC");
 }
 

@@ -53,6 +53,12 @@ cudaError_t launch_copy(KernelVariant variant, const Head& head, const std::byte
   return launch(kernels_of(variant), head, tables, table_bytes, {ctas, threads, 0}, stream);
 }
 
+void load_copy_kernels() {
+  for (KernelVariant variant : {KernelVariant::kPage, KernelVariant::kRow, KernelVariant::kBytes}) {
+    load(kernels_of(variant));
+  }
+}
+
 int code_capability() {
   cudaFuncAttributes attributes{};
   const cudaError_t code = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kvkernels_copy_page_small));

@@ -25,9 +25,9 @@ PFN_cuMemcpyBatchAsync_v12080 batch_function() {
 
 class Copier {
  public:
-  Copier(int64_t expected, bool any_source_order, bool issues, cudaStream_t stream)
+  Copier(int64_t expected, bool any_source_order, bool issues, bool batches, cudaStream_t stream)
       : any_source_order_(any_source_order), issues_(issues), stream_(stream) {
-    if (!is_capturing(stream) && !is_legacy(stream)) batch_ = batch_function();
+    if (batches) batch_ = batch_function();
     const size_t room = static_cast<size_t>(std::clamp<int64_t>(expected, 1, kBatchDescriptors));
     sources_.reserve(room);
     destinations_.reserve(room);
@@ -40,7 +40,7 @@ class Copier {
       const Range src = pointers_.find(fragment.src);
       const Range dst = pointers_.find(fragment.dst);
       const int64_t bytes = std::min(room(src, fragment.src, fragment.bytes), room(dst, fragment.dst, fragment.bytes));
-      add_piece({fragment.src, fragment.dst, bytes}, src.memory, dst.memory);
+      add_piece({fragment.src, fragment.dst, bytes}, src, dst);
       fragment.src += bytes;
       fragment.dst += bytes;
       fragment.bytes -= bytes;
@@ -55,28 +55,36 @@ class Copier {
   }
 
  private:
-  // How many of `bytes` from `at` on are in one piece of memory. Pageable memory has no known end, but if its last byte
-  // is registered, that registration's begin is one.
+  // How many of `bytes` from `at` on are in one piece of memory. Where no end is known, the last byte may lie in memory
+  // whose begin is one.
   int64_t room(const Range& range, const void* at, int64_t bytes) {
     const uintptr_t address = reinterpret_cast<uintptr_t>(at);
     if (range.memory != Memory::kPageable) {
-      return static_cast<int64_t>(std::min<uintptr_t>(range.end - address, static_cast<uintptr_t>(bytes)));
+      bytes = static_cast<int64_t>(std::min<uintptr_t>(range.end - address, static_cast<uintptr_t>(bytes)));
     }
-    if (bytes == 1) return 1;
+    if (range.is_known || bytes == 1) return bytes;
     const Range last = pointers_.find(static_cast<const std::byte*>(at) + bytes - 1);
-    return last.memory == Memory::kPageable || last.begin <= address ? bytes
-                                                                     : static_cast<int64_t>(last.begin - address);
+    return !last.is_known || last.begin <= address ? bytes : static_cast<int64_t>(last.begin - address);
   }
 
-  void add_piece(const Fragment& piece, Memory src, Memory dst) {
+  // A batch takes addresses of the device alone; a plain copy takes the host's as well.
+  static bool is_batchable(const Range& range) {
+    return range.mapped && (range.memory == Memory::kPinned || range.memory == Memory::kDevice);
+  }
+
+  static CUdeviceptr device_address(const Range& range, const void* at) {
+    return reinterpret_cast<CUdeviceptr>(at) + static_cast<CUdeviceptr>(range.device_offset);
+  }
+
+  void add_piece(const Fragment& piece, const Range& src, const Range& dst) {
     ++issued_.descriptors;
     issued_.bytes += piece.bytes;
-    const bool known =
-        (src == Memory::kPinned || src == Memory::kDevice) && (dst == Memory::kPinned || dst == Memory::kDevice);
-    if (batch_ == nullptr || !known) return copy_alone(piece.src, piece.dst, static_cast<size_t>(piece.bytes));
-    loads_only_ = loads_only_ && src == Memory::kPinned && dst == Memory::kDevice;
-    sources_.push_back(reinterpret_cast<CUdeviceptr>(piece.src));
-    destinations_.push_back(reinterpret_cast<CUdeviceptr>(piece.dst));
+    if (batch_ == nullptr || !is_batchable(src) || !is_batchable(dst)) {
+      return copy_alone(piece.src, piece.dst, static_cast<size_t>(piece.bytes));
+    }
+    loads_only_ = loads_only_ && src.memory == Memory::kPinned && dst.memory == Memory::kDevice;
+    sources_.push_back(device_address(src, piece.src));
+    destinations_.push_back(device_address(dst, piece.dst));
     sizes_.push_back(static_cast<size_t>(piece.bytes));
     if (static_cast<int64_t>(sizes_.size()) == kBatchDescriptors) flush();
   }
@@ -134,8 +142,10 @@ class Copier {
   Issued issued_;
 };
 
+bool allows_batches(cudaStream_t stream) { return !is_capturing(stream) && !is_legacy(stream); }
+
 Issued walk(const Work& work, bool any_source_order, bool issues, cudaStream_t stream) {
-  Copier copier(work.descriptors, any_source_order, issues, stream);
+  Copier copier(work.descriptors, any_source_order, issues, allows_batches(stream), stream);
   FragmentCursor cursor(work, 0, work.bytes);
   Fragment fragments[64];
   for (int64_t count; (count = cursor.next(fragments, std::ssize(fragments))) > 0;) {
@@ -144,10 +154,8 @@ Issued walk(const Work& work, bool any_source_order, bool issues, cudaStream_t s
   return copier.finish();
 }
 
-Issued walk(const Fragment* fragments, int64_t count, bool any_source_order, bool issues, cudaStream_t stream,
-            const Range* assumed = nullptr) {
-  Copier copier(count, any_source_order, issues, stream);
-  if (assumed != nullptr) copier.assume(*assumed);
+Issued walk(const Fragment* fragments, int64_t count, bool any_source_order, bool issues, cudaStream_t stream) {
+  Copier copier(count, any_source_order, issues, allows_batches(stream), stream);
   for (int64_t i = 0; i < count; ++i) copier.add(fragments[i]);
   return copier.finish();
 }
@@ -164,8 +172,15 @@ Issued dma_copy(const Fragment* fragments, int64_t count, bool any_source_order,
 
 Issued plan_dma(const Work& work, cudaStream_t stream) { return walk(work, false, false, stream); }
 
-Issued plan_dma(const Fragment* fragments, int64_t count, cudaStream_t stream, const Range* assumed) {
-  return walk(fragments, count, false, false, stream, assumed);
+Issued plan_dma(const Fragment* fragments, int64_t count, cudaStream_t stream) {
+  return walk(fragments, count, false, false, stream);
+}
+
+Issued plan_ring_copies(const Fragment* fragments, int64_t count, const Range& ring) {
+  Copier copier(count, false, false, true, nullptr);
+  copier.assume(ring);
+  for (int64_t i = 0; i < count; ++i) copier.add(fragments[i]);
+  return copier.finish();
 }
 
 }  // namespace kvkernels

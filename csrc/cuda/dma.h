@@ -24,8 +24,11 @@ constexpr int64_t kBatchDescriptors = 2048;
 Issued dma_copy(const Work& work, bool any_source_order, cudaStream_t stream);
 Issued dma_copy(const Fragment* fragments, int64_t count, bool any_source_order, cudaStream_t stream);
 
-// What dma_copy will issue, as long as the driver does not refuse a batch; `assumed` is memory that is not there yet.
+// What dma_copy will issue, as long as the driver does not refuse a batch.
 Issued plan_dma(const Work& work, cudaStream_t stream);
-Issued plan_dma(const Fragment* fragments, int64_t count, cudaStream_t stream, const Range* assumed = nullptr);
+Issued plan_dma(const Fragment* fragments, int64_t count, cudaStream_t stream);
+
+// The same on a stream and with a ring on the device that need not be there yet.
+Issued plan_ring_copies(const Fragment* fragments, int64_t count, const Range& ring);
 
 }  // namespace kvkernels

@@ -1,6 +1,8 @@
 // What kernels found wrong with ids that live on the device.
 #pragma once
 
+#include <cuda_runtime_api.h>
+
 #include <cstdint>
 #include <optional>
 #include <shared_mutex>
@@ -15,20 +17,27 @@ struct FaultRecord {
   uint32_t op;         // DeviceIds::op of that op
 };
 
+struct FaultWatch;
+
 // The device's word, for launches that may write it; zeroed, allocated at first use, never freed, and never on a
 // capturing stream. `device` must be current. While it is held, take_fault waits: it clears nothing that a launch
 // writes after it has read.
 class FaultWord {
  public:
   explicit FaultWord(int device);
-  Fault* get() const { return word_; }
+  Fault* get() const;
+
+  // Launches that may write the word are on the stream, or in the graph that it captures: take_fault waits for them,
+  // and for each replay. Throws CudaError.
+  void note_launches(cudaStream_t stream);
 
  private:
   std::shared_lock<std::shared_mutex> lock_;
-  Fault* word_ = nullptr;
+  FaultWatch* watch_ = nullptr;
 };
 
-// Synchronises the device, reads the word and clears it; nothing where no pair was skipped.
+// Waits for all launches that were noted, reads the word and clears it; nothing where no pair was skipped. Works while
+// a stream captures, and leaves its capture intact: to synchronise the device would not.
 std::optional<FaultRecord> take_fault(int device);
 
 }  // namespace kvkernels

@@ -378,6 +378,7 @@ Issued run_kernel(const KernelPlan& plan, const Upload& upload, cudaStream_t str
     ++issued.launches;
     issued.descriptors += head.moves + head.pairs;
   }
+  if (word) word->note_launches(stream);
   issued.bytes = plan.bytes;
   return issued;
 }

@@ -71,8 +71,12 @@ struct SideNames {
 };
 
 // Makes the host sides of `work` addresses that the current device can use. Throws std::invalid_argument, whose text is
-// the reason alone, where it cannot.
+// the reason alone, where it cannot. `may_migrate`: pageable memory will do also where touching it moves its pages to
+// the device, and the host's next touch moves them back.
 void map_for_device(Work& work, const DeviceIds* ids, const DeviceLimits& limits, PointerMap& pointers,
-                    const SideNames& names = {});
+                    const SideNames& names = {}, bool may_migrate = true);
+
+// Whether the host side of `work` is a destination in memory that is registered as read-only for the device.
+bool writes_read_only(const Work& work, const DeviceIds* ids, PointerMap& pointers);
 
 }  // namespace kvkernels

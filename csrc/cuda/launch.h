@@ -7,11 +7,12 @@
 #include <cstring>
 
 #include "cuda/copy_body.h"
+#include "cuda/error.h"
 
 namespace kvkernels {
 
-// Bytes of tables that ride in a launch's parameters: drivers before 12.1 take 4 KB, and 32,000 bytes compile for every
-// target.
+// Bytes of tables that ride in a launch's parameters: 32,000 compile for every target, and each launch copies all that
+// its kernel takes, so that small tables have a kernel of their own.
 constexpr size_t kSmallParams = 4096;
 constexpr size_t kLargeParams = 32000;
 
@@ -43,6 +44,15 @@ struct KernelTrio {
     return table_bytes <= kSmallTables ? small : large;
   }
 };
+
+// Code is loaded when it is first asked about. A launch that finds none would load it in the middle of a capture, or of
+// serving.
+inline void load(const KernelTrio& kernels) {
+  for (const void* kernel : {kernels.small, kernels.large, kernels.table}) {
+    cudaFuncAttributes attributes{};
+    check(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
+  }
+}
 
 struct LaunchSize {
   int ctas;

@@ -5,6 +5,7 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <iterator>
 
 #include "cuda/device.h"
 #include "cuda/error.h"
@@ -12,50 +13,43 @@
 namespace kvkernels {
 namespace {
 
-// The driver rather than cudaPointerGetAttributes: the latter creates a context on the current device and does not know
+// The driver rather than cudaPointerGetAttributes: the latter makes a context on the current device and does not know
 // where an allocation ends.
 Range ask(uintptr_t address) {
-  static const auto get =
-      reinterpret_cast<PFN_cuPointerGetAttributes_v7000>(driver_function("cuPointerGetAttributes", 12000));
-  if (get == nullptr) throw CudaError("cuPointerGetAttributes failed: the driver lacks it");
+  static const auto get = driver_function<PFN_cuPointerGetAttributes_v7000>("cuPointerGetAttributes");
   uint64_t type = 0;
   uint64_t managed = 0;
   int device = -1;
+  CUdeviceptr seen_at = 0;
   CUdeviceptr begin = 0;
   size_t size = 0;
-  CUpointer_attribute attributes[] = {CU_POINTER_ATTRIBUTE_MEMORY_TYPE, CU_POINTER_ATTRIBUTE_IS_MANAGED,
-                                      CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL, CU_POINTER_ATTRIBUTE_RANGE_START_ADDR,
-                                      CU_POINTER_ATTRIBUTE_RANGE_SIZE};
-  void* values[] = {&type, &managed, &device, &begin, &size};
-  const CUresult result = get(5, attributes, values, address);
-  Range range{address, address + 1, Range::Memory::kPageable, -1, false, 0};
+  CUpointer_attribute attributes[] = {CU_POINTER_ATTRIBUTE_MEMORY_TYPE,      CU_POINTER_ATTRIBUTE_IS_MANAGED,
+                                      CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL,   CU_POINTER_ATTRIBUTE_DEVICE_POINTER,
+                                      CU_POINTER_ATTRIBUTE_RANGE_START_ADDR, CU_POINTER_ATTRIBUTE_RANGE_SIZE};
+  void* values[] = {&type, &managed, &device, &seen_at, &begin, &size};
+  const CUresult result = get(std::size(attributes), attributes, values, address);
+  Range range{address, address + 1};
   if (result == CUDA_ERROR_INVALID_VALUE) return range;
   check(static_cast<cudaError_t>(result), "cuPointerGetAttributes");
   const uint32_t kind = static_cast<uint32_t>(type);
   if (kind != CU_MEMORYTYPE_HOST && kind != CU_MEMORYTYPE_DEVICE && static_cast<uint8_t>(managed) == 0) return range;
 
   range.device = device;
-  range.begin = begin;
-  range.end = begin + size;
-  if (!(begin <= address && address < range.end)) {
-    range.begin = address;
-    range.end = UINTPTR_MAX;
+  range.memory = static_cast<uint8_t>(managed) != 0 ? Range::Memory::kManaged
+                 : kind == CU_MEMORYTYPE_DEVICE     ? Range::Memory::kDevice
+                                                    : Range::Memory::kPinned;
+  range.mapped = range.memory != Range::Memory::kPinned || seen_at != 0;
+  if (range.memory == Range::Memory::kPinned && range.mapped) {
+    range.device_offset = static_cast<ptrdiff_t>(seen_at - address);
   }
-  if (static_cast<uint8_t>(managed) != 0) {
-    range.memory = Range::Memory::kManaged;
-    range.mapped = true;
-  } else if (kind == CU_MEMORYTYPE_DEVICE) {
-    range.memory = Range::Memory::kDevice;
-    range.mapped = true;
-  } else {
-    range.memory = Range::Memory::kPinned;
-    cudaPointerAttributes seen{};
-    check(cudaPointerGetAttributes(&seen, reinterpret_cast<const void*>(address)), "cudaPointerGetAttributes");
-    range.mapped = seen.devicePointer != nullptr;
-    if (range.mapped) {
-      const uintptr_t seen_at = reinterpret_cast<uintptr_t>(seen.devicePointer);
-      range.device_offset = static_cast<ptrdiff_t>(seen_at - address);
-    }
+  range.end = UINTPTR_MAX;
+  // The range may be that of the device's addresses.
+  const uintptr_t seen_from = begin;
+  for (const uintptr_t from : {seen_from, seen_from - static_cast<uintptr_t>(range.device_offset)}) {
+    if (address - from >= size) continue;
+    range.begin = from;
+    range.end = from + size;
+    range.is_known = true;
   }
   return range;
 }
@@ -76,9 +70,23 @@ Range PointerMap::find(const void* pointer) {
   const auto after = std::upper_bound(ranges_.begin(), ranges_.end(), address,
                                       [](uintptr_t wanted, const Range& range) { return wanted < range.begin; });
   if (after != ranges_.begin() && holds(*std::prev(after), address)) return last_ = *std::prev(after);
-  const Range range = ask(address);
-  if (range.memory != Range::Memory::kPageable && range.end != UINTPTR_MAX) ranges_.insert(after, range);
-  return last_ = range;
+  Range range = ask(address);
+  if (range.is_known) {
+    ranges_.insert(after, range);
+    last_ = range;
+  } else if (range.memory != Range::Memory::kPageable && after != ranges_.end()) {
+    range.end = after->begin;
+  }
+  return range;
+}
+
+bool PointerMap::is_read_only(const void* pointer) {
+  static const auto get = driver_function<PFN_cuPointerGetAttribute_v4000>("cuPointerGetAttribute");
+  uint32_t access = CU_POINTER_ATTRIBUTE_ACCESS_FLAG_NONE;
+  const CUresult result = get(&access, CU_POINTER_ATTRIBUTE_ACCESS_FLAGS, reinterpret_cast<CUdeviceptr>(pointer));
+  if (result == CUDA_ERROR_INVALID_VALUE || result == CUDA_ERROR_NOT_SUPPORTED) return false;
+  check(static_cast<cudaError_t>(result), "cuPointerGetAttribute");
+  return access == CU_POINTER_ATTRIBUTE_ACCESS_FLAG_READ;
 }
 
 }  // namespace kvkernels

@@ -16,7 +16,7 @@ std::string build_info() {
   const char* architectures = "";
 #endif
   return text("{\"cuda\": ", cuda, ", \"cuda_version\": ", quoted(cuda_version),
-              ", \"architectures\": ", quoted(architectures),
+              ", \"architectures\": ", quoted(architectures), ", \"driver_refusal\": ", quoted(driver_refusal()),
               ", \"compiler\": ", quoted(text("gcc-compatible ", __VERSION__)),
               ", \"instruction_set\": ", quoted(cpu::instruction_set()),
               ", \"tuning\": ", quoted(cpu::tuning_for(cpu::selected_isa()).processors), '}');

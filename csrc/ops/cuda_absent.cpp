@@ -12,6 +12,8 @@ void carry_out_on_cuda(const CopyCall& call, std::vector<Move> moves, PairList l
                       "this build has no CUDA code (no nvcc was found, or KVKERNELS_CUDA=OFF)");
 }
 
+std::string driver_refusal() { return ""; }
+
 bool addresses_may_be_cuda() { return cuda_in_use(); }
 
 bool carry_out_addresses_on_cuda(const AddressCall& call) {

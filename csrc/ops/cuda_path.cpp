@@ -129,35 +129,42 @@ void run_dma_executor(const char* op, const Work& work, bool any_source_order, c
 Staging stage(const Work& work, const Context& context) {
   if (!context.is_capturing()) return plan_staging(work);
   Staging staging;
-  staging.refusal = "its stream is captured, and its ring on the device ends with the call";
+  staging.refusal = "its stream is captured, and its ring on the device serves other calls before a replay";
   return staging;
 }
 
-// `ring` is there unless the call is only explained.
-void run_staged_executor(const CopyCall& call, const Work& work, const Staging& staging,
-                         const std::optional<Tensor>& ring, const Context& context, const std::string& reason) {
+// `lease` is there unless the call is only explained.
+void run_staged_executor(const CopyCall& call, const Work& work, const Staging& staging, const RingLease* lease,
+                         const Context& context, const std::string& reason) {
   const int budget = grid_budget(call.sm_budget);
   if (explaining()) {
-    const Issued planned = plan_staged(work, staging, budget, context.limits(), context.stream());
+    const Issued planned = plan_staged(work, staging, budget, context.limits());
     Explanation explanation = explanation_of(call.op, work, reason);
     explanation.launches = planned.launches;
     explanation.descriptors = planned.descriptors;
+    const int64_t ring_bytes = staging.chunk_bytes * std::min<int64_t>(staging.chunks(), staging.parts);
     explanation.device =
-        text('{', context.json(), ", \"ring_bytes\": ", staging.ring_bytes, ", \"chunks\": ", staging.chunks(), '}');
+        text('{', context.json(), ", \"ring_bytes\": ", ring_bytes, ", \"chunks\": ", staging.chunks(), '}');
     return record(explanation);
   }
-  // Freed, like the ring, after the last launch.
+  // Freed after the last launch.
   Uploads uploads(context.device());
-  const Issued issued = run_staged(work, staging, static_cast<std::byte*>(ring->mutable_data_ptr()), budget,
-                                   context.limits(), uploads.function(), context.stream());
+  const Issued issued =
+      run_staged(work, staging, lease->ring(), budget, context.limits(), uploads.function(), context.stream());
   count_issued(Executor::kStaged, issued.launches, issued.descriptors, issued.bytes);
 }
 
-// Makes `work` reachable for a kernel, or says why it is not.
+// Makes `work` reachable for a kernel, or says why it is not. Memory that would move is for who names the kernel, or
+// has no other choice.
 std::string map_or_refuse(const CopyCall& call, Work& work, const DeviceIds* ids, const Context& context) {
   PointerMap pointers;
+  if (writes_read_only(work, ids, pointers)) {
+    value_error(call.op, ": ", call.dst_list,
+                " must be writable for the device, got host memory that is registered as read-only");
+  }
+  const bool may_migrate = call.executor != Executor::kAuto || ids != nullptr;
   try {
-    map_for_device(work, ids, context.limits(), pointers, {call.src_list, call.dst_list});
+    map_for_device(work, ids, context.limits(), pointers, {call.src_list, call.dst_list}, may_migrate);
   } catch (const std::invalid_argument& error) {
     return error.what();
   }
@@ -208,8 +215,9 @@ void carry_out_device_ids(const CopyCall& call, std::vector<Move> moves, Directi
     return run_kernel_executor(call.op, work, &ids, call.sm_budget, context, reason);
   }
   if (explaining()) return run_triton(call, work, context.device(), nullptr, reason);
-  const FaultWord word(context.device());
+  FaultWord word(context.device());
   run_triton(call, work, context.device(), word.get(), reason);
+  word.note_launches(context.stream());
 }
 
 // Raises where the executor that the caller named cannot serve the call. `unreachable`: why a kernel cannot reach the
@@ -238,18 +246,19 @@ GpuChoice choose(const Work& work, const Context& context, const std::string& un
   }
   GpuFacts facts{context.allows_batches(), no_code.empty() ? unreachable : no_code,
                  bulk_pays(work.moves, context.bulk())};
-  if (staging != nullptr && no_code.empty() && staging_may_pay(work.direction, work.bytes, work.descriptors, facts)) {
+  if (staging != nullptr && no_code.empty() && staging_may_pay(work.direction, work.bytes, work.descriptors, facts) &&
+      ring_may_be_had(context.device(), !explaining())) {
     *staging = stage(work, context);
     facts.staged_bytes = staging->mean_copy_bytes();
   }
   return choose_on_gpu(work.direction, work.bytes, work.descriptors, facts);
 }
 
-// Memory for the ring; nothing where there is none and `auto` may take something else.
-std::optional<Tensor> allocate_ring(const CopyCall& call, const Staging& staging, const Context& context) {
+// A ring; none where there is no memory for one and `auto` may take something else.
+std::optional<RingLease> lease_ring(const CopyCall& call, const Context& context) {
   try {
-    return device_bytes(static_cast<size_t>(staging.ring_bytes), context.device());
-  } catch (const std::runtime_error&) {
+    return std::optional<RingLease>(std::in_place, context.device(), context.stream());
+  } catch (const NoMemoryForRing&) {
     if (call.executor != Executor::kAuto) throw;
     return std::nullopt;
   }
@@ -267,10 +276,10 @@ void carry_out_host_ids(const CopyCall& call, std::vector<Move> moves, PairList 
   check_named(call, work, context, unreachable, staging);
   GpuChoice choice{call.executor, "named by the caller"};
   if (call.executor == Executor::kAuto) choice = choose(work, context, unreachable, &staging);
-  std::optional<Tensor> ring;
+  std::optional<RingLease> lease;
   if (choice.executor == Executor::kStaged && work.bytes > 0 && !explaining()) {
-    ring = allocate_ring(call, staging, context);
-    if (!ring) choice = choose(work, context, unreachable, nullptr);
+    lease = lease_ring(call, context);
+    if (!lease) choice = choose(work, context, unreachable, nullptr);
   }
   work.executor = mapped.executor = choice.executor;
   if (work.bytes == 0) {
@@ -278,7 +287,7 @@ void carry_out_host_ids(const CopyCall& call, std::vector<Move> moves, PairList 
   } else if (choice.executor == Executor::kKernel || choice.executor == Executor::kBulk) {
     run_kernel_executor(call.op, mapped, nullptr, call.sm_budget, context, choice.reason);
   } else if (choice.executor == Executor::kStaged) {
-    run_staged_executor(call, work, staging, ring, context, choice.reason);
+    run_staged_executor(call, work, staging, lease ? &*lease : nullptr, context, choice.reason);
   } else if (choice.executor == Executor::kTriton) {
     run_triton(call, mapped, context.device(), nullptr, choice.reason);
   } else {
@@ -294,6 +303,7 @@ struct AddressFacts {
   bool dst_on_device = false;
   bool src_on_host = false;
   bool dst_on_host = false;
+  bool dst_is_read_only = false;   // for the device
   const char* pageable = nullptr;  // the argument with an address of pageable memory
   std::string unreachable;         // why no device's kernel reaches all of them; empty where one may
 };
@@ -322,6 +332,9 @@ AddressFacts facts_of(const char* op, const std::vector<Fragment>& fragments) {
       const bool is_device = range.memory == Range::Memory::kDevice || range.memory == Range::Memory::kManaged;
       (is_device ? on_device : on_host) = true;
       note_range(op, argument, range, facts);
+      facts.dst_is_read_only =
+          facts.dst_is_read_only || (&on_host == &facts.dst_on_host && range.memory == Range::Memory::kPinned &&
+                                     pointers.is_read_only(reinterpret_cast<const void*>(at)));
       if (range.memory == Range::Memory::kPageable) return;
       at = range.end;
     }
@@ -425,12 +438,21 @@ GpuChoice choose_for_addresses(const AddressCall& call, const Work& joined, cons
 
 }  // namespace
 
+std::string driver_refusal() {
+  // A runtime runs on drivers of its major version and later; every call of it fails on others.
+  constexpr int kMajor = CUDART_VERSION / 1000;
+  static_assert(kMajor == 12 || kMajor == 13, "which driver release is the first for this version of CUDA?");
+  const int found = cuda_driver_version();
+  if (found == 0 || found / 1000 >= kMajor) return "";
+  return text("this library's code for CUDA ", kMajor, " needs driver ", kMajor == 13 ? 580 : 525,
+              " or later, and the driver found is for CUDA ", found / 1000, '.', found % 1000 / 10);
+}
+
 void carry_out_on_cuda(const CopyCall& call, std::vector<Move> moves, PairList list) {
   // Tensors are on a device and no CUDA driver is loaded: this torch is for another vendor's.
-  if (!cuda_in_use()) {
-    return carry_out_on_triton(call, std::move(moves), std::move(list),
-                               "this build's kernels are CUDA's, and no CUDA driver is in use");
-  }
+  const std::string why_not =
+      cuda_in_use() ? driver_refusal() : "this build's kernels are CUDA's, and no CUDA driver is in use";
+  if (!why_not.empty()) return carry_out_on_triton(call, std::move(moves), std::move(list), why_not);
   named_errors(call.op, [&] {
     const Context context(call.src.place.on_device ? call.src.place.device : call.dst.place.device);
     const Direction direction = kvkernels::direction_of(call.src.place, call.dst.place);
@@ -442,10 +464,22 @@ void carry_out_on_cuda(const CopyCall& call, std::vector<Move> moves, PairList l
 bool addresses_may_be_cuda() { return cuda_in_use(); }
 
 bool carry_out_addresses_on_cuda(const AddressCall& call) {
+  if (const std::string why_not = driver_refusal(); !why_not.empty()) {
+    const auto touches_device = [](const Fragment& fragment) {
+      return is_on_device(fragment.src) || is_on_device(fragment.src + fragment.bytes - 1) ||
+             is_on_device(fragment.dst) || is_on_device(fragment.dst + fragment.bytes - 1);
+    };
+    if (std::none_of(call.fragments.begin(), call.fragments.end(), touches_device)) return false;
+    throw std::runtime_error(text(call.op, ": addresses on a cuda device need CUDA code that runs: ", why_not));
+  }
   return named_errors(call.op, [&] {
     const AddressFacts facts = facts_of(call.op, call.fragments);
     if (facts.device < 0) return false;
     const Context context(facts.device);
+    if (facts.dst_is_read_only) {
+      value_error(call.op,
+                  ": dst_ptrs must be writable for the device, got host memory that is registered as read-only");
+    }
     const Work joined = lower_fragments(call.fragments, direction_of(facts), {Executor::kDma, 1, false});
     // Neighbours that became one are of many sizes where random pages are of one.
     const int joined_sizes = count_sizes(joined.fragments);
@@ -470,7 +504,7 @@ bool carry_out_addresses_on_cuda(const AddressCall& call) {
 }
 
 std::string take_fault_json(int device) {
-  if (!cuda_in_use()) return "{}";
+  if (!cuda_in_use() || !driver_refusal().empty()) return "{}";
   return named_errors("check_device", [&]() -> std::string {
     const DeviceGuard guard(device);
     const std::optional<FaultRecord> fault = take_fault(device);

@@ -10,6 +10,10 @@ namespace kvkernels {
 // A call with a tensor on a CUDA device. `list` is empty where the ids live on the device.
 void carry_out_on_cuda(const CopyCall& call, std::vector<Move> moves, PairList list);
 
+// Why the CUDA code of this library cannot run on the driver that is loaded; empty where it can, or where there is
+// neither.
+std::string driver_refusal();
+
 // True where raw addresses may be the device's: this process has initialised CUDA.
 bool addresses_may_be_cuda();
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "core/cuda_driver.h"
 #include "ops/counters.h"
 #include "ops/explain.h"
 #include "ops/fault_ops.h"
@@ -21,8 +22,14 @@ std::string refusal_of(const CopyCall& call, int device) {
   const std::string refusal = triton_refusal(device);
   if (!refusal.empty() || device < 0 || call.src.place.on_device == call.dst.place.on_device) return refusal;
   const Pools& host = call.src.place.on_device ? call.dst : call.src;
-  if (std::all_of(host.tensors.begin(), host.tensors.end(), is_pinned)) return "";
-  return text(call.src.place.on_device ? call.dst_list : call.src_list, " must be in pinned memory");
+  const char* const list = call.src.place.on_device ? call.dst_list : call.src_list;
+  if (!std::all_of(host.tensors.begin(), host.tensors.end(), is_pinned)) return text(list, " must be in pinned memory");
+  for (const Tensor& tensor : host.tensors) {
+    const std::string why = host_address_refusal(tensor.const_data_ptr(), call.src.place.on_device);
+    if (!why.empty())
+      return text(list, " must be pinned memory that a kernel can use at the host's address, got ", why);
+  }
+  return "";
 }
 
 }  // namespace

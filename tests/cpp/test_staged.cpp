@@ -97,7 +97,7 @@ Work random_work(Random& random, Direction direction, Bytes& host, Bytes& device
 // that follow each other on both sides.
 void check_counts(const Work& work, const Staging& staging) {
   if (staging.chunks() != 1) return;
-  Bytes ring(static_cast<size_t>(staging.ring_bytes));
+  Bytes ring(static_cast<size_t>(staging.chunk_bytes));
   const StagingChunk chunk = staging_chunk(work, staging, 0, ring.data());
   int64_t bytes = 0;
   for (const Fragment& fragment : chunk.over_link) bytes += fragment.bytes;
@@ -110,7 +110,7 @@ void carry_out(const Work& work, const Staging& staging) {
   int64_t pairs = 0;
   int64_t bytes = 0;
   for (int64_t c = 0; c < staging.chunks(); ++c) {
-    Bytes ring(static_cast<size_t>(staging.ring_bytes), std::byte{0xEE});
+    Bytes ring(static_cast<size_t>(staging.chunk_bytes), std::byte{0xEE});
     const StagingChunk chunk = staging_chunk(work, staging, c, ring.data());
     if (work.direction == Direction::kHostToDevice) {
       for (const Fragment& fragment : chunk.over_link) copy(fragment);
@@ -150,7 +150,7 @@ void moves_what_the_call_moves() {
       expect(ring_bytes < kStagingRingBytes, staging.refusal);
       continue;
     }
-    expect(staging.ring_bytes <= ring_bytes, "a ring larger than allowed");
+    expect(staging.chunk_bytes <= ring_bytes, "a ring larger than allowed");
     check_counts(work, staging);
     const Bytes before = dst;
     each_fragment(work, copy);

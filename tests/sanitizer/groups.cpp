@@ -351,9 +351,9 @@ void run_staged_case(Session& session, const Geometry& geometry, Direction direc
   const Work work = lower_host_ids(trial, direction, Executor::kStaged, pairs);
   const Staging staging = plan_staging(work, 48 << 10);
   expect(staging.chunks() > 1, "staged: there must be more than one chunk, got '" + staging.refusal + "'");
-  const Buffer ring(Memory::kDevice, static_cast<size_t>(staging.ring_bytes));
+  const RingLease lease(current_device(), session.stream());
   count_launches_as(Direction::kDeviceToDevice);
-  run_staged(work, staging, ring.data(), 0, session.limits(), session.upload(), session.stream());
+  run_staged(work, staging, lease.ring(), 0, session.limits(), session.upload(), session.stream());
   session.finish();
   session.judge(text("staged, ", name_of(direction), host == Memory::kPinned ? ", pinned" : ", pageable"), trial, pairs,
                 std::nullopt);

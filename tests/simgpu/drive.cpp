@@ -268,8 +268,8 @@ EXPORT int drive_fragments(const int64_t* rows, int64_t count, int any_order, in
 }
 
 // `ids` is null or: source data, stride, width; destination data, stride, width; rows; limits; skip_negative; op.
-// `options`: direction, sm_budget, items of a launch (0: the default), whether it captures, whether to map, to run, and
-// to use bulk copies.
+// `options`: direction, sm_budget, items of a launch (0: the default), whether it captures, whether to map (2: memory
+// that would not move), to run, and to use bulk copies.
 // `out`: launches, ctas, threads, tiles, descriptors, bytes, table bytes, uploads, variant; then what was issued.
 EXPORT int drive_kernel(const int64_t* moves, int64_t move_count, const int64_t* segments, int64_t segment_count,
                         const int64_t* ids, const int64_t* options, void* stream, int64_t* out) {
@@ -292,8 +292,12 @@ EXPORT int drive_kernel(const int64_t* moves, int64_t move_count, const int64_t*
     DeviceLimits limits = device_limits(current_device());
     if (options[2] > 0) limits.max_items = options[2];
     limits.reads_pageable = fake::setting("pageable_access") != 0;
+    limits.uses_host_page_tables = fake::setting("host_page_tables") != 0;
     PointerMap pointers;
-    if (options[4] != 0) map_for_device(work, on_device, limits, pointers);
+    if (options[4] != 0) {
+      if (writes_read_only(work, on_device, pointers)) throw std::invalid_argument("dst is read-only for the device");
+      map_for_device(work, on_device, limits, pointers, {}, options[4] == 1);
+    }
     const KernelPlan plan = plan_kernel(work, on_device, static_cast<int>(options[1]), limits, options[3] != 0);
     const int64_t planned[] = {plan.launches,    plan.ctas,        plan.threads,
                                plan.tiles,       plan.descriptors, plan.bytes,
@@ -307,7 +311,7 @@ EXPORT int drive_kernel(const int64_t* moves, int64_t move_count, const int64_t*
 }
 
 // `options`: direction, sm_budget, bytes of the ring (0: the default), whether only to plan. `out`: what was issued,
-// the chunks, and the ring's bytes.
+// the chunks, and the bytes of the ring that they take.
 EXPORT int drive_staged(const int64_t* moves, int64_t move_count, const int64_t* segments, int64_t segment_count,
                         const int64_t* options, void* stream, int64_t* out) {
   return guarded([&] {
@@ -319,13 +323,11 @@ EXPORT int drive_staged(const int64_t* moves, int64_t move_count, const int64_t*
     const auto budget = static_cast<int>(options[1]);
     const DeviceLimits limits = device_limits(current_device());
     out[3] = staging.chunks();
-    out[4] = staging.ring_bytes;
-    if (options[3] != 0) return write_issued(plan_staged(work, staging, budget, limits, on), out);
-    void* ring = nullptr;
-    check(cudaMalloc(&ring, static_cast<size_t>(staging.ring_bytes)), "cudaMalloc");
-    uploads.push_back(ring);
+    out[4] = staging.chunk_bytes * staging.parts;
+    if (options[3] != 0) return write_issued(plan_staged(work, staging, budget, limits), out);
+    const RingLease lease(current_device(), on);
     const auto send = [&](const void* host, size_t bytes) { return upload(host, bytes, on); };
-    write_issued(run_staged(work, staging, static_cast<std::byte*>(ring), budget, limits, send, on), out);
+    write_issued(run_staged(work, staging, lease.ring(), budget, limits, send, on), out);
   });
 }
 
@@ -365,7 +367,8 @@ EXPORT int drive_is_capturing(void* stream, int64_t* out) {
 EXPORT int drive_is_legacy(void* stream) { return is_legacy(static_cast<cudaStream_t>(stream)); }
 EXPORT int drive_cuda_in_use() { return cuda_in_use(); }
 
-// `out`: SMs, capability, the capability of the code, bytes of shared memory, whether it reads pageable memory.
+// `out`: SMs, capability, the capability of the code, bytes of shared memory, whether it reads pageable memory, and by
+// the host's page tables.
 EXPORT int drive_limits(int device, int64_t* out) {
   return guarded([&] {
     message.clear();
@@ -376,6 +379,7 @@ EXPORT int drive_limits(int device, int64_t* out) {
     out[2] = limits.code_capability;
     out[3] = limits.shared_bytes;
     out[4] = limits.reads_pageable;
+    out[5] = limits.uses_host_page_tables;
   });
 }
 

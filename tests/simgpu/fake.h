@@ -24,6 +24,7 @@ struct Allocation {
   int memory = kPageable;
   int device = -1;
   ptrdiff_t device_offset = 0;  // where a second mapping of pinned memory is, for the device
+  bool is_read_only = false;    // for the device
 };
 
 // What was asked for since the last reset. Bytes are indexed by whether the source and the destination are on a device.
@@ -44,11 +45,23 @@ using Lock = std::lock_guard<std::recursive_mutex>;
 
 Counters& counters();
 
-// The calling thread's device.
-int& current_device();
+// A device's primary context: hundreds of megabytes on a real one, from the first call that needs it to the end.
+struct Context {
+  int device;
+};
+Context* primary_context(int device);
+
+// The calling thread's; null where it has none.
+Context*& current_context();
+
+// That context's device. Without one: the device that the runtime would make one on.
+int current_device();
+
+// The runtime's way to change it, which makes a context there.
+void set_device(int device);
 
 // Counts the call and lets time pass. The code it was told to fail with, or that the context is broken with; else 0.
-// Calls that start with "cuda" initialise the driver.
+// Calls that start with "cuda" initialise the driver, and most make a context for a thread that has none.
 int enter(const char* call);
 
 // After these codes nothing works any more.
@@ -72,6 +85,10 @@ int64_t setting(const char* name);
 bool find(uintptr_t address, Allocation& found);
 void insert(const Allocation& allocation);
 bool erase(uintptr_t begin, Allocation& erased);
+
+// Where the memory is that the device sees at the address; 0 where it sees none there. The host's address of pinned
+// memory that has another for the device is none of the device's.
+uintptr_t behind_device_address(uintptr_t address);
 
 // Whether either side of the copy is empty or crosses the end of an allocation or registration.
 bool is_bad_copy(uintptr_t dst, uintptr_t src, size_t bytes);

@@ -8,6 +8,7 @@
 
 #include <cstring>
 #include <map>
+#include <set>
 #include <vector>
 
 #include "fake.h"
@@ -53,7 +54,7 @@ cudaError_t allocate(const char* call, void** out, size_t bytes, int memory) {
   const size_t rounded = (bytes + 4095) / 4096 * 4096;
   void* at = mmap(nullptr, rounded, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (at == MAP_FAILED) return done(cudaErrorMemoryAllocation);
-  Allocation allocation{address(at), address(at) + bytes, memory, current_device(), 0};
+  Allocation allocation{address(at), address(at) + bytes, memory, current_device()};
   if (memory == fake::kPinned && fake::setting("device_addresses_differ") != 0) {
     allocation.device_offset = static_cast<ptrdiff_t>(fake::map_again(allocation.begin, rounded) - allocation.begin);
   }
@@ -78,9 +79,15 @@ cudaError_t release(const char* call, void* pointer) {
   return done(code != 0 ? code : after);
 }
 
-bool is_pageable(const void* pointer) {
+bool is_pageable(uintptr_t at) {
   Allocation found;
-  return !fake::find(address(pointer), found) || found.memory == fake::kPageable;
+  return !fake::find(at, found) || found.memory == fake::kPageable;
+}
+
+// A plain copy takes either address of pinned memory.
+uintptr_t behind(const void* pointer) {
+  const uintptr_t seen = fake::behind_device_address(address(pointer));
+  return seen != 0 ? seen : address(pointer);
 }
 
 // A copy from pageable memory has read it when the call returns, and one to pageable memory is complete then.
@@ -99,21 +106,23 @@ cudaError_t copy(const char* call, void* dst, const void* src, size_t bytes, cud
                    {"capturing", fake::is_capturing(*stream)},
                    {"operation", fake::upcoming_operation()}});
   if (const int code = fake::refusal(*stream)) return done(code);
-  if (fake::is_bad_copy(address(dst), address(src), bytes)) return done(cudaErrorInvalidValue);
+  const uintptr_t to = behind(dst);
+  const uintptr_t from = behind(src);
+  if (fake::is_bad_copy(to, from, bytes)) return done(cudaErrorInvalidValue);
   Counters& counters = fake::counters();
   ++counters.copy_calls;
-  fake::count_copy(address(dst), address(src), bytes);
-  fake::Work work{.kind = call, .copies = {{address(dst), address(src), bytes}}};
-  if (is_pageable(src)) work.reads = fake::Reads::kDuringCall;
+  fake::count_copy(to, from, bytes);
+  fake::Work work{.kind = call, .copies = {{to, from, bytes}}};
+  if (is_pageable(from)) work.reads = fake::Reads::kDuringCall;
   int64_t id = 0;
   const bool is_recorded = stream->capture != nullptr;
   const int code = fake::submit(*stream, std::move(work), &id);
   if (is_recorded || code != 0) return done(code);
-  if (is_synchronous || is_pageable(dst)) {
+  if (is_synchronous || is_pageable(to)) {
     ++counters.hidden_synchronisations;
     return done(fake::finish(id));
   }
-  if (is_pageable(src)) ++counters.staged_copies;
+  if (is_pageable(from)) ++counters.staged_copies;
   return done(0);
 }
 
@@ -139,11 +148,12 @@ EXPORT cudaError_t cudaMallocManaged(void** out, size_t bytes, unsigned) {
   return allocate("cudaMallocManaged", out, bytes, fake::kManaged);
 }
 
-EXPORT cudaError_t cudaHostRegister(void* pointer, size_t bytes, unsigned) {
+EXPORT cudaError_t cudaHostRegister(void* pointer, size_t bytes, unsigned flags) {
   if (const int code = fake::enter("cudaHostRegister")) return done(code);
   Allocation found;
   if (fake::find(address(pointer), found)) return done(cudaErrorHostMemoryAlreadyRegistered);
-  found = {address(pointer), address(pointer) + bytes, fake::kPinned, current_device(), 0};
+  found = {address(pointer), address(pointer) + bytes, fake::kPinned, current_device()};
+  found.is_read_only = (flags & cudaHostRegisterReadOnly) != 0;
   if (fake::setting("device_addresses_differ") != 0) {
     const uintptr_t second = fake::map_again(found.begin, bytes);
     if (second == 0) return done(cudaErrorInvalidValue);
@@ -235,7 +245,7 @@ EXPORT cudaError_t cudaGetDevice(int* device) {
 EXPORT cudaError_t cudaSetDevice(int device) {
   if (const int code = fake::enter("cudaSetDevice")) return done(code);
   if (device < 0 || device >= fake::device_count()) return done(cudaErrorInvalidDevice);
-  current_device() = device;
+  fake::set_device(device);
   return done(0);
 }
 
@@ -243,16 +253,21 @@ EXPORT cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** f
                                                     unsigned long long, cudaDriverEntryPointQueryResult* status) {
   if (const int code = fake::enter("cudaGetDriverEntryPointByVersion")) return done(code);
   fake::log("cudaGetDriverEntryPointByVersion", {{"version", version}}, symbol);
-  *function = nullptr;
-  *status = cudaDriverEntryPointSuccess;
-  if (std::strcmp(symbol, "cuPointerGetAttributes") == 0) {
-    *function = reinterpret_cast<void*>(fake_cuPointerGetAttributes);
-  } else if (std::strcmp(symbol, "cuMemcpyBatchAsync") == 0 && version == 12080 &&
-             fake::setting("batch_missing") == 0) {
-    *function = reinterpret_cast<void*>(fake_cuMemcpyBatchAsync);
-  } else {
-    *status = cudaDriverEntryPointSymbolNotFound;
-  }
+  static const std::map<std::string, void*> kFunctions{
+      {"cuCtxGetCurrent", reinterpret_cast<void*>(cuCtxGetCurrent)},
+      {"cuCtxSetCurrent", reinterpret_cast<void*>(cuCtxSetCurrent)},
+      {"cuDeviceGet", reinterpret_cast<void*>(cuDeviceGet)},
+      {"cuDevicePrimaryCtxRetain", reinterpret_cast<void*>(cuDevicePrimaryCtxRetain)},
+      {"cuMemcpyBatchAsync", reinterpret_cast<void*>(fake_cuMemcpyBatchAsync)},
+      {"cuPointerGetAttribute", reinterpret_cast<void*>(cuPointerGetAttribute)},
+      {"cuPointerGetAttributes", reinterpret_cast<void*>(fake_cuPointerGetAttributes)},
+  };
+  const auto found = kFunctions.find(symbol);
+  bool is_there = found != kFunctions.end();
+  if (std::strcmp(symbol, "cuMemcpyBatchAsync") == 0)
+    is_there = version == 12080 && fake::setting("batch_missing") == 0;
+  *function = is_there ? found->second : nullptr;
+  *status = is_there ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
   return done(0);
 }
 
@@ -301,6 +316,18 @@ EXPORT cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void* stub) {
   return cudaSuccess;
 }
 
+namespace {
+
+// Whoever needs a kernel on a device first loads it.
+void load(const char* call, const void* stub) {
+  static auto* const loaded = new std::set<std::pair<const void*, int>>;
+  if (!loaded->insert({stub, current_device()}).second) return;
+  fake::log("load", {{"device", current_device()}, {"by_question", std::strcmp(call, "cudaFuncGetAttributes") == 0}},
+            kernels()[stub]);
+}
+
+}  // namespace
+
 size_t fake::shared_bytes() {
   const int64_t set = fake::setting("shared_bytes");
   return set != 0 ? static_cast<size_t>(set) : 227 << 10;
@@ -311,6 +338,7 @@ EXPORT cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const v
   if (const int code = fake::enter("cudaFuncGetAttributes")) return done(code);
   if (kernels().count(stub) == 0) return done(cudaErrorInvalidDeviceFunction);
   if (fake::setting("no_image") != 0) return done(cudaErrorNoKernelImageForDevice);
+  load("cudaFuncGetAttributes", stub);
   std::memset(attributes, 0, sizeof *attributes);
   const int64_t set = fake::setting("code_capability");
   attributes->ptxVersion = set != 0 ? static_cast<int>(set) : 90;
@@ -326,6 +354,7 @@ EXPORT cudaError_t cudaFuncSetAttribute(const void* stub, cudaFuncAttribute attr
     return static_cast<cudaError_t>(fake::refuse_runtime_call("another attribute of a kernel"));
   }
   if (value < 0 || static_cast<size_t>(value) > fake::shared_bytes()) return done(cudaErrorInvalidValue);
+  load("cudaFuncSetAttribute", stub);
   shared_limits()[{stub, current_device()}] = static_cast<size_t>(value);
   return done(0);
 }
@@ -348,6 +377,7 @@ EXPORT cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const v
   if (!is_flat || config->gridDim.x == 0 || config->blockDim.x == 0 || config->blockDim.x > 1024) {
     return done(cudaErrorInvalidConfiguration);
   }
+  load("cudaLaunchKernelExC", stub);
   return done(fake::launch(found->second.c_str(), arguments, config->gridDim.x, config->blockDim.x,
                            config->dynamicSmemBytes, config->stream));
 }

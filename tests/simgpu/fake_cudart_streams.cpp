@@ -7,6 +7,8 @@
 #include "fake_graph.h"
 #include "fake_time.h"
 
+extern "C" int64_t fake_calls(const char* call);
+
 using fake::done;
 using fake::Event;
 using fake::Lock;
@@ -107,6 +109,8 @@ EXPORT cudaError_t cudaStreamWaitEvent(cudaStream_t handle, cudaEvent_t event, u
   if (stream == nullptr || found == nullptr) return done(cudaErrorInvalidResourceHandle);
   if (const int code = fake::refusal(*stream)) return done(code);
   if (stream->capture != nullptr || found->capture != nullptr) return done(fake::wait_in_capture(*stream, *found));
+  // For tests of whether the wait is needed.
+  if (fake_calls("cudaStreamWaitEvent") == fake::setting("forgotten_wait")) return done(0);
   // The recording there is now: a later one is not waited for.
   return done(fake::submit(*stream, {.kind = "wait"}, nullptr, {found->recorded}));
 }
@@ -159,27 +163,48 @@ EXPORT cudaError_t cudaEventDestroy(cudaEvent_t event) {
   return done(code);
 }
 
-EXPORT cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t handle, unsigned) {
+namespace {
+
+// In a stream that captures, an event for the graph's other nodes; or, if it is external, a node that records the event
+// for everyone at each launch.
+cudaError_t record_event(const char* call, cudaEvent_t event, cudaStream_t handle, bool is_external) {
   Lock lock(fake::mutex());
-  if (const int code = fake::enter("cudaEventRecord")) return done(code);
+  if (const int code = fake::enter(call)) return done(code);
   Stream* const stream = fake::find_stream(handle);
   Event* const found = find_event(event);
   if (stream == nullptr || found == nullptr) return done(cudaErrorInvalidResourceHandle);
   if (const int code = fake::refusal(*stream)) return done(code);
-  found->is_recorded = true;
-  found->capture = stream->capture;
-  found->captured_after = stream->captured_after;
-  if (stream->capture != nullptr) return done(0);
-  found->completed_at = std::make_shared<Event::Clock::time_point>();
-  const auto complete = [at = found->completed_at] {
+  if (is_external && !fake::is_capturing(*stream)) return done(cudaErrorInvalidValue);
+  if (!is_external) {
+    found->is_recorded = true;
+    found->capture = stream->capture;
+    found->captured_after = stream->captured_after;
+    if (stream->capture != nullptr) return done(0);
+  }
+  const auto at = std::make_shared<Event::Clock::time_point>();
+  fake::Work work{.kind = "record"};
+  work.action = [at] {
     *at = Event::Clock::now();
     return 0;
   };
-  return done(fake::submit(*stream, {.kind = "record", .action = complete}, &found->recorded));
+  work.note_id = [event, at](int64_t id) {
+    Event* const recorded = find_event(event);
+    if (recorded == nullptr) return;
+    recorded->is_recorded = true;
+    recorded->recorded = id;
+    recorded->completed_at = at;
+  };
+  return done(fake::submit(*stream, std::move(work)));
+}
+
+}  // namespace
+
+EXPORT cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t stream, unsigned flags) {
+  return record_event("cudaEventRecordWithFlags", event, stream, (flags & cudaEventRecordExternal) != 0);
 }
 
 EXPORT cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
-  return cudaEventRecordWithFlags(event, stream, cudaEventRecordDefault);
+  return record_event("cudaEventRecord", event, stream, false);
 }
 
 EXPORT cudaError_t cudaEventQuery(cudaEvent_t event) {

@@ -103,6 +103,9 @@ EXPORT cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
     case cudaDevAttrPageableMemoryAccess:
       *value = static_cast<int>(fake::setting("pageable_access"));
       return done(0);
+    case cudaDevAttrPageableMemoryAccessUsesHostPageTables:
+      *value = static_cast<int>(fake::setting("host_page_tables"));
+      return done(0);
     default:
       return static_cast<cudaError_t>(
           fake::refuse_runtime_call(("device attribute " + std::to_string(attribute)).c_str()));

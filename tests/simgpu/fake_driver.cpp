@@ -20,6 +20,7 @@ struct State {
   bool is_initialised = false;
   int context_error = 0;
   std::map<uintptr_t, Allocation> allocations;
+  std::map<int, Context> contexts;
   std::map<std::string, int64_t> settings;
   std::map<std::string, int64_t> calls;
   std::map<std::pair<std::string, int64_t>, int> failures;
@@ -51,12 +52,23 @@ bool is_on_device(uintptr_t address) {
 // Calls that work without a context, and so in spite of a broken one.
 bool needs_context(const std::string& call) {
   static const std::set<std::string> kNeedNone{
-      "cuCtxGetCurrent",         "cudaDeviceGetAttribute",           "cudaGetDevice",
-      "cudaGetDeviceCount",      "cudaGetDriverEntryPointByVersion", "cudaThreadExchangeStreamCaptureMode",
+      "cuCtxGetCurrent",
+      "cuCtxSetCurrent",
+      "cuDeviceGet",
+      "cuDevicePrimaryCtxGetState",
+      "cuDevicePrimaryCtxRetain",
+      "cudaDeviceCanAccessPeer",
+      "cudaDeviceGetAttribute",
+      "cudaGetDevice",
+      "cudaGetDeviceCount",
       "cudaGetDeviceProperties",
+      "cudaGetDriverEntryPointByVersion",
+      "cudaThreadExchangeStreamCaptureMode",
   };
   return kNeedNone.count(call) == 0;
 }
+
+thread_local int runtime_device = 0;
 
 }  // namespace
 
@@ -64,15 +76,32 @@ std::recursive_mutex& mutex() { return state().mutex; }
 
 Counters& counters() { return state().counters; }
 
-int& current_device() {
-  thread_local int device = 0;
-  return device;
+Context* primary_context(int device) {
+  Lock lock(mutex());
+  return &state().contexts.try_emplace(device, Context{device}).first->second;
+}
+
+Context*& current_context() {
+  thread_local Context* context = nullptr;
+  return context;
+}
+
+int current_device() { return current_context() != nullptr ? current_context()->device : runtime_device; }
+
+void set_device(int device) {
+  runtime_device = device;
+  current_context() = primary_context(device);
 }
 
 int enter(const char* call) {
   Lock lock(mutex());
   State& s = state();
-  if (std::strncmp(call, "cuda", 4) == 0) s.is_initialised = true;
+  const bool is_runtime_call = std::strncmp(call, "cuda", 4) == 0;
+  s.is_initialised = s.is_initialised || is_runtime_call;
+  if (is_runtime_call && current_context() == nullptr && needs_context(call) &&
+      std::strcmp(call, "cudaSetDevice") != 0) {
+    current_context() = primary_context(runtime_device);
+  }
   const int64_t k = ++s.calls[call];
   pass_time();
   if (s.context_error != 0 && needs_context(call)) return s.context_error;
@@ -154,6 +183,17 @@ bool erase(uintptr_t begin, Allocation& erased) {
   erased = found->second;
   state().allocations.erase(found);
   return true;
+}
+
+uintptr_t behind_device_address(uintptr_t address) {
+  Lock lock(mutex());
+  Allocation found;
+  if (find(address, found) && found.memory != kPageable && found.device_offset == 0) return address;
+  for (const auto& [at, allocation] : state().allocations) {
+    const uintptr_t shift = static_cast<uintptr_t>(allocation.device_offset);
+    if (shift != 0 && address >= at + shift && address < allocation.end + shift) return address - shift;
+  }
+  return 0;
 }
 
 bool is_bad_copy(uintptr_t dst, uintptr_t src, size_t bytes) {
@@ -275,7 +315,7 @@ EXPORT void fake_set_capturing(void* stream, int is_capturing) {
 
 // Declares any memory of the test's to be of a kind; fake_forget undoes it.
 EXPORT void fake_adopt(uintptr_t begin, int64_t bytes, int memory, int device, int64_t device_offset) {
-  insert({begin, begin + static_cast<uintptr_t>(bytes), memory, device, device_offset});
+  insert({begin, begin + static_cast<uintptr_t>(bytes), memory, device, device_offset, false});
 }
 
 EXPORT int fake_forget(uintptr_t begin) {
@@ -337,11 +377,72 @@ EXPORT uintptr_t fake_kernel_reach(uintptr_t address, uintptr_t* begin) {
   return next == state().allocations.end() ? UINTPTR_MAX : next->first;
 }
 
+EXPORT int64_t fake_contexts() {
+  Lock lock(mutex());
+  return static_cast<int64_t>(state().contexts.size());
+}
+
 EXPORT CUresult cuCtxGetCurrent(CUcontext* context) {
   Lock lock(mutex());
   if (const int code = enter("cuCtxGetCurrent")) return static_cast<CUresult>(code);
-  *context = nullptr;
+  *context = reinterpret_cast<CUcontext>(current_context());
   return state().is_initialised ? CUDA_SUCCESS : CUDA_ERROR_NOT_INITIALIZED;
+}
+
+EXPORT CUresult cuCtxSetCurrent(CUcontext context) {
+  Lock lock(mutex());
+  if (const int code = enter("cuCtxSetCurrent")) return static_cast<CUresult>(code);
+  current_context() = reinterpret_cast<Context*>(context);
+  return CUDA_SUCCESS;
+}
+
+// Another thing than what the runtime's function says here: torch's runtime is as old as its driver, and ours is not.
+EXPORT CUresult cuDriverGetVersion(int* version) {
+  *version = setting("driver_version") != 0 ? static_cast<int>(setting("driver_version")) : CUDA_VERSION;
+  return CUDA_SUCCESS;
+}
+
+EXPORT CUresult cuDeviceGet(CUdevice* device, int ordinal) {
+  if (const int code = enter("cuDeviceGet")) return static_cast<CUresult>(code);
+  *device = ordinal;
+  return CUDA_SUCCESS;
+}
+
+EXPORT CUresult cuDevicePrimaryCtxRetain(CUcontext* context, CUdevice device) {
+  if (const int code = enter("cuDevicePrimaryCtxRetain")) return static_cast<CUresult>(code);
+  *context = reinterpret_cast<CUcontext>(primary_context(device));
+  return CUDA_SUCCESS;
+}
+
+EXPORT CUresult cuDevicePrimaryCtxGetState(CUdevice device, unsigned* flags, int* is_active) {
+  Lock lock(mutex());
+  if (const int code = enter("cuDevicePrimaryCtxGetState")) return static_cast<CUresult>(code);
+  *flags = 0;
+  *is_active = state().contexts.count(device) != 0;
+  return CUDA_SUCCESS;
+}
+
+namespace {
+bool is_of_unknown_range(const Allocation& found) { return found.memory == kPinned && setting("unknown_ranges") != 0; }
+}  // namespace
+
+EXPORT CUresult cuPointerGetAttribute(void* data, CUpointer_attribute attribute, CUdeviceptr pointer) {
+  Lock lock(mutex());
+  if (const int code = enter("cuPointerGetAttribute")) return static_cast<CUresult>(code);
+  Allocation found;
+  if (!find(pointer, found) || found.memory == kPageable) return CUDA_ERROR_INVALID_VALUE;
+  if (attribute == CU_POINTER_ATTRIBUTE_DEVICE_POINTER) {
+    *static_cast<CUdeviceptr*>(data) = pointer + static_cast<uintptr_t>(found.device_offset);
+    return CUDA_SUCCESS;
+  }
+  if (attribute == CU_POINTER_ATTRIBUTE_MEMORY_TYPE) {
+    *static_cast<unsigned*>(data) = found.memory == kPinned ? CU_MEMORYTYPE_HOST : CU_MEMORYTYPE_DEVICE;
+    return CUDA_SUCCESS;
+  }
+  if (attribute != CU_POINTER_ATTRIBUTE_ACCESS_FLAGS) return CUDA_ERROR_INVALID_VALUE;
+  *static_cast<unsigned*>(data) =
+      found.is_read_only ? CU_POINTER_ATTRIBUTE_ACCESS_FLAG_READ : CU_POINTER_ATTRIBUTE_ACCESS_FLAG_READWRITE;
+  return CUDA_SUCCESS;
 }
 
 EXPORT CUresult fake_cuPointerGetAttributes(unsigned count, CUpointer_attribute* attributes, void** data,
@@ -363,11 +464,18 @@ EXPORT CUresult fake_cuPointerGetAttributes(unsigned count, CUpointer_attribute*
       case CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL:
         *static_cast<int*>(data[i]) = found.device;
         break;
+      case CU_POINTER_ATTRIBUTE_DEVICE_POINTER:
+        *static_cast<CUdeviceptr*>(data[i]) = found.memory == kPageable || setting("unmapped") != 0
+                                                  ? 0
+                                                  : pointer + static_cast<uintptr_t>(found.device_offset);
+        break;
+      // What lies round the device's address of pinned memory, or nothing, are answers too.
       case CU_POINTER_ATTRIBUTE_RANGE_START_ADDR:
-        *static_cast<CUdeviceptr*>(data[i]) = found.begin;
+        *static_cast<CUdeviceptr*>(data[i]) =
+            is_of_unknown_range(found) ? 0 : found.begin + static_cast<uintptr_t>(found.device_offset);
         break;
       case CU_POINTER_ATTRIBUTE_RANGE_SIZE:
-        *static_cast<size_t*>(data[i]) = found.end - found.begin;
+        *static_cast<size_t*>(data[i]) = is_of_unknown_range(found) ? 0 : found.end - found.begin;
         break;
       default:
         return CUDA_ERROR_INVALID_VALUE;
@@ -412,12 +520,11 @@ EXPORT CUresult fake_cuMemcpyBatchAsync(CUdeviceptr* dsts, CUdeviceptr* srcs, si
                : order == CU_MEMCPY_SRC_ACCESS_ORDER_ANY  ? Reads::kAnyTime
                                                           : Reads::kDuringCall;
   for (size_t i = 0; i < count; ++i) {
-    Allocation src;
-    Allocation dst;
-    const bool is_known = find(srcs[i], src) && find(dsts[i], dst);
+    const uintptr_t dst = behind_device_address(dsts[i]);
+    const uintptr_t src = behind_device_address(srcs[i]);
     *failed = i;
-    if (!is_known || is_bad_copy(dsts[i], srcs[i], sizes[i])) return CUDA_ERROR_INVALID_VALUE;
-    work.copies.push_back({dsts[i], srcs[i], sizes[i]});
+    if (dst == 0 || src == 0 || is_bad_copy(dst, src, sizes[i])) return CUDA_ERROR_INVALID_VALUE;
+    work.copies.push_back({dst, src, sizes[i]});
   }
   *failed = SIZE_MAX;
   ++counters().copy_calls;

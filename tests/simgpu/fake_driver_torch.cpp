@@ -1,4 +1,4 @@
-// libcuda.so.1 of the stand-in: what torch asks of the driver beside what csrc/cuda does, and the refusal of the rest.
+// libcuda.so.1 of the stand-in: the refusal of what it lacks.
 #include <cuda.h>
 
 #include <cstdio>
@@ -20,11 +20,3 @@ int fake::refuse_call(const char* call) {
 }
 
 const std::string& fake::last_refusal() { return refusal_text; }
-
-// Torch asks whether a device is in use before it touches it; here all are from the start.
-EXPORT CUresult cuDevicePrimaryCtxGetState(CUdevice, unsigned* flags, int* is_active) {
-  if (const int code = fake::enter("cuDevicePrimaryCtxGetState")) return static_cast<CUresult>(code);
-  *flags = 0;
-  *is_active = 1;
-  return CUDA_SUCCESS;
-}

@@ -253,6 +253,7 @@ int submit_beside(const Stream& stream, Work work, int64_t* id, const std::vecto
   Time& t = time();
   const int64_t own_id = ++t.last_id;
   if (id != nullptr) *id = own_id;
+  if (work.note_id) work.note_id(own_id);
   if (t.seed == 0) return run_now(work);
   const bool is_point = work.copies.empty() && !work.action;
   Operation operation{work.kind, work.reads,    std::move(work.action), cut(work.copies),

@@ -32,6 +32,7 @@ struct Work {
   std::vector<Copy> copies = {};
   Reads reads = Reads::kInTurn;
   std::function<int()> action = {};
+  std::function<void(int64_t)> note_id = {};  // called with the operation's id; in a graph, at each launch
 };
 
 struct Capture;

@@ -1,4 +1,4 @@
-"""The stand-in for CUDA from Python, and an oracle for what a list of moves copies."""
+"""The stand-in for CUDA from Python."""
 
 from __future__ import annotations
 
@@ -12,6 +12,12 @@ from typing import Any
 import numpy as np
 
 from .device import Device, Modules, ptx_of
+from .oracle import PAGE as PAGE
+from .oracle import Move as Move
+from .oracle import Side as Side
+from .oracle import copy_naively as copy_naively
+from .oracle import random_pairs as random_pairs
+from .oracle import segments_of as segments_of
 
 PAGEABLE, PINNED, DEVICE, MANAGED = range(4)
 H2H, H2D, D2H, D2D = range(4)
@@ -30,81 +36,6 @@ class CudaError(RuntimeError):
 
 class Refused(ValueError):
     """What C++ threw as std::invalid_argument."""
-
-
-@dataclass(frozen=True)
-class Side:
-    """One side of a move: ``base`` is an offset in its buffer, in bytes."""
-
-    base: int
-    block_stride: int
-    subblock_stride: int = 0
-    subblocks: int = 1
-
-    def at(self, id_: int) -> int:
-        block, subblock = divmod(id_, self.subblocks)
-        return self.base + block * self.block_stride + subblock * self.subblock_stride
-
-
-@dataclass(frozen=True)
-class Move:
-    """``loops`` are (extent, source stride, destination stride), outermost first."""
-
-    src: Side
-    dst: Side
-    fragment_bytes: int
-    loops: tuple[tuple[int, int, int], ...] = ()
-    merges: bool = False
-
-    def row(self, src_address: int, dst_address: int) -> list[int]:
-        loops = [number for loop in self.loops for number in loop]
-        loops += [0] * (9 - len(loops))
-        sides = []
-        for side, address in ((self.src, src_address), (self.dst, dst_address)):
-            sides += [address + side.base, side.block_stride, side.subblock_stride, side.subblocks]
-        return [*sides, self.fragment_bytes, len(self.loops), *loops, int(self.merges)]
-
-    def offsets(self) -> np.ndarray:
-        """Source and destination offsets of every fragment of a pair."""
-        offsets = np.zeros((1, 2), np.int64)
-        for extent, src_stride, dst_stride in self.loops:
-            steps = np.arange(extent)[:, None] * np.array([src_stride, dst_stride])
-            offsets = (offsets[:, None, :] + steps[None, :, :]).reshape(-1, 2)
-        return offsets
-
-
-def copy_naively(
-    moves: Sequence[Move], pairs: Sequence[tuple[int, int]], src: np.ndarray, dst: np.ndarray
-) -> np.ndarray:
-    """Copies fragment by fragment; how often each byte of ``dst`` was written."""
-    writes = np.zeros(len(dst), np.uint8)
-    for move in moves:
-        offsets = move.offsets()
-        for src_id, dst_id in pairs:
-            for src_offset, dst_offset in offsets + np.array([move.src.at(src_id), move.dst.at(dst_id)]):
-                dst[dst_offset : dst_offset + move.fragment_bytes] = src[src_offset : src_offset + move.fragment_bytes]
-                writes[dst_offset : dst_offset + move.fragment_bytes] += 1
-    return writes
-
-
-def segments_of(pairs: Sequence[tuple[int, int]]) -> list[tuple[int, int, int]]:
-    """Runs of pairs that count up on both sides."""
-    segments: list[list[int]] = []
-    for src, dst in pairs:
-        if segments and (src, dst) == (segments[-1][0] + segments[-1][2], segments[-1][1] + segments[-1][2]):
-            segments[-1][2] += 1
-        else:
-            segments.append([src, dst, 1])
-    return [(src, dst, count) for src, dst, count in segments]
-
-
-PAGE = Move(Side(0, 64), Side(0, 64), 64)
-
-
-def random_pairs(count: int, blocks: int) -> list[tuple[int, int]]:
-    """Any sources, each destination once."""
-    rng = np.random.default_rng(0)
-    return list(zip(rng.integers(0, blocks, count).tolist(), rng.permutation(blocks)[:count].tolist(), strict=True))
 
 
 @dataclass
@@ -209,7 +140,8 @@ class Sim:
             cls._loaded.cuda.fake_schedule.restype = ctypes.c_char_p
             cls._loaded.cudart.cudaGetErrorName.restype = ctypes.c_char_p
             cls._loaded.drive.drive_message.restype = ctypes.c_char_p
-            names = ("fake_calls", "fake_parameters", "fake_allocations", "fake_list_allocations", "fake_streams")
+            names = ("fake_calls", "fake_parameters", "fake_allocations", "fake_list_allocations", "fake_streams",
+                     "fake_contexts")  # fmt: skip
             for function in names:
                 getattr(cls._loaded.cuda, function).restype = ctypes.c_int64
             cls._loaded.drive.drive_divide.restype = ctypes.c_int64
@@ -297,8 +229,8 @@ class Sim:
         self.buffers.append(("forget", address(buffer)))
         return buffer
 
-    def register(self, buffer: np.ndarray) -> None:
-        self._runtime("cudaHostRegister", ctypes.c_void_p(address(buffer)), ctypes.c_size_t(buffer.nbytes), 0)
+    def register(self, buffer: np.ndarray, flags: int = 0) -> None:
+        self._runtime("cudaHostRegister", ctypes.c_void_p(address(buffer)), ctypes.c_size_t(buffer.nbytes), flags)
         self.buffers.append(("cudaHostUnregister", address(buffer)))
 
     def stream(self, capturing: bool = False, blocking: bool = False) -> int:
@@ -406,6 +338,16 @@ class Sim:
     def set_device(self, device: int) -> None:
         self._runtime("cudaSetDevice", device)
 
+    def contexts(self) -> int:
+        """Devices that have one."""
+        return self.cuda.fake_contexts()
+
+    def current_context(self) -> int | None:
+        """The calling thread's."""
+        out = ctypes.c_void_p()
+        assert self.cuda.cuCtxGetCurrent(ctypes.byref(out)) == 0
+        return out.value
+
     def set(self, name: str, value: int) -> None:
         self.cuda.fake_set(name.encode(), ctypes.c_int64(value))
 
@@ -506,7 +448,7 @@ class Sim:
         sm_budget: int = 0,
         max_items: int = 0,
         capturing: bool = False,
-        maps: bool = False,
+        maps: bool | int = False,
         runs: bool = True,
         bulk: bool = False,
     ) -> KernelRun:
@@ -554,8 +496,8 @@ class Sim:
         return tuple(out[1:].tolist()) if out[0] else None
 
     def limits(self, device: int) -> list[int]:
-        """Of a device: SMs, capability, the code's, bytes of shared memory, if it reads pageable; asked for once."""
-        out = np.zeros(5, np.int64)
+        """Of a device, once: SMs, capability, the code's, shared bytes, if it reads pageable, and by page tables."""
+        out = np.zeros(6, np.int64)
         self._checked(self.drive.drive_limits(device, _data(out)))
         return out.tolist()
 

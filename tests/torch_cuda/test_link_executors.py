@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import assert_issued
-from simgpu.sim import OUT_OF_MEMORY
-from torch_cuda.calls import BULK, OUT_OF_MEMORY_WORDS, issued, on, pageable, pinned
+from torch_cuda.calls import BULK, issued, on, pageable, pinned
 
 import kvkernels
 
@@ -75,7 +74,7 @@ def test_by_name(sim, direction, executor, page_bytes):
 def test_staged_waits_for_nothing(stand_in):
     op, arguments, _, _ = _call("d2h", pinned)
     with torch.cuda.stream(torch.cuda.Stream()):
-        getattr(kvkernels, op)(*arguments, executor="staged")  # the ring is in torch's pool from now on
+        getattr(kvkernels, op)(*arguments, executor="staged")  # the ring is kept from now on
         torch.cuda.synchronize()
         before = stand_in.counters()
         stand_in.clear_log()
@@ -119,31 +118,8 @@ def test_what_they_refuse(sim):
         kvkernels.gather_blocks(pools, ids, on(0)(out), executor="staged")
     with pytest.raises(ValueError, match=refused.format("bulk", ".*pageable.*")):
         kvkernels.gather_blocks(pools, ids, pageable(out), executor="bulk")
-    captured = "its stream is captured, and its ring on the device ends with the call"
+    captured = "its stream is captured, and its ring on the device serves other calls before a replay"
     with torch.cuda.graph(torch.cuda.CUDAGraph()):
         with pytest.raises(ValueError, match=refused.format("staged", captured)):
             kvkernels.gather_blocks(pools, ids, out, executor="staged")
         kvkernels.gather_blocks(pools, ids, out)
-
-
-def test_without_memory_for_the_ring_auto_takes_something_else(stand_in):
-    """As where an engine has taken all of a device's memory; who names ``staged`` gets the error."""
-    op, arguments, (out,), (wanted,) = _call("d2h", pinned, 16384)
-    with torch.cuda.stream(torch.cuda.Stream()):
-        assert kvkernels.explain(op, *arguments).executor == "staged"
-        torch.cuda.synchronize()
-        for options in ({}, {"executor": "staged"}):
-            torch.cuda.empty_cache()  # the allocator has to ask, and asks twice
-            stand_in.fail("cudaMalloc", 1, OUT_OF_MEMORY)
-            stand_in.fail("cudaMalloc", 2, OUT_OF_MEMORY)
-            out.zero_()
-            kvkernels.reset_counters()
-            if options:
-                with pytest.raises(RuntimeError, match=f"^gather_blocks: {OUT_OF_MEMORY_WORDS}"):
-                    kvkernels.gather_blocks(*arguments, **options)
-                continue
-            kvkernels.gather_blocks(*arguments)
-            torch.cuda.synchronize()
-            assert torch.equal(out, wanted)
-            counted = kvkernels.counters()
-            assert (counted["staged"]["calls"], counted["bulk"]["calls"]) == (0, 1)
