@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvkernels.checks import shape_text
+from kvkernels.checks import integer, shape_text
 from kvkernels.layout.mapping import (
     CanonicalPageMapping,
     TensorParallel,
@@ -104,10 +104,7 @@ def canonicalize(
     >>> [tuple(t.tensor.shape) for t in canonical.tensors], [r.tensor_idx for r in canonical.group_data_refs[0]]
     ([(10, 8192), (10, 8192)], [0, 1])
     """
-    for argument, value in (("num_blocks", num_blocks), ("block_dim", block_dim)):
-        if value is not None and (not isinstance(value, int) or value < 0):
-            raise ValueError(f"canonicalize: {argument} must be an integer from 0 on, got {value!r}")
-    finder = _Finder(num_blocks, block_dim)
+    finder = _Finder(_count_or_none("num_blocks", num_blocks), _count_or_none("block_dim", block_dim))
     if isinstance(kv_caches, Tensor):
         return _cross_layer(kv_caches, groups, finder, tensor_parallel)
     if not isinstance(kv_caches, Mapping):
@@ -138,12 +135,18 @@ def canonicalize(
     return CanonicalKVCaches([_view(region, blocks) for region in tensors], group_refs)
 
 
+def _count_or_none(name: str, value: int | None) -> int | None:
+    return None if value is None else integer(f"canonicalize: {name}", value, "an integer from 0 on", least=0)
+
+
 def _checked_cache(name: str, cache: Tensor | Sequence[Tensor]) -> Tensor | Sequence[Tensor]:
     tensors = [cache] if isinstance(cache, Tensor) else cache
     if not isinstance(tensors, (list, tuple)) or not all(isinstance(tensor, Tensor) for tensor in tensors):
         _fail(repr(name), "be a Tensor or a list of them", type(cache).__name__)
     if any(tensor.device.type not in ("cpu", "cuda") for tensor in tensors):
         _fail(repr(name), "be on the cpu or a cuda device", ", ".join(str(tensor.device) for tensor in tensors))
+    if any(hasattr(tensor, "fake_mode") for tensor in tensors):
+        _fail(repr(name), "have addresses, which say what layers share", "a fake tensor")
     if any(tensor.dim() == 0 or tensor.numel() == 0 for tensor in tensors):
         _fail(repr(name), "have blocks", ", ".join(map(_geometry, tensors)))
     return cache

@@ -8,7 +8,7 @@ from typing import TypeAlias
 from torch import Tensor
 
 from kvkernels.layout.cache import KVCache
-from kvkernels.layout.plan import compile_plan
+from kvkernels.layout.plan import plan_of
 from kvkernels.ops import copy_pages
 
 #: A cache, or one a tensor-parallel rank.
@@ -71,7 +71,7 @@ def convert_blocks(
     if not isinstance(mapping, Tensor):
         raise ValueError(f"convert_blocks: mapping must be a Tensor, got {type(mapping).__name__}")
     src_caches, dst_caches = as_caches("convert_blocks", "src", src), as_caches("convert_blocks", "dst", dst)
-    plan = compile_plan(
+    plan = plan_of(
         [cache.layout for cache in src_caches], [cache.layout for cache in dst_caches],
         allow_partial=allow_partial, unit_tokens=unit_tokens,
     )  # fmt: skip

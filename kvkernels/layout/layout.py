@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
-import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
 
-from kvkernels.checks import dtype_text
+from kvkernels.checks import dtype_text, integer
 
 _INTEGERS = (
     "L", "K", "B", "N", "H", "D", "D_v", "row_bytes", "offset_bytes", "page_bytes", "first_head", "total_heads",
@@ -150,12 +149,7 @@ class KVLayout:
             value = getattr(self, name)
             if value is None and name in ("D_v", "row_bytes"):
                 continue
-            try:
-                self._set(name, operator.index(value))
-            except TypeError:
-                self._fail(f"{name} must be an integer, got {value!r}")
-            if isinstance(value, bool):
-                self._fail(f"{name} must be an integer, got {value!r}")
+            self._set(name, integer(f'KVLayout("{self.pattern}"): {name}', value))
         for name, kind in (("dtype", torch.dtype), ("scales", KVLayout)):
             value = getattr(self, name)
             if value is not None and not isinstance(value, kind):
@@ -312,7 +306,7 @@ class KVLayout:
         >>> [(s.first_head, s.replica) for s in (layout.shard(rank, 4) for rank in range(4))]
         [(0, 0), (0, 1), (1, 0), (1, 1)]
         """
-        rank, size = operator.index(rank), operator.index(size)
+        rank, size = integer("KVLayout.shard: rank", rank), integer("KVLayout.shard: size", size)
         if not 0 <= rank < size:
             self._fail(f"rank must be below size and not negative, got rank {rank} of {size}")
         if self.opaque:
@@ -339,7 +333,7 @@ class KVLayout:
         >>> [block for block in range(8) if mla.shard(1, 4).is_writer(block)]
         [1, 5]
         """
-        return block_id % self.replicas == self.replica
+        return integer("KVLayout.is_writer: block_id", block_id) % self.replicas == self.replica
 
     def __repr__(self) -> str:
         letters = [letter for letter in LETTERS if letter in self.outside + self.inside]

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
+from typing import SupportsIndex
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kvkernels.checks import dtype_text, shape_text
+from kvkernels.checks import dtype_text, has_values, integer, is_traced, shape_text
 from kvkernels.layout.cache import KVCache
 from kvkernels.layout.convert import Caches, as_caches, convert_blocks
 from kvkernels.layout.layout import KVLayout
@@ -74,18 +75,21 @@ def copy_slots(
     """
     if direction not in _DIRECTIONS:
         raise ValueError(f"copy_slots: direction must be 'to_buffer' or 'to_cache', got {direction!r}")
-    for name, value, kind in (("slots", slots, Tensor), ("pattern", pattern, str), ("skip_first", skip_first, int)):
+    kinds = (("slots", slots, Tensor, "Tensor"), ("pattern", pattern, str, "str"))
+    for name, value, kind, word in (*kinds, ("skip_first", skip_first, SupportsIndex, "int")):
         if not isinstance(value, kind):
-            raise ValueError(f"copy_slots: {name} must be a {kind.__name__}, got {type(value).__name__}")
+            raise ValueError(f"copy_slots: {name} must be a {word}, got {type(value).__name__}")
+    skip_first = integer("copy_slots: skip_first", skip_first)
     caches = as_caches("copy_slots", "cache", cache)
     chunks = _chunks(caches, buffer, pattern)
-    if len(chunks) > 1:
+    has_memory = not any(is_traced(tensor) for one in (*caches, *chunks) for tensor in one.tensors)
+    if len(chunks) > 1 and has_memory:
         _check_together(chunks, caches)
     _check_slots(slots, skip_first, chunks, caches, direction)
-    if direction == "to_buffer":
+    if direction == "to_buffer" and has_memory:
         _check_apart(chunks)
     first = 0
-    for chunk in _neighbours_joined(chunks):
+    for chunk in _neighbours_joined(chunks) if has_memory else chunks:
         tokens = chunk.layout.B * chunk.layout.N
         begin = min(max(skip_first - first, 0), tokens)
         wanted = slots[first + begin : first + tokens]
@@ -149,9 +153,9 @@ def _check_slots(
         raise ValueError(f"copy_slots: buffer must have as many tokens as slots has, {len(slots)}, got {tokens}")
     if not 0 <= skip_first <= tokens:
         raise ValueError(f"copy_slots: skip_first must be between 0 and the {tokens} tokens, got {skip_first}")
-    if slots.device.type != "cpu":
+    if slots.device.type != "cpu" or not has_values(slots):
         return
-    used = slots[skip_first:].numpy()
+    used = slots[skip_first:].detach().numpy()
     limit = min(cache.layout.B for cache in caches) * caches[0].layout.N
     bad = np.flatnonzero(used >= limit)
     if len(bad):
