@@ -41,6 +41,23 @@ PRIVATE = {
     "_triton_copy": "(Tensor table, int[] head) -> ()",
 }
 
+# What a compiled graph holds of the functions over layouts; kvkernels/layout/traced.py defines and implements them.
+TRACED = {
+    "_convert_blocks": (
+        "(Tensor[] src, Tensor(a!)[] dst, Tensor mapping, str src_layouts, str dst_layouts, int? layer, "
+        "bool allow_partial, int? unit_tokens, bool skip_negative, str executor, int sm_budget) -> ()"
+    ),
+    "_slots_to_buffer": (
+        "(Tensor[] cache, Tensor slots, Tensor(a!)[] buffer, str layouts, str pattern, int skip_first, str executor, "
+        "int sm_budget) -> ()"
+    ),
+    "_slots_to_cache": (
+        "(Tensor(a!)[] cache, Tensor slots, Tensor[] buffer, str layouts, str pattern, int skip_first, str executor, "
+        "int sm_budget) -> ()"
+    ),
+}
+TRACED_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides, torch.Tag.cudagraph_unsafe)
+
 # A CUDA graph freezes the values of a mapping that lives on the host, so inductor must not capture these unasked.
 TAKES_HOST_IDS = frozenset({"swap_blocks", "swap_blocks_batch", "gather_blocks", "scatter_blocks", "copy_pages"})
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kvkernels.checks import dtype_text, shape_text
 from kvkernels.layout.layout import KVLayout, PoolPlace
+from kvkernels.layout.memory import bytes_of_storage
 
 _RAW_DTYPES = (torch.uint8, torch.int8)
 
@@ -51,15 +52,28 @@ class KVCache:
             raise ValueError(f"KVCache: layout must be a KVLayout, got {layout!r}")
         self.layout = layout
         self.tensors = (tensors,) if isinstance(tensors, Tensor) else _as_tensors(tensors)
+        if not self.tensors:
+            raise ValueError(f"KVCache: {layout!r} has {layout.num_tensors} tensors, got 0")
+        self.device = self.tensors[0].device
+        # A compiler cannot trace the checks: the op that is given the cache makes them.
+        self._pools = None if torch.compiler.is_compiling() else self._checked_pools()
+
+    @property
+    def pools(self) -> tuple[Tensor, ...]:
+        """uint8 ``[B, page_bytes]`` views of the tensors, as copy_pages takes them."""
+        if self._pools is None:
+            self._pools = self._checked_pools()
+        return self._pools
+
+    def _checked_pools(self) -> tuple[Tensor, ...]:
+        layout = self.layout
         if len(self.tensors) != layout.num_tensors:
             raise ValueError(f"KVCache: {layout!r} has {layout.num_tensors} tensors, got {len(self.tensors)}")
-        self.device = self.tensors[0].device
         own = layout.num_tensors - (layout.scales.num_tensors if layout.scales else 0)
         pools = _checked_pools(layout, self.tensors[:own], 0, self.device)
         if layout.scales is not None:
             pools += _checked_pools(layout.scales, self.tensors[own:], own, self.device)
-        #: uint8 ``[B, page_bytes]`` views of the tensors, as copy_pages takes them.
-        self.pools: tuple[Tensor, ...] = tuple(pools)
+        return tuple(pools)
 
     @cached_property
     def num_blocks(self) -> int:
@@ -148,5 +162,4 @@ def _is_padded_rows(layout: KVLayout, tensor: Tensor, index: int) -> bool:
 
 def _pool(tensor: Tensor, place: PoolPlace, blocks: int) -> Tensor:
     start = tensor.storage_offset() * tensor.element_size() + place.offset_bytes
-    raw = torch.empty(0, dtype=torch.uint8, device=tensor.device)
-    return raw.set_(tensor.untyped_storage(), start, (blocks, place.page_bytes), (place.row_bytes, 1))
+    return bytes_of_storage(tensor, start, (blocks, place.page_bytes), (place.row_bytes, 1))

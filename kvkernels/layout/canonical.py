@@ -18,6 +18,7 @@ from kvkernels.layout.mapping import (
     known_forms,
     opaque_mapping,
 )
+from kvkernels.layout.memory import bytes_of_storage
 from kvkernels.layout.specs import PageFacts, page_facts, spec_of_layer
 
 
@@ -332,6 +333,5 @@ def _view(region: _Region, num_blocks: int) -> CanonicalKVCacheTensor:
             f"canonicalize: {num_blocks} pages of {region.page_bytes} bytes, padding included, must lie in their "
             f"storage, got one of {storage.nbytes()} bytes"
         )
-    raw = torch.empty(0, dtype=torch.int8, device=region.of.device)
-    view = raw.set_(storage, start, (num_blocks, region.page_bytes), (region.row_bytes, 1))
+    view = bytes_of_storage(region.of, start, (num_blocks, region.page_bytes), (region.row_bytes, 1), dtype=torch.int8)
     return CanonicalKVCacheTensor(view, region.page_bytes)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property, lru_cache
 
 import torch
 
@@ -115,6 +116,7 @@ class KVLayout:
     total_heads: int = field(default=0, kw_only=True)
     replica: int = field(default=0, kw_only=True)
     replicas: int = field(default=1, kw_only=True)
+    text: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         self._check_types()
@@ -133,6 +135,23 @@ class KVLayout:
         self._set("page_bytes", max(pages))
         if self.scales is not None:
             self._check_scales(self.scales)
+        self._set("text", self._as_text())
+
+    def _as_text(self) -> str:
+        """All fields as JSON, which ``from_text`` reads; kept, since a compiler cannot write it while it traces."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+        dtype = None if self.dtype is None else dtype_text(self.dtype)
+        scales = None if self.scales is None else self.scales.text
+        return json.dumps({**values, "dtype": dtype, "scales": scales})
+
+    @staticmethod
+    @lru_cache(maxsize=256)
+    def from_text(text: str) -> KVLayout:
+        """The layout with this ``text``."""
+        values = json.loads(text)
+        values["dtype"] = None if values["dtype"] is None else getattr(torch, values["dtype"])
+        values["scales"] = None if values["scales"] is None else KVLayout.from_text(values["scales"])
+        return KVLayout(**values)
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
