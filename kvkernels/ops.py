@@ -27,7 +27,9 @@ def swap_blocks(src: Tensor, dst: Tensor, block_size_in_bytes: int, block_mappin
     src, dst : Tensor
         Any dtype, on the CPU or on one CUDA device. A contiguous tensor of any shape is a row of blocks of
         ``block_size_in_bytes``, which must divide its bytes. A tensor whose rows are padded steps by the stride of
-        dimension 0, and its row must be exactly ``block_size_in_bytes``.
+        dimension 0, and its row must be exactly ``block_size_in_bytes``. Inside dimension 0 the others may be in any
+        order, such as head-first memory that is shown as token-first, where their bytes are dense; elsewhere
+        ``permute`` shows memory as it is.
     block_size_in_bytes : int
         Bytes of one block, positive.
     block_mapping : Tensor
