@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvkernels.checks import dtype_text, shape_text
 from kvkernels.layout.layout import KVLayout, PoolPlace
-from kvkernels.layout.memory import bytes_of_storage
+from kvkernels.layout.memory import as_storages, bytes_of_storage, from_storages, share_memory
 
 _RAW_DTYPES = (torch.uint8, torch.int8)
 
@@ -80,8 +81,21 @@ class KVCache:
         """Blocks of every pool."""
         return self.layout.B
 
+    def __copy__(self) -> KVCache:
+        return KVCache(self.layout, self.tensors)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """The layout and the tensors: the pools of the copy are then views of the copy's tensors."""
+        if not share_memory(self.tensors):
+            return KVCache, (self.layout, self.tensors)
+        return _of_storages, (self.layout, *as_storages(self.tensors))
+
     def __repr__(self) -> str:
         return f"KVCache({self.layout!r}, {len(self.tensors)} tensors on {self.device})"
+
+
+def _of_storages(layout: KVLayout, storages: Sequence[Tensor], places: Sequence[tuple[Any, ...]]) -> KVCache:
+    return KVCache(layout, from_storages(storages, places))
 
 
 def _as_tensors(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -113,6 +127,11 @@ def _check(layout: KVLayout, tensor: Tensor, index: int, name: str, device: torc
         raise ValueError(
             f"{name} must be {_wanted(layout, index)}a flat buffer of {needed} bytes for {layout!r}, "
             f"got shape {shape_text(tensor.shape)} with strides of {shape_text(strides)} bytes"
+        )
+    if layout.padding_unsaid and layout.row_bytes is None and not layout.offset_bytes and tensor.nbytes != needed:
+        raise ValueError(
+            f"{name} must be of {needed} bytes for {layout!r}, or the shard must say its own row_bytes and "
+            f"offset_bytes (dataclasses.replace), as the whole layout did, got {tensor.nbytes} bytes"
         )
     held = tensor.untyped_storage().nbytes() - tensor.storage_offset() * tensor.element_size()
     if held < needed:

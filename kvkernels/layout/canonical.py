@@ -18,7 +18,7 @@ from kvkernels.layout.mapping import (
     known_forms,
     opaque_mapping,
 )
-from kvkernels.layout.memory import bytes_of_storage
+from kvkernels.layout.memory import as_storages, bytes_of_storage, from_storages
 from kvkernels.layout.specs import PageFacts, page_facts, spec_of_layer
 
 
@@ -45,6 +45,22 @@ class CanonicalKVCaches:
 
     tensors: list[CanonicalKVCacheTensor]
     group_data_refs: list[list[CanonicalKVCacheRef]]
+
+    def __copy__(self) -> CanonicalKVCaches:
+        return CanonicalKVCaches(self.tensors, self.group_data_refs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Layers that are packed into one storage are so again."""
+        pages = [one.page_size_bytes for one in self.tensors]
+        return _of_storages, (pages, self.group_data_refs, *as_storages([one.tensor for one in self.tensors]))
+
+
+def _of_storages(
+    pages: Sequence[int], refs: list[list[CanonicalKVCacheRef]], storages: Sequence[Tensor],
+    places: Sequence[tuple[Any, ...]],
+) -> CanonicalKVCaches:  # fmt: skip
+    tensors = from_storages(storages, places)
+    return CanonicalKVCaches([CanonicalKVCacheTensor(t, page) for t, page in zip(tensors, pages, strict=True)], refs)
 
 
 @dataclass(frozen=True)

@@ -116,6 +116,8 @@ class KVLayout:
     total_heads: int = field(default=0, kw_only=True)
     replica: int = field(default=0, kw_only=True)
     replicas: int = field(default=1, kw_only=True)
+    #: A shard whose whole has padding or begins inside a buffer, and which says of itself nothing of the kind.
+    padding_unsaid: bool = field(default=False, repr=False, compare=False, kw_only=True)
     text: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -310,7 +312,7 @@ class KVLayout:
         Heads are dealt out in order, the first ranks getting one more where ``size`` does not divide them. With more
         ranks than heads, rank ``r`` holds head ``r * H // size``: those with the same head are replicas. A layout
         without ``H`` (MLA) is held whole by every rank. ``row_bytes`` and ``offset_bytes`` are the whole's, and do not
-        carry over.
+        carry over: a rank whose buffers have padding, too, says so by ``dataclasses.replace``.
 
         Raises
         ------
@@ -339,6 +341,7 @@ class KVLayout:
         return replace(
             self, H=heads, first_head=first, total_heads=self.H, replica=replica, replicas=replicas, scales=scales,
             row_bytes=None, offset_bytes=0, page_bytes=0,
+            padding_unsaid=self.row_bytes is not None or self.offset_bytes > 0,
         )  # fmt: skip
 
     def is_writer(self, block_id: int) -> bool:

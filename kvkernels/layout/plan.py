@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -92,6 +92,10 @@ class Plan:
         back = not _covers(self.dst, self.src)
         return compile_plan(self.dst, self.src, allow_partial=back, unit_tokens=self.unit_tokens)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Without its runs, which are compiled again."""
+        return Plan, (self.src, self.dst, self.unit_tokens, self.allow_partial, self.given)
+
     def explain(self) -> str:
         """What it moves, in words.
 
@@ -124,6 +128,9 @@ class PlanRuns(Sequence[Tensor]):
     def rows(self) -> _Rows:
         """Every layer's runs, which nobody may change."""
         return _compile(self._plan, range(len(self)))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PlanRuns, (self._plan,)
 
     @property
     def all(self) -> Tensor:
