@@ -125,7 +125,7 @@ def test_outside_of_a_graph_a_source_has_no_new_version():
 
 
 def test_shards_say_nothing_of_their_sources():
-    """They may be expanded, and nothing may write to them then. A clone that inductor drops is an error, on any device."""
+    """They may be expanded, and then nothing may write to them; a clone that inductor drops is an error."""
 
     def apart(x):
         kvkernels.split_tp_shards(x.clone(), 0, [x[2:], x[:2]])

@@ -49,14 +49,16 @@ def convert_blocks(
     IndexError
         An id on the CPU is out of range.
     ValueError
-        The layouts do not hold the same cache, or what ``copy_pages`` refuses.
+        The layouts do not hold the same cache, a destination requires a gradient where gradients are recorded, or what
+        ``copy_pages`` refuses.
     RuntimeError
         CUDA failed; the message has CUDA's name for it, and the destination is undefined.
 
     Notes
     -----
     Checks, streams, graph capture and ids on a device are as in ``copy_pages``, which carries it out as one launch or
-    one batch. The plan is compiled once for a pair of layouts and cached.
+    one batch. The plan is compiled once for a pair of layouts and cached, a layer's runs when that layer is copied. In
+    a graph that is compiled or exported it is one op, for which the caches may be made inside the graph or outside.
 
     Examples
     --------

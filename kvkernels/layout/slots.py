@@ -63,7 +63,7 @@ def copy_slots(
     -----
     As in ``copy_pages``, the copy is ordered on the device's current stream and not waited for, a CUDA graph that
     captures it freezes slots on the CPU, and slots on the device are checked there. Chunks that lie evenly spaced in
-    one allocation are one call.
+    one allocation are one call. In a graph that is compiled or exported it is one op.
 
     Examples
     --------
