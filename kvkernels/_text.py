@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 
 def tensor_of(text: str) -> Tensor:
@@ -13,5 +16,7 @@ def tensor_of(text: str) -> Tensor:
     return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
 
 
-def text_of(returned: Tensor) -> str:
-    return returned.numpy().tobytes().decode()
+def ask(op: Callable[..., Tensor], *args: object) -> str:
+    """What a private op says, also under a mode, such as FakeTensorMode, that would answer in its place."""
+    with _disable_current_modes():
+        return op(*args).numpy().tobytes().decode()

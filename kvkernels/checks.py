@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -40,6 +41,42 @@ def dtype_text(dtype: torch.dtype) -> str:
 
 def _geometry_text(t: Tensor) -> str:
     return f"shape {shape_text(t.shape)} and strides {shape_text(t.stride())}"
+
+
+def integer(what: str, value: Any, wanted: str = "an integer", least: int = -_INT64_MAX) -> int:
+    """What ``operator.index`` makes of a value that is no bool, or ValueError; ``what`` is ``<op>: <argument>``."""
+    is_bool = isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype == torch.bool)
+    try:
+        number = None if is_bool else operator.index(value)
+    except TypeError:
+        number = None
+    # Python refuses to print thousands of digits.
+    if number is not None and not -_INT64_MAX <= number <= _INT64_MAX:
+        raise ValueError(f"{what} must fit in int64, got a number of {number.bit_length()} bits")
+    if number is None or number < least:
+        raise ValueError(f"{what} must be {wanted}, got {value!r}")
+    return number
+
+
+def integers(what: str, values: Any) -> list[int]:
+    """A list of them, from whatever can be gone through."""
+    try:
+        given = list(values)
+    except TypeError:
+        given = [None]
+    if not all(isinstance(value, SupportsIndex) and not isinstance(value, bool) for value in given):
+        raise ValueError(f"{what} must be integers, got {values!r}")
+    return [integer(f"{what}[{i}]", value) for i, value in enumerate(given)]
+
+
+def is_traced(t: Tensor) -> bool:
+    """Whether it stands for a tensor to come: FakeTensorMode's, or one of a graph that is being compiled."""
+    return hasattr(t, "fake_mode") or torch.compiler.is_compiling()
+
+
+def has_values(t: Tensor) -> bool:
+    """Whether it can be looked into."""
+    return not (t.is_meta or is_traced(t))
 
 
 def require(condition: Any, message: Callable[[], str]) -> None:
@@ -141,6 +178,18 @@ def _rows_are_contiguous(t: Tensor) -> Any:
     return True
 
 
+def _is_dense(shape: Sequence[Any], strides: Sequence[Any]) -> Any:
+    """Whether the elements lie without a gap, in whatever order the dimensions are shown."""
+    if any(size == 0 for size in shape):
+        return True
+    expected: Any = 1
+    for stride, size in sorted((stride, size) for size, stride in zip(shape, strides, strict=True) if size != 1):
+        if stride != expected:
+            return False
+        expected = expected * size
+    return True
+
+
 def _row_elements(t: Tensor) -> Any:
     elements: Any = 1
     for size in t.shape[1:]:
@@ -192,7 +241,10 @@ def pools_of(op: str, name: str, tensors: Sequence[Tensor]) -> list[Pool]:
 
 def _blocks_of_bytes(op: str, name: str, t: Tensor, block_bytes: int) -> Pool:
     """swap_blocks' view of a tensor: a row of blocks where contiguous, one block a padded row otherwise."""
-    if t.is_contiguous():
+    row_bytes = _row_elements(t) * t.element_size()
+    # Head-first memory is often shown as token-first: what counts inside a row is that its bytes are dense.
+    has_dense_rows = t.dim() > 0 and _is_dense(t.shape[1:], t.stride()[1:])
+    if t.is_contiguous() or (has_dense_rows and t.stride(0) * t.element_size() == row_bytes):
         total_bytes = t.numel() * t.element_size()
         require(
             total_bytes % block_bytes == 0,
@@ -201,7 +253,7 @@ def _blocks_of_bytes(op: str, name: str, t: Tensor, block_bytes: int) -> Pool:
         return Pool(name, t, total_bytes // block_bytes, block_bytes, block_bytes)
     stride_bytes = t.stride(0) * t.element_size()
     require(
-        _rows_are_contiguous(t) and _row_elements(t) * t.element_size() == block_bytes and stride_bytes > block_bytes,
+        has_dense_rows and row_bytes == block_bytes and stride_bytes > block_bytes,
         lambda: (
             f"{op}: {name} must be contiguous or have rows of {block_bytes} bytes at a larger stride, "
             f"got {_geometry_text(t)}"
@@ -384,7 +436,16 @@ def _check_shards(op: str, name: str, shards: Sequence[Tensor], dim: int) -> tup
 
 
 def check_concat_tp_shards(shards: Sequence[Tensor], dim: int) -> tuple[int, tuple[int, ...]]:
-    return _check_shards("concat_tp_shards", "shards", shards, dim)
+    op = "concat_tp_shards"
+    result = _check_shards(op, "shards", shards, dim)
+    require(
+        not shards[0].is_quantized,
+        lambda: (
+            f"{op}: shards must not be quantized, since a new tensor would lack their scale, "
+            f"got {dtype_text(shards[0].dtype)}; concat_tp_shards_out takes a tensor that has one"
+        ),
+    )
+    return result
 
 
 def check_concat_tp_shards_out(shards: Sequence[Tensor], dim: int, out: Tensor) -> int:

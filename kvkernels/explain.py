@@ -11,7 +11,8 @@ import torch
 
 from kvkernels import ops, schemas, triton
 from kvkernels._library import LIBRARY  # noqa: F401  (the private ops exist once it is imported)
-from kvkernels._text import text_of
+from kvkernels._text import ask
+from kvkernels.checks import integer
 
 _private = torch.ops.kvkernels
 
@@ -108,8 +109,10 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     try:
         getattr(ops, name)(*args, **kwargs)
     finally:
-        text = text_of(_private._explain_end())
+        text = ask(_private._explain_end)
     said = json.loads(text)
+    if not said:
+        raise ValueError(f"explain: {name} must be called on tensors with values, got a mode that only traces calls")
     return Explanation(*[said[name] for name in _FIELDS])
 
 
@@ -121,7 +124,7 @@ def counters() -> dict[str, dict[str, int]]:
     dict
         ``{executor: {"calls", "launches", "descriptors", "bytes"}}``.
     """
-    return dict(json.loads(text_of(_private._counters())))
+    return dict(json.loads(ask(_private._counters)))
 
 
 def reset_counters() -> None:
@@ -147,11 +150,12 @@ def check_device(device: int | str | torch.device) -> None:
     Waits for the ops' calls with ids on the device, on all streams and in replayed graphs, and clears the record. Works
     while a stream captures. Ids on the host are checked by the op itself, before anything moves.
     """
-    place = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    is_name = isinstance(device, (str, torch.device))
+    place = torch.device(device) if is_name else torch.device("cuda", integer("check_device: device", device))
     if place.type != "cuda":
         raise ValueError(f"check_device: device must be a cuda device, got {place}")
     index = torch.cuda.current_device() if place.index is None else place.index
-    fault = json.loads(text_of(_private._check_device(index))) or triton.take_fault(index)
+    fault = json.loads(ask(_private._check_device, index)) or triton.take_fault(index)
     if fault:
         raise IndexError(
             f"{fault['op']}: {fault['count']} pairs had ids out of range on cuda:{index}, "

@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from kvkernels import schemas, triton
 from kvkernels._library import LIBRARY, build_record
-from kvkernels._text import text_of
+from kvkernels._text import ask
 from kvkernels.explain import explain
 from kvkernels.reference import NO_LIBRARY
 from kvkernels.version import __version__
@@ -41,7 +42,7 @@ def info() -> dict[str, Any]:
     '0.1.0'
     """
     available = torch.cuda.is_available()  # loads the driver, which the library then asks for its version
-    build = {**build_record(), **json.loads(text_of(torch.ops.kvkernels._build_info()))}
+    build = {**build_record(), **json.loads(ask(torch.ops.kvkernels._build_info))}
     architectures = [a for a in str(build.get("architectures", "")).split(",") if a]
     cuda = {
         "built": bool(build.get("cuda")),
@@ -128,14 +129,18 @@ def _entry(executors: list[str], auto: str | None, why: str) -> dict[str, Any]:
     return {"executors": executors, "auto": auto, "why": why}
 
 
+@_disable_current_modes()  # such as FakeTensorMode, under which nothing has a value
 def _explain_small(op: str) -> Any:
     """What a call of a few bytes on the CPU comes to."""
-    page, other = torch.zeros(1, 16, dtype=torch.uint8), torch.zeros(1, 16, dtype=torch.uint8)
-    id_zero, pair = torch.zeros(1, dtype=torch.int64), torch.zeros(1, 2, dtype=torch.int64)
-    run = torch.tensor([[0, 0, 0, 0, 16, 0, 0, 1, 0, 0, 1, 0, 0, 1, 0, 0]])
+    page, other = (torch.zeros(1, 16, dtype=torch.uint8, device="cpu") for _ in range(2))
+    id_zero, pair = (torch.zeros(shape, dtype=torch.int64, device="cpu") for shape in ((1,), (1, 2)))
+    run = torch.tensor([[0, 0, 0, 0, 16, 0, 0, 1, 0, 0, 1, 0, 0, 1, 0, 0]], device="cpu")
+    from_page, to_other, size = (
+        torch.tensor([number], device="cpu") for number in (page.data_ptr(), other.data_ptr(), 16)
+    )
     arguments: dict[str, tuple[Any, ...]] = {
         "swap_blocks": (page, other, 16, pair),
-        "swap_blocks_batch": (torch.tensor([page.data_ptr()]), torch.tensor([other.data_ptr()]), torch.tensor([16])),
+        "swap_blocks_batch": (from_page, to_other, size),
         "gather_blocks": ([page], id_zero, other),
         "scatter_blocks": (page, id_zero, [other]),
         "copy_pages": ([page], [other], pair, run),

@@ -17,6 +17,7 @@ _NAME = re.compile(
     rf"(?:_(?!(?:{'|'.join(OUTPUT_SUFFIXES)})(?:_|\Z))(?P<prefix>[A-Za-z0-9]+))?"
     rf"(?:_(?P<suffix>{'|'.join(OUTPUT_SUFFIXES)}))?"
 )
+_LAYER_DIGITS = 18  # such a number fits in int64
 _PREFIX = re.compile(r"[A-Za-z0-9]+")
 _PARTS = ("vision", "lang")
 
@@ -45,7 +46,9 @@ class BufferName:
     def parse(name: str) -> BufferName | None:
         """The name's parts, or None where it is not one of a KV buffer."""
         match = _NAME.fullmatch(name)
-        return BufferName(match["kind"], int(match["layer"]), match["prefix"], match["suffix"]) if match else None
+        if match is None:
+            return None
+        return BufferName(match["kind"], _layer_of(match), match["prefix"], match["suffix"])
 
     @property
     def input(self) -> BufferName:
@@ -54,6 +57,13 @@ class BufferName:
 
     def __str__(self) -> str:
         return "_".join(part for part in (f"{self.kind}.{self.layer}", self.prefix, self.suffix) if part)
+
+
+def _layer_of(match: re.Match[str]) -> int:
+    digits = match["layer"]
+    if len(digits) > _LAYER_DIGITS:  # Python itself refuses to read thousands of them
+        raise ValueError(f"names must have a layer of at most {_LAYER_DIGITS} digits, got one of {len(digits)} digits")
+    return int(digits)
 
 
 def check_prefix(prefix: str) -> None:
@@ -201,7 +211,7 @@ def select(
         match = wanted.fullmatch(name)
         if match is None:
             continue
-        key = match["kind"], int(match["layer"])
+        key = match["kind"], _layer_of(match)
         if key in found:
             raise ValueError(f"select: buffers must have each name once, got {name!r} twice")
         found[key] = value

@@ -27,7 +27,9 @@ def swap_blocks(src: Tensor, dst: Tensor, block_size_in_bytes: int, block_mappin
     src, dst : Tensor
         Any dtype, on the CPU or on one CUDA device. A contiguous tensor of any shape is a row of blocks of
         ``block_size_in_bytes``, which must divide its bytes. A tensor whose rows are padded steps by the stride of
-        dimension 0, and its row must be exactly ``block_size_in_bytes``.
+        dimension 0, and its row must be exactly ``block_size_in_bytes``. Inside dimension 0 the others may be in any
+        order, such as head-first memory that is shown as token-first, where their bytes are dense; elsewhere
+        ``permute`` shows memory as it is.
     block_size_in_bytes : int
         Bytes of one block, positive.
     block_mapping : Tensor
@@ -52,7 +54,8 @@ def swap_blocks(src: Tensor, dst: Tensor, block_size_in_bytes: int, block_mappin
     CPU the copy is done when the call returns and is ordered with no stream.
 
     A CUDA graph may capture the call and then repeats it with the ids of the capture: they are frozen. The op has the
-    tag ``cudagraph_unsafe``, so inductor does not capture it by itself.
+    tag ``cudagraph_unsafe``, so inductor does not capture it by itself. The schema says of ``src``, too, that it is
+    written: only so does inductor keep a clone between the two. A compiled call gives it a new version.
 
     Examples
     --------
@@ -329,8 +332,8 @@ def concat_tp_shards(shards: Sequence[Tensor], dim: int) -> Tensor:
     Parameters
     ----------
     shards : sequence of Tensor
-        At least one, of one dtype (any that torch has) and one device, any strides, equal in every dimension but
-        ``dim``.
+        At least one, of one dtype (any that torch has, but quantized ones, whose scale the result would lack) and one
+        device, any strides, equal in every dimension but ``dim``.
     dim : int
         The dimension of the shards, from ``-ndim`` to ``ndim - 1``.
 
@@ -378,7 +381,7 @@ def concat_tp_shards_out(shards: Sequence[Tensor], dim: int, out: Tensor) -> Non
     ------
     ValueError
         No shards, shards that do not fit together or into ``out``, or ``out`` sharing bytes with itself or with a
-        shard.
+        shard; in a compiled graph also where only a clone in the graph keeps them apart, which inductor may drop.
     RuntimeError
         CUDA failed; the message has CUDA's name for it, and ``out`` is undefined.
 
@@ -415,7 +418,8 @@ def split_tp_shards(input: Tensor, dim: int, out: Sequence[Tensor]) -> None:
     Raises
     ------
     ValueError
-        No shards, shards that do not fit ``input``, or shards that share bytes with each other or with ``input``.
+        No shards, shards that do not fit ``input``, or shards that share bytes with each other or with ``input``; in a
+        compiled graph also where only a clone in the graph keeps them apart, which inductor may drop.
     RuntimeError
         CUDA failed; the message has CUDA's name for it, and ``out`` is undefined.
 

@@ -44,9 +44,9 @@ class Steps(NamedTuple):
 
     def starts(self) -> Tensor:
         """Where each fragment starts, int64 ``[fragments]``."""
-        starts = torch.tensor([self.offset])
+        starts = torch.tensor([self.offset], device="cpu")
         for extent, stride in self.loops:
-            starts = (starts[:, None] + torch.arange(extent) * stride).flatten()
+            starts = (starts[:, None] + torch.arange(extent, device="cpu") * stride).flatten()
         return starts
 
 
@@ -63,7 +63,7 @@ class Intervals(NamedTuple):
         """The bytes of ``steps`` from each base; ``rows`` labels the bases."""
         steps = steps.folded()
         if rows is None:
-            rows = torch.arange(bases.numel())
+            rows = torch.arange(bases.numel(), device="cpu")
         starts = (bases[:, None] + steps.starts()).flatten()
         return cls(
             starts,
@@ -103,8 +103,8 @@ def first_read_of_written(writes: Intervals, reads: Intervals) -> tuple[int, int
 
 def intersecting(spans: Sequence[tuple[int, int]], others: Sequence[tuple[int, int]]) -> Tensor:
     """Bool ``[len(spans), len(others)]``: which half-open spans share an address."""
-    a = torch.tensor(spans, dtype=torch.int64).reshape(-1, 2)
-    b = torch.tensor(others, dtype=torch.int64).reshape(-1, 2)
+    a = torch.tensor(spans, dtype=torch.int64, device="cpu").reshape(-1, 2)
+    b = torch.tensor(others, dtype=torch.int64, device="cpu").reshape(-1, 2)
     return (a[:, None, 0] < b[None, :, 1]) & (b[None, :, 0] < a[:, None, 1])
 
 
@@ -126,7 +126,8 @@ def shares_bytes_with_itself(t: Tensor) -> bool:
         reach = stride * (extent - 1) + reach
     else:
         return False
-    return Intervals.of(torch.zeros(1, dtype=torch.int64), steps, 0).sorted().first_neighbours_sharing() is not None
+    origin = torch.zeros(1, dtype=torch.int64, device="cpu")
+    return Intervals.of(origin, steps, 0).sorted().first_neighbours_sharing() is not None
 
 
 def first_tensors_sharing(written: Sequence[Tensor], read: Sequence[Tensor]) -> tuple[str, int, int] | None:
@@ -140,7 +141,7 @@ def first_tensors_sharing(written: Sequence[Tensor], read: Sequence[Tensor]) -> 
         return (t.data_ptr() + low, t.data_ptr() + high) if t.numel() else (0, 0)
 
     def intervals(t: Tensor, owner: int) -> Intervals:
-        return Intervals.of(torch.tensor([t.data_ptr()]), steps_of_tensor(t), owner)
+        return Intervals.of(torch.tensor([t.data_ptr()], device="cpu"), steps_of_tensor(t), owner)
 
     written_spans, read_spans = [span(t) for t in written], [span(t) for t in read]
     for i, j in intersecting(written_spans, written_spans).triu(1).nonzero().tolist():

@@ -46,7 +46,7 @@ def pairs_of_mapping(
 ) -> Tensor:
     """The pairs of a ``[n, 2]`` mapping to copy, int64 on the CPU, each once."""
     ids = host_ids(mapping)
-    kept = (ids >= 0).all(1) if skip_negative else torch.ones(ids.shape[0], dtype=torch.bool)
+    kept = (ids >= 0).all(1) if skip_negative else torch.ones(ids.shape[0], dtype=torch.bool, device="cpu")
     src_limit, src_what = _limit(src, src_subblocks)
     dst_limit, dst_what = _limit(dst, dst_subblocks)
     _check_in_range(op, name, ((ids[:, 0], ", 0", src_limit, src_what), (ids[:, 1], ", 1", dst_limit, dst_what)), kept)
@@ -58,7 +58,7 @@ def pairs_of_ids(op: str, block_ids: Tensor, pools: Sequence[Pool], ids_are_sour
     ids = host_ids(block_ids)
     limit, what = _limit(pools, 1)
     _check_in_range(op, "block_ids", ((ids, "", limit, what),), torch.ones_like(ids, dtype=torch.bool))
-    rows = torch.arange(ids.shape[0])
+    rows = torch.arange(ids.shape[0], device="cpu")
     return distinct_pairs(op, "block_ids", torch.stack((ids, rows) if ids_are_sources else (rows, ids), 1))
 
 
@@ -72,7 +72,7 @@ def distinct_pairs(op: str, name: str, pairs: Tensor) -> Tensor:
         raise ValueError(
             f"{op}: {name} must name each destination once, got two sources for destination {int(clash[0])}"
         )
-    first = torch.ones(pairs.shape[0], dtype=torch.bool)
+    first = torch.ones(pairs.shape[0], dtype=torch.bool, device="cpu")
     first[order[1:][again]] = False
     return pairs[first]
 

@@ -354,10 +354,10 @@ def _check_ranges_disjoint(op: str, triples: Tensor, rows: Tensor) -> None:
 def _first_occurrences(rows: Tensor) -> Tensor:
     """Positions of the first of each set of equal rows, ascending."""
     if rows.shape[0] == 0:
-        return torch.zeros(0, dtype=torch.int64)
+        return torch.zeros(0, dtype=torch.int64, device="cpu")
     unique, inverse = torch.unique(rows, dim=0, return_inverse=True)
-    first = torch.full((unique.shape[0],), rows.shape[0])
-    first.scatter_reduce_(0, inverse, torch.arange(rows.shape[0]), "amin")
+    first = torch.full((unique.shape[0],), rows.shape[0], device="cpu")
+    first.scatter_reduce_(0, inverse, torch.arange(rows.shape[0], device="cpu"), "amin")
     return first.sort().values
 
 

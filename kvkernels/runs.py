@@ -116,7 +116,7 @@ def _first_two_sharing(written: dict[int, Steps], page_bytes: int) -> tuple[int,
         run_bytes = steps.fragments() * steps.fragment_bytes
         if run_bytes > page_bytes:
             return r, r
-        parts.append(Intervals.of(torch.zeros(1, dtype=torch.int64), steps, r))
+        parts.append(Intervals.of(torch.zeros(1, dtype=torch.int64, device="cpu"), steps, r))
         total_bytes += run_bytes
         if total_bytes > page_bytes:
             break

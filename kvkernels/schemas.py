@@ -6,18 +6,24 @@ import torch
 
 NAMESPACE = "kvkernels"
 
+# Sources that are pages say that they are written, (b!), and are not. Inductor drops a clone whose value is elsewhere,
+# and would hand an op one tensor twice where its caller wrote `op(x.clone(), x)`; of two that are written it keeps
+# both. The sources of concat_tp_shards_out and split_tp_shards may be expanded, which nothing may write: their checks,
+# which see addresses on any device, find one tensor on both sides and refuse it.
 PUBLIC = {
-    "swap_blocks": "(Tensor src, Tensor(a!) dst, int block_size_in_bytes, Tensor block_mapping) -> ()",
+    "swap_blocks": "(Tensor(b!) src, Tensor(a!) dst, int block_size_in_bytes, Tensor block_mapping) -> ()",
     "swap_blocks_batch": (
         "(Tensor src_ptrs, Tensor(a!) dst_ptrs, Tensor sizes, bool is_src_access_order_any=False, "
         'str executor="auto", int sm_budget=0) -> ()'
     ),
-    "gather_blocks": ('(Tensor[] pools, Tensor block_ids, Tensor(a!) out, str executor="auto", int sm_budget=0) -> ()'),
+    "gather_blocks": (
+        '(Tensor(b!)[] pools, Tensor block_ids, Tensor(a!) out, str executor="auto", int sm_budget=0) -> ()'
+    ),
     "scatter_blocks": (
-        '(Tensor buffer, Tensor block_ids, Tensor(a!)[] pools, str executor="auto", int sm_budget=0) -> ()'
+        '(Tensor(b!) buffer, Tensor block_ids, Tensor(a!)[] pools, str executor="auto", int sm_budget=0) -> ()'
     ),
     "copy_pages": (
-        "(Tensor[] src, Tensor(a!)[] dst, Tensor mapping, Tensor runs, int src_subblocks_per_block=1, "
+        "(Tensor(b!)[] src, Tensor(a!)[] dst, Tensor mapping, Tensor runs, int src_subblocks_per_block=1, "
         'int dst_subblocks_per_block=1, bool skip_negative=False, str executor="auto", int sm_budget=0) -> ()'
     ),
     "concat_tp_shards": "(Tensor[] shards, int dim) -> Tensor",
@@ -42,6 +48,23 @@ PRIVATE = {
     "_triton_refusal": "(int device) -> Tensor",
     "_triton_copy": "(Tensor table, int[] head) -> ()",
 }
+
+# What a compiled graph holds of the functions over layouts; kvkernels/layout/traced.py defines and implements them.
+TRACED = {
+    "_convert_blocks": (
+        "(Tensor(b!)[] src, Tensor(a!)[] dst, Tensor mapping, str src_layouts, str dst_layouts, int? layer, "
+        "bool allow_partial, int? unit_tokens, bool skip_negative, str executor, int sm_budget) -> ()"
+    ),
+    "_slots_to_buffer": (
+        "(Tensor(b!)[] cache, Tensor slots, Tensor(a!)[] buffer, str layouts, str pattern, int skip_first, "
+        "str executor, int sm_budget) -> ()"
+    ),
+    "_slots_to_cache": (
+        "(Tensor(a!)[] cache, Tensor slots, Tensor(b!)[] buffer, str layouts, str pattern, int skip_first, "
+        "str executor, int sm_budget) -> ()"
+    ),
+}
+TRACED_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides, torch.Tag.cudagraph_unsafe)
 
 # A CUDA graph freezes the values of a mapping that lives on the host, so inductor must not capture these unasked.
 TAKES_HOST_IDS = frozenset({"swap_blocks", "swap_blocks_batch", "gather_blocks", "scatter_blocks", "copy_pages"})

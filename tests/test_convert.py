@@ -10,7 +10,7 @@ import torch
 from layout_cases import Side, Spelled, expected, random_mapping, random_sides, shard_heads, write_out
 
 import kvkernels
-from kvkernels import KVCache, KVLayout, convert_blocks
+from kvkernels import KVCache, KVLayout, compile_plan, convert_blocks
 
 
 def _caches(side: Side) -> list[KVCache]:
@@ -153,3 +153,20 @@ def test_one_tensor_may_be_both_sides():
     assert tensor[2].tolist() == [0, 1, 4, 5, 2, 3, 6, 7]
     with pytest.raises(ValueError, match="must not write what it reads"):
         convert_blocks(KVCache(nhd, tensor), KVCache(hnd, tensor), torch.tensor([[0, 0]]))
+
+
+def test_a_layer_needs_no_other_layers_runs():
+    """2 layers of 3,000 runs each: too many for one call, not for two."""
+    sizes = {"L": 2, "B": 2, "N": 3000, "D": 2, "dtype": torch.uint8}
+    src, dst = KVLayout("L | B N D", **sizes), KVLayout("L | N B D", **sizes)
+    values = [torch.randint(0, 256, (2, 3000, 2), dtype=torch.uint8) for _ in range(2)]
+    cache, turned = KVCache(src, values), KVCache(dst, [torch.zeros(3000, 2, 2, dtype=torch.uint8) for _ in range(2)])
+    with pytest.raises(ValueError, match="more than 4096 runs would be needed"):
+        convert_blocks(cache, turned, torch.tensor([[0, 1]]))
+    with pytest.raises(ValueError, match="more than 4096 runs would be needed"):
+        compile_plan(src, dst)
+    for layer in range(2):
+        convert_blocks(cache, turned, torch.tensor([[0, 1]]), layer=layer)
+        assert torch.equal(turned.tensors[layer][:, 1], values[layer][0])
+    with pytest.raises(IndexError, match="layer must be below 2 and not negative, got 2"):
+        convert_blocks(cache, turned, torch.tensor([[0, 1]]), layer=2)

@@ -252,3 +252,20 @@ def test_scales_come_last():
 def test_no_blocks_is_a_cache():
     layout = replace(NHD, B=0)
     assert KVCache(layout, _zeros(0, 2, 4, 3, 8)).pools[0].shape == (0, 2 * PAGE)
+
+
+def test_a_padded_whole_leaves_no_doubt_about_a_shards_buffer():
+    """Its rows would be read where they are not: the shard does not know the padding of its own buffer."""
+    sizes = {"B": 3, "N": 2, "H": 2, "D": 4, "dtype": torch.uint8}
+    for whole in (KVLayout("B N H D", **sizes, row_bytes=20), KVLayout("B N H D", **sizes, offset_bytes=4)):
+        shard = whole.shard(1, 2)
+        assert KVCache(shard, torch.zeros(24, dtype=torch.uint8)).pools[0].stride() == (8, 1)
+        assert KVCache(shard, torch.zeros(3, 2, 1, 4, dtype=torch.uint8)).pools[0].stride() == (8, 1)
+        with pytest.raises(ValueError, match=r"must be of 24 bytes for .*, or the shard must say its own row_bytes"):
+            KVCache(shard, torch.zeros(30, dtype=torch.uint8))
+        for said, step in ((replace(shard, row_bytes=10), 10), (replace(shard, row_bytes=8), 8)):
+            assert KVCache(said, torch.zeros(30, dtype=torch.uint8)).pools[0].stride() == (step, 1)
+    scales = KVLayout("B N H", B=3, N=2, H=2, dtype=torch.uint8, row_bytes=6)
+    shard = KVLayout("B N H D", **sizes, scales=scales).shard(0, 2)
+    with pytest.raises(ValueError, match=r"tensors\[1\] must be of 6 bytes"):
+        KVCache(shard, [torch.zeros(24, dtype=torch.uint8), torch.zeros(18, dtype=torch.uint8)])

@@ -130,3 +130,22 @@ def test_source_may_be_read_only_memory():
     assert torch._C._is_cow_tensor(lazy)
     assert dst[3].tolist() == list(range(8))
     assert src[3].tolist() == list(range(24, 32))
+
+
+@pytest.mark.parametrize("call", [kvkernels.swap_blocks, kvkernels.reference.swap_blocks])
+@pytest.mark.parametrize("pad", [0, 3])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.uint8])
+def test_head_first_memory_that_is_shown_as_token_first(call, pad, dtype):
+    """As vLLM shows it: what counts in a block is that its bytes are dense."""
+    memory = [torch.randint(0, 100, (6, 2 * 4 * 8 + pad)).to(dtype) for _ in range(2)]
+    src, dst = (m[:, : 2 * 4 * 8].view(6, 2, 4, 8).transpose(1, 2) for m in memory)
+    before, block_bytes = memory[1].clone(), 2 * 4 * 8 * dtype.itemsize
+    call(src, dst, block_bytes, torch.tensor([[5, 0], [1, 4]]))
+    before[[0, 4], : 2 * 4 * 8] = memory[0][[5, 1], : 2 * 4 * 8]
+    assert torch.equal(memory[1], before)
+    kv = [torch.randint(0, 100, (2, 6, 2, 4, 8)).to(dtype) for _ in range(2)]
+    call(kv[0].transpose(2, 3), kv[1].transpose(2, 3), block_bytes, torch.tensor([[7, 2]]))
+    assert torch.equal(kv[1][0, 2], kv[0][1, 1])
+    for scattered in (memory[0].t(), kv[0].transpose(0, 1), kv[0][..., ::2]):
+        with pytest.raises(ValueError, match="src must be contiguous or have rows of"):
+            call(scattered, dst, 2, torch.tensor([[0, 1]]))

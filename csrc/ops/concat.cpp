@@ -212,6 +212,10 @@ void concat_into(const char* op, Shards shards, const Tensor& out) {
 Tensor concat_tp_shards(const std::vector<Tensor>& tensors, int64_t dim) {
   const char* op = "concat_tp_shards";
   Shards shards = checked_shards(op, "shards", tensors, dim);
+  if (shards.facts.front().is_quantized()) {
+    value_error(op, ": shards must not be quantized, since a new tensor would lack their scale, got ",
+                shards.facts.front().dtype_text(), "; concat_tp_shards_out takes a tensor that has one");
+  }
   Tensor out = torch::stable::new_empty(tensors.front(), shards.whole_shape);
   concat_into(op, std::move(shards), out);
   return out;

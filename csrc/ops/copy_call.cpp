@@ -8,6 +8,7 @@
 #include "ops/counters.h"
 #include "ops/cuda_path.h"
 #include "ops/explain.h"
+#include "ops/fork.h"
 #include "ops/triton_path.h"
 
 namespace kvkernels {
@@ -35,7 +36,7 @@ PairList read_call(const CopyCall& call) {
 
 }  // namespace
 
-int torch_threads() { return static_cast<int>(torch::stable::get_num_threads()); }
+int torch_threads() { return lost_threads_to_fork() ? 1 : static_cast<int>(torch::stable::get_num_threads()); }
 
 Direction direction_of(const Place& src, const Place& dst) {
   if (src.on_device) return dst.on_device ? Direction::kDeviceToDevice : Direction::kDeviceToHost;

@@ -7,11 +7,11 @@
 #include "ops/ops.h"
 
 extern "C" __attribute__((visibility("default"))) const char* kvkernels_schemas() {
-  return R"schemas(swap_blocks(Tensor src, Tensor(a!) dst, int block_size_in_bytes, Tensor block_mapping) -> ()
+  return R"schemas(swap_blocks(Tensor(b!) src, Tensor(a!) dst, int block_size_in_bytes, Tensor block_mapping) -> ()
 swap_blocks_batch(Tensor src_ptrs, Tensor(a!) dst_ptrs, Tensor sizes, bool is_src_access_order_any=False, str executor="auto", int sm_budget=0) -> ()
-gather_blocks(Tensor[] pools, Tensor block_ids, Tensor(a!) out, str executor="auto", int sm_budget=0) -> ()
-scatter_blocks(Tensor buffer, Tensor block_ids, Tensor(a!)[] pools, str executor="auto", int sm_budget=0) -> ()
-copy_pages(Tensor[] src, Tensor(a!)[] dst, Tensor mapping, Tensor runs, int src_subblocks_per_block=1, int dst_subblocks_per_block=1, bool skip_negative=False, str executor="auto", int sm_budget=0) -> ()
+gather_blocks(Tensor(b!)[] pools, Tensor block_ids, Tensor(a!) out, str executor="auto", int sm_budget=0) -> ()
+scatter_blocks(Tensor(b!) buffer, Tensor block_ids, Tensor(a!)[] pools, str executor="auto", int sm_budget=0) -> ()
+copy_pages(Tensor(b!)[] src, Tensor(a!)[] dst, Tensor mapping, Tensor runs, int src_subblocks_per_block=1, int dst_subblocks_per_block=1, bool skip_negative=False, str executor="auto", int sm_budget=0) -> ()
 concat_tp_shards(Tensor[] shards, int dim) -> Tensor
 concat_tp_shards_out(Tensor[] shards, int dim, Tensor(a!) out) -> ()
 split_tp_shards(Tensor input, int dim, Tensor(a!)[] out) -> ()

@@ -111,6 +111,21 @@ bool TensorFacts::is_contiguous_from(int64_t dim) const {
   return true;
 }
 
+bool TensorFacts::is_dense_from(int64_t dim) const {
+  if (is_empty_from(dim)) return true;
+  std::vector<std::pair<int64_t, int64_t>> by_stride;
+  for (int64_t i = dim; i < this->dim(); ++i) {
+    if (size(i) != 1) by_stride.emplace_back(stride(i), size(i));
+  }
+  std::sort(by_stride.begin(), by_stride.end());
+  int64_t expected = 1;
+  for (const auto& [stride, size] : by_stride) {
+    if (stride != expected) return false;
+    expected *= size;
+  }
+  return true;
+}
+
 int64_t TensorFacts::span_bytes() const {
   if (is_empty_from(0)) return 0;
   int64_t last = 0;

@@ -46,6 +46,7 @@ class TensorFacts {
 
   bool is_cpu() const { return device_type_ == aoti_torch_device_type_cpu(); }
   bool is_cuda() const { return device_type_ == aoti_torch_device_type_cuda(); }
+  bool is_quantized() const { return dtype_text().front() == 'q'; }
   bool is_strided() const { return layout_ == aoti_torch_layout_strided(); }
   int device_index() const { return device_index_; }
   int32_t dtype() const { return dtype_; }
@@ -58,6 +59,7 @@ class TensorFacts {
   int64_t numel() const;
   bool is_empty_from(int64_t dim) const;       // some size, from dimension dim inwards, is 0
   bool is_contiguous_from(int64_t dim) const;  // dimensions dim and inwards, sizes of 1 aside
+  bool is_dense_from(int64_t dim) const;       // the same, in any order of those dimensions
   int64_t span_bytes() const;                  // from the first element's byte to the last one's end; 0 if empty
   bool memory_is_there() const;                // the span lies inside the storage (resize_(0) frees it)
 

@@ -6,12 +6,16 @@
 namespace kvkernels {
 namespace {
 
-// vLLM's rule: a contiguous tensor of any shape is a row of blocks; one with padded rows steps by its row stride.
+// vLLM's rule: a contiguous tensor of any shape is a row of blocks; one with padded rows steps by its row stride. What
+// counts inside a row is that its bytes are dense: head-first memory is often shown as token-first.
 Pool block_pool(const Name& name, const Tensor& tensor, const TensorFacts& facts, int64_t block_bytes, bool written) {
   const char* op = "swap_blocks";
   int64_t blocks = 0;
   int64_t block_stride = block_bytes;
-  if (facts.is_contiguous_from(0)) {
+  const bool has_dense_rows = facts.dim() > 0 && facts.is_dense_from(1);
+  int64_t row_bytes = facts.element_bytes();
+  for (int64_t i = 1; i < facts.dim(); ++i) row_bytes *= facts.size(i);
+  if (facts.is_contiguous_from(0) || (has_dense_rows && facts.stride(0) * facts.element_bytes() == row_bytes)) {
     const int64_t bytes = facts.numel() * facts.element_bytes();
     if (bytes % block_bytes != 0) {
       value_error(op, ": ", name, " must hold a whole number of blocks of ", block_bytes, " bytes, got ", bytes,
@@ -19,10 +23,8 @@ Pool block_pool(const Name& name, const Tensor& tensor, const TensorFacts& facts
     }
     blocks = bytes / block_bytes;
   } else {
-    int64_t row_bytes = facts.element_bytes();
-    for (int64_t i = 1; i < facts.dim(); ++i) row_bytes *= facts.size(i);
     block_stride = facts.stride(0) * facts.element_bytes();
-    if (!facts.is_contiguous_from(1) || row_bytes != block_bytes || block_stride <= row_bytes) {
+    if (!has_dense_rows || row_bytes != block_bytes || block_stride <= row_bytes) {
       value_error(op, ": ", name, " must be contiguous or have rows of ", block_bytes,
                   " bytes at a larger stride, got shape ", facts.shape_text(), " and strides ", facts.strides_text());
     }

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kvkernels.checks import RUN_COLUMNS, dtype_text, shape_text
+from kvkernels.checks import RUN_COLUMNS, dtype_text, has_values, integer, integers, shape_text
 
 _INT64_MAX = (1 << 63) - 1
 
@@ -49,18 +49,22 @@ def expand_blocks(
     >>> expand_blocks([7, 2], 4, skip=1, count=5).tolist()
     [29, 30, 31, 8, 9]
     """
-    if not isinstance(blocks_per_chunk, int) or blocks_per_chunk <= 0:
-        raise ValueError(f"expand_blocks: blocks_per_chunk must be a positive integer, got {blocks_per_chunk}")
-    given = chunk_ids if isinstance(chunk_ids, Tensor) else torch.tensor(list(chunk_ids), dtype=torch.int64)
+    blocks_per_chunk = integer("expand_blocks: blocks_per_chunk", blocks_per_chunk, "a positive integer", least=1)
+    skip = integer("expand_blocks: skip", skip)
+    if isinstance(chunk_ids, Tensor):
+        given = chunk_ids
+    else:
+        given = torch.tensor(integers("expand_blocks: chunk_ids", chunk_ids), dtype=torch.int64, device="cpu")
     if given.dim() != 1 or given.dtype not in (torch.int64, torch.int32):
         kind = f"{dtype_text(given.dtype)} of shape {shape_text(given.shape)}"
         raise ValueError(f"expand_blocks: chunk_ids must be int64 or int32 [n], got {kind}")
-    if given.device.type == "cpu" and len(given) and int(given.max()) > (_INT64_MAX // blocks_per_chunk) - 1:
+    is_known = given.device.type == "cpu" and has_values(given) and len(given) > 0
+    if is_known and int(given.max()) > (_INT64_MAX // blocks_per_chunk) - 1:
         raise ValueError(f"expand_blocks: chunk_ids must leave their blocks in int64, got {int(given.max())}")
     ids = given.to(torch.int64).reshape(-1, 1)
     blocks = ids * blocks_per_chunk + torch.arange(blocks_per_chunk, device=ids.device)
     blocks = torch.where(ids < 0, -1, blocks).flatten()
-    wanted = len(blocks) - skip if count is None else count
+    wanted = len(blocks) - skip if count is None else integer("expand_blocks: count", count)
     if skip < 0 or wanted < 0 or skip + wanted > len(blocks):
         raise ValueError(
             f"expand_blocks: skip and count must name some of {len(blocks)} blocks, got skip {skip} and count {count}"
@@ -99,11 +103,11 @@ def whole_page_runs(pools: Sequence[Tensor], page_bytes: Sequence[int] | None = 
     [[3, 4], [0, 0]]
     """
     rows = [math.prod(pool.shape[1:]) * pool.element_size() for pool in pools]
-    wanted = rows if page_bytes is None else list(page_bytes)
+    wanted = rows if page_bytes is None else integers("whole_page_runs: page_bytes", page_bytes)
     if len(wanted) != len(rows) or any(not 0 <= n <= row for n, row in zip(wanted, rows, strict=True)):
         raise ValueError(f"whole_page_runs: page_bytes must be at most the pools' {rows} bytes each, got {wanted}")
-    runs = torch.zeros(len(rows), RUN_COLUMNS, dtype=torch.int64)
-    runs[:, 0] = runs[:, 1] = torch.arange(len(rows))
-    runs[:, 4] = torch.tensor(wanted, dtype=torch.int64)
+    runs = torch.zeros(len(rows), RUN_COLUMNS, dtype=torch.int64, device="cpu")
+    runs[:, 0] = runs[:, 1] = torch.arange(len(rows), device="cpu")
+    runs[:, 4] = torch.tensor(wanted, dtype=torch.int64, device="cpu")
     runs[:, 7::3] = 1
     return runs

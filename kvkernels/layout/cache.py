@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvkernels.checks import dtype_text, shape_text
 from kvkernels.layout.layout import KVLayout, PoolPlace
+from kvkernels.layout.memory import as_storages, bytes_of_storage, from_storages, share_memory
 
 _RAW_DTYPES = (torch.uint8, torch.int8)
 
@@ -51,23 +53,49 @@ class KVCache:
             raise ValueError(f"KVCache: layout must be a KVLayout, got {layout!r}")
         self.layout = layout
         self.tensors = (tensors,) if isinstance(tensors, Tensor) else _as_tensors(tensors)
+        if not self.tensors:
+            raise ValueError(f"KVCache: {layout!r} has {layout.num_tensors} tensors, got 0")
+        self.device = self.tensors[0].device
+        # A compiler cannot trace the checks: the op that is given the cache makes them.
+        self._pools = None if torch.compiler.is_compiling() else self._checked_pools()
+
+    @property
+    def pools(self) -> tuple[Tensor, ...]:
+        """uint8 ``[B, page_bytes]`` views of the tensors, as copy_pages takes them."""
+        if self._pools is None:
+            self._pools = self._checked_pools()
+        return self._pools
+
+    def _checked_pools(self) -> tuple[Tensor, ...]:
+        layout = self.layout
         if len(self.tensors) != layout.num_tensors:
             raise ValueError(f"KVCache: {layout!r} has {layout.num_tensors} tensors, got {len(self.tensors)}")
-        self.device = self.tensors[0].device
         own = layout.num_tensors - (layout.scales.num_tensors if layout.scales else 0)
         pools = _checked_pools(layout, self.tensors[:own], 0, self.device)
         if layout.scales is not None:
             pools += _checked_pools(layout.scales, self.tensors[own:], own, self.device)
-        #: uint8 ``[B, page_bytes]`` views of the tensors, as copy_pages takes them.
-        self.pools: tuple[Tensor, ...] = tuple(pools)
+        return tuple(pools)
 
     @cached_property
     def num_blocks(self) -> int:
         """Blocks of every pool."""
         return self.layout.B
 
+    def __copy__(self) -> KVCache:
+        return KVCache(self.layout, self.tensors)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """The layout and the tensors: the pools of the copy are then views of the copy's tensors."""
+        if not share_memory(self.tensors):
+            return KVCache, (self.layout, self.tensors)
+        return _of_storages, (self.layout, *as_storages(self.tensors))
+
     def __repr__(self) -> str:
         return f"KVCache({self.layout!r}, {len(self.tensors)} tensors on {self.device})"
+
+
+def _of_storages(layout: KVLayout, storages: Sequence[Tensor], places: Sequence[tuple[Any, ...]]) -> KVCache:
+    return KVCache(layout, from_storages(storages, places))
 
 
 def _as_tensors(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -99,6 +127,11 @@ def _check(layout: KVLayout, tensor: Tensor, index: int, name: str, device: torc
         raise ValueError(
             f"{name} must be {_wanted(layout, index)}a flat buffer of {needed} bytes for {layout!r}, "
             f"got shape {shape_text(tensor.shape)} with strides of {shape_text(strides)} bytes"
+        )
+    if layout.padding_unsaid and layout.row_bytes is None and not layout.offset_bytes and tensor.nbytes != needed:
+        raise ValueError(
+            f"{name} must be of {needed} bytes for {layout!r}, or the shard must say its own row_bytes and "
+            f"offset_bytes (dataclasses.replace), as the whole layout did, got {tensor.nbytes} bytes"
         )
     held = tensor.untyped_storage().nbytes() - tensor.storage_offset() * tensor.element_size()
     if held < needed:
@@ -148,5 +181,4 @@ def _is_padded_rows(layout: KVLayout, tensor: Tensor, index: int) -> bool:
 
 def _pool(tensor: Tensor, place: PoolPlace, blocks: int) -> Tensor:
     start = tensor.storage_offset() * tensor.element_size() + place.offset_bytes
-    raw = torch.empty(0, dtype=torch.uint8, device=tensor.device)
-    return raw.set_(tensor.untyped_storage(), start, (blocks, place.page_bytes), (place.row_bytes, 1))
+    return bytes_of_storage(tensor, start, (blocks, place.page_bytes), (place.row_bytes, 1))

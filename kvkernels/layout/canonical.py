@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvkernels.checks import shape_text
+from kvkernels.checks import integer, shape_text
 from kvkernels.layout.mapping import (
     CanonicalPageMapping,
     TensorParallel,
@@ -18,6 +18,7 @@ from kvkernels.layout.mapping import (
     known_forms,
     opaque_mapping,
 )
+from kvkernels.layout.memory import as_storages, bytes_of_storage, from_storages
 from kvkernels.layout.specs import PageFacts, page_facts, spec_of_layer
 
 
@@ -44,6 +45,22 @@ class CanonicalKVCaches:
 
     tensors: list[CanonicalKVCacheTensor]
     group_data_refs: list[list[CanonicalKVCacheRef]]
+
+    def __copy__(self) -> CanonicalKVCaches:
+        return CanonicalKVCaches(self.tensors, self.group_data_refs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Layers that are packed into one storage are so again."""
+        pages = [one.page_size_bytes for one in self.tensors]
+        return _of_storages, (pages, self.group_data_refs, *as_storages([one.tensor for one in self.tensors]))
+
+
+def _of_storages(
+    pages: Sequence[int], refs: list[list[CanonicalKVCacheRef]], storages: Sequence[Tensor],
+    places: Sequence[tuple[Any, ...]],
+) -> CanonicalKVCaches:  # fmt: skip
+    tensors = from_storages(storages, places)
+    return CanonicalKVCaches([CanonicalKVCacheTensor(t, page) for t, page in zip(tensors, pages, strict=True)], refs)
 
 
 @dataclass(frozen=True)
@@ -104,10 +121,7 @@ def canonicalize(
     >>> [tuple(t.tensor.shape) for t in canonical.tensors], [r.tensor_idx for r in canonical.group_data_refs[0]]
     ([(10, 8192), (10, 8192)], [0, 1])
     """
-    for argument, value in (("num_blocks", num_blocks), ("block_dim", block_dim)):
-        if value is not None and (not isinstance(value, int) or value < 0):
-            raise ValueError(f"canonicalize: {argument} must be an integer from 0 on, got {value!r}")
-    finder = _Finder(num_blocks, block_dim)
+    finder = _Finder(_count_or_none("num_blocks", num_blocks), _count_or_none("block_dim", block_dim))
     if isinstance(kv_caches, Tensor):
         return _cross_layer(kv_caches, groups, finder, tensor_parallel)
     if not isinstance(kv_caches, Mapping):
@@ -138,12 +152,18 @@ def canonicalize(
     return CanonicalKVCaches([_view(region, blocks) for region in tensors], group_refs)
 
 
+def _count_or_none(name: str, value: int | None) -> int | None:
+    return None if value is None else integer(f"canonicalize: {name}", value, "an integer from 0 on", least=0)
+
+
 def _checked_cache(name: str, cache: Tensor | Sequence[Tensor]) -> Tensor | Sequence[Tensor]:
     tensors = [cache] if isinstance(cache, Tensor) else cache
     if not isinstance(tensors, (list, tuple)) or not all(isinstance(tensor, Tensor) for tensor in tensors):
         _fail(repr(name), "be a Tensor or a list of them", type(cache).__name__)
     if any(tensor.device.type not in ("cpu", "cuda") for tensor in tensors):
         _fail(repr(name), "be on the cpu or a cuda device", ", ".join(str(tensor.device) for tensor in tensors))
+    if any(hasattr(tensor, "fake_mode") for tensor in tensors):
+        _fail(repr(name), "have addresses, which say what layers share", "a fake tensor")
     if any(tensor.dim() == 0 or tensor.numel() == 0 for tensor in tensors):
         _fail(repr(name), "have blocks", ", ".join(map(_geometry, tensors)))
     return cache
@@ -329,6 +349,5 @@ def _view(region: _Region, num_blocks: int) -> CanonicalKVCacheTensor:
             f"canonicalize: {num_blocks} pages of {region.page_bytes} bytes, padding included, must lie in their "
             f"storage, got one of {storage.nbytes()} bytes"
         )
-    raw = torch.empty(0, dtype=torch.int8, device=region.of.device)
-    view = raw.set_(storage, start, (num_blocks, region.page_bytes), (region.row_bytes, 1))
+    view = bytes_of_storage(region.of, start, (num_blocks, region.page_bytes), (region.row_bytes, 1), dtype=torch.int8)
     return CanonicalKVCacheTensor(view, region.page_bytes)

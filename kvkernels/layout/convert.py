@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeAlias
 
+import torch
 from torch import Tensor
 
+from kvkernels.autograd import check_may_write
 from kvkernels.layout.cache import KVCache
-from kvkernels.layout.plan import compile_plan
+from kvkernels.layout.plan import plan_of
+from kvkernels.layout.traced import caches_of, register, tensors_and_text
 from kvkernels.ops import copy_pages
 
 #: A cache, or one a tensor-parallel rank.
@@ -46,14 +49,16 @@ def convert_blocks(
     IndexError
         An id on the CPU is out of range.
     ValueError
-        The layouts do not hold the same cache, or what ``copy_pages`` refuses.
+        The layouts do not hold the same cache, a destination requires a gradient where gradients are recorded, or what
+        ``copy_pages`` refuses.
     RuntimeError
         CUDA failed; the message has CUDA's name for it, and the destination is undefined.
 
     Notes
     -----
     Checks, streams, graph capture and ids on a device are as in ``copy_pages``, which carries it out as one launch or
-    one batch. The plan is compiled once for a pair of layouts and cached.
+    one batch. The plan is compiled once for a pair of layouts and cached, a layer's runs when that layer is copied. In
+    a graph that is compiled or exported it is one op, for which the caches may be made inside the graph or outside.
 
     Examples
     --------
@@ -71,7 +76,25 @@ def convert_blocks(
     if not isinstance(mapping, Tensor):
         raise ValueError(f"convert_blocks: mapping must be a Tensor, got {type(mapping).__name__}")
     src_caches, dst_caches = as_caches("convert_blocks", "src", src), as_caches("convert_blocks", "dst", dst)
-    plan = compile_plan(
+    if torch.compiler.is_compiling():
+        (src_tensors, src_layouts), (dst_tensors, dst_layouts) = map(tensors_and_text, (src_caches, dst_caches))
+        _convert_blocks(
+            src_tensors, dst_tensors, mapping, src_layouts, dst_layouts, layer, allow_partial, unit_tokens,
+            skip_negative, executor, sm_budget,
+        )  # fmt: skip
+    else:
+        convert_caches(
+            src_caches, dst_caches, mapping, layer, allow_partial, unit_tokens, skip_negative, executor, sm_budget
+        )
+
+
+def convert_caches(
+    src_caches: Sequence[KVCache], dst_caches: Sequence[KVCache], mapping: Tensor, layer: int | None,
+    allow_partial: bool, unit_tokens: int | None, skip_negative: bool, executor: str, sm_budget: int,
+) -> None:  # fmt: skip
+    """``convert_blocks`` where no compiler traces it, or inside the op that the compiler sees."""
+    check_may_write("convert_blocks", "dst", True, [tensor for cache in dst_caches for tensor in cache.tensors])
+    plan = plan_of(
         [cache.layout for cache in src_caches], [cache.layout for cache in dst_caches],
         allow_partial=allow_partial, unit_tokens=unit_tokens,
     )  # fmt: skip
@@ -80,6 +103,19 @@ def convert_blocks(
         [pool for cache in dst_caches for pool in cache.pools],
         mapping, plan.runs.of(layer), plan.src_subblocks, plan.dst_subblocks, skip_negative, executor, sm_budget,
     )  # fmt: skip
+
+
+def _convert_op(
+    src: Sequence[Tensor], dst: Sequence[Tensor], mapping: Tensor, src_layouts: str, dst_layouts: str,
+    layer: int | None, allow_partial: bool, unit_tokens: int | None, skip_negative: bool, executor: str, sm_budget: int,
+) -> None:  # fmt: skip
+    convert_caches(
+        caches_of(src, src_layouts), caches_of(dst, dst_layouts), mapping, layer, allow_partial, unit_tokens,
+        skip_negative, executor, sm_budget,
+    )  # fmt: skip
+
+
+_convert_blocks = register("_convert_blocks", _convert_op)
 
 
 def as_caches(op: str, name: str, caches: Caches) -> tuple[KVCache, ...]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from kvkernels.checks import dtype_text, shape_text
+from kvkernels.checks import dtype_text, has_values, integer, integers, shape_text
 from kvkernels.layout.blocks import expand_blocks, whole_page_runs
 from kvkernels.layout.canonical import CanonicalKVCaches, CanonicalKVCacheTensor
 from kvkernels.ops import copy_pages
@@ -40,13 +41,15 @@ def empty_host_caches(
     >>> empty_host_caches(engine, 2, blocks_per_host_block=3).tensors[0].tensor.shape
     torch.Size([2, 192])
     """
+    num_blocks = integer("empty_host_caches: num_blocks", num_blocks)
+    blocks_per_host_block = integer("empty_host_caches: blocks_per_host_block", blocks_per_host_block)
     if blocks_per_host_block < 1 or num_blocks < 0:
         wrong = f"num_blocks {num_blocks} and blocks_per_host_block {blocks_per_host_block}"
         raise ValueError(f"empty_host_caches: blocks must be counted from 0, and from 1 in a host block, got {wrong}")
     tensors = []
     for one in caches.tensors:
         page = one.page_size_bytes * blocks_per_host_block
-        tensor = torch.empty(num_blocks, page, dtype=torch.int8, pin_memory=pin_memory)
+        tensor = torch.empty(num_blocks, page, dtype=torch.int8, device="cpu", pin_memory=pin_memory)
         tensors.append(CanonicalKVCacheTensor(tensor, page))
     return CanonicalKVCaches(tensors, caches.group_data_refs)
 
@@ -114,16 +117,18 @@ def copy_groups(
             kind = f"{dtype_text(ids.dtype)} on {ids.device}" if isinstance(ids, Tensor) else type(ids).__name__
             raise ValueError(f"copy_groups: {name} must be an int64 or int32 Tensor on the cpu, got {kind}")
     ratios = _ratios(src, dst)
-    skips = [0] * len(group_sizes) if first_blocks is None else list(first_blocks)
-    _check_sizes(len(src.group_data_refs), group_sizes, skips, max(ratios))
-    src_ids = _expanded("src_block_ids", src_block_ids, group_sizes, skips, ratios[0])
-    dst_ids = _expanded("dst_block_ids", dst_block_ids, group_sizes, skips, ratios[1])
+    sizes = integers("copy_groups: group_sizes", group_sizes)
+    skips = [0] * len(sizes) if first_blocks is None else integers("copy_groups: first_blocks", first_blocks)
+    _check_sizes(len(src.group_data_refs), sizes, skips, max(ratios))
+    src_ids = _expanded("src_block_ids", src_block_ids, sizes, skips, ratios[0])
+    dst_ids = _expanded("dst_block_ids", dst_block_ids, sizes, skips, ratios[1])
     transfers = [
         _transfer(src, dst, group, torch.stack((src_ids[group], dst_ids[group]), dim=1), ratios)
-        for group, size in enumerate(group_sizes) if size and src.group_data_refs[group]
+        for group, size in enumerate(sizes) if size and src.group_data_refs[group]
     ]  # fmt: skip
-    _check_written_once(transfers, ratios[1])
-    _check_not_read(src, dst, transfers, ratios)
+    if all(map(has_values, (src_block_ids, dst_block_ids))):
+        _check_written_once(transfers, ratios[1])
+        _check_not_read(src, dst, transfers, ratios)
     for transfer in transfers:
         copy_pages(
             transfer.src, transfer.dst, transfer.mapping, transfer.runs, ratios[0], ratios[1], False, executor,
@@ -156,7 +161,10 @@ def _transfer(
     runs = whole_page_runs(pools[ratios[0] > 1], pages)
     for i, (name, side) in enumerate((("src", src), ("dst", dst))):
         if ratios[i] > 1:
-            runs[:, 5 + i] = torch.tensor([side.tensors[t].page_size_bytes // ratios[i] for t in tensors])
+            strides = [side.tensors[t].page_size_bytes // ratios[i] for t in tensors]
+            runs[:, 5 + i] = torch.tensor(strides, dtype=torch.int64, device="cpu")
+        if not has_values(mapping):
+            continue
         limit = min(len(pool) for pool in pools[i]) * ratios[i]
         outside = mapping[:, i][(mapping[:, i] < 0) | (mapping[:, i] >= limit)]
         if len(outside):
@@ -167,12 +175,8 @@ def _transfer(
 
 def _check_written_once(transfers: Sequence[_Transfer], ratio: int) -> None:
     """Over all groups: those that share a tensor must not write the same block of it."""
-    written: dict[int, list[Tensor]] = {}
-    for transfer in transfers:
-        for tensor in dict.fromkeys(transfer.tensors):
-            written.setdefault(tensor, []).append(transfer.mapping[:, 1])
-    for tensor, ids in written.items():
-        values, counts = torch.unique(torch.cat(ids), return_counts=True)
+    for tensor, mapping in _mappings(transfers):
+        values, counts = torch.unique(mapping[:, 1], return_counts=True)
         if (counts > 1).any():
             twice = int(values[counts > 1][0]) // ratio
             raise ValueError(f"copy_groups: dst_block_ids must name a block once, got {twice} of tensor {tensor} twice")
@@ -192,15 +196,23 @@ def _check_not_read(
         raise ValueError(
             "copy_groups: src and dst must be the same caches or share no storage, got parts of one storage"
         )
-    sides: list[set[tuple[int, int]]] = [
-        {(t, int(i)) for transfer in transfers for t in transfer.tensors for i in transfer.mapping[:, side]}
-        for side in (0, 1)
-    ]
-    both = sorted(sides[0] & sides[1])
-    if both:
-        raise ValueError(
-            f"copy_groups: no block must be read and written, got block {both[0][1]} of tensor {both[0][0]}"
-        )
+    for tensor, mapping in _mappings(transfers):
+        both = np.intersect1d(mapping[:, 0].numpy(), mapping[:, 1].numpy())
+        if len(both):
+            raise ValueError(f"copy_groups: no block must be read and written, got block {both[0]} of tensor {tensor}")
+
+
+def _mappings(transfers: Sequence[_Transfer]) -> Iterator[tuple[int, Tensor]]:
+    """The pairs of all groups that use a tensor; of tensors that the same groups use, the first stands for all."""
+    groups_of_tensor: dict[int, list[int]] = {}
+    for group, transfer in enumerate(transfers):
+        for tensor in transfer.tensors:
+            groups_of_tensor.setdefault(tensor, []).append(group)
+    first_of_groups: dict[tuple[int, ...], int] = {}
+    for tensor in sorted(groups_of_tensor):
+        first_of_groups.setdefault(tuple(groups_of_tensor[tensor]), tensor)
+    for groups, tensor in first_of_groups.items():
+        yield tensor, torch.cat([transfers[group].mapping for group in groups])
 
 
 def _ratios(src: CanonicalKVCaches, dst: CanonicalKVCaches) -> tuple[int, int]:
@@ -223,8 +235,6 @@ def _places(caches: CanonicalKVCaches) -> list[list[tuple[int, int]]]:
 
 
 def _check_sizes(groups: int, group_sizes: Sequence[int], skips: Sequence[int], ratio: int) -> None:
-    if not all(isinstance(n, int) for n in (*group_sizes, *skips)):
-        raise ValueError(f"copy_groups: group_sizes and first_blocks must be integers, got {group_sizes} and {skips}")
     given = (len(group_sizes), len(skips))
     if given != (groups, groups):
         raise ValueError(f"copy_groups: group_sizes and first_blocks must have {groups} groups, got {given}")

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
-import operator
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property, lru_cache
 
 import torch
 
-from kvkernels.checks import dtype_text
+from kvkernels.checks import dtype_text, integer
 
 _INTEGERS = (
     "L", "K", "B", "N", "H", "D", "D_v", "row_bytes", "offset_bytes", "page_bytes", "first_head", "total_heads",
@@ -116,6 +116,9 @@ class KVLayout:
     total_heads: int = field(default=0, kw_only=True)
     replica: int = field(default=0, kw_only=True)
     replicas: int = field(default=1, kw_only=True)
+    #: A shard whose whole has padding or begins inside a buffer, and which says of itself nothing of the kind.
+    padding_unsaid: bool = field(default=False, repr=False, compare=False, kw_only=True)
+    text: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         self._check_types()
@@ -134,6 +137,23 @@ class KVLayout:
         self._set("page_bytes", max(pages))
         if self.scales is not None:
             self._check_scales(self.scales)
+        self._set("text", self._as_text())
+
+    def _as_text(self) -> str:
+        """All fields as JSON, which ``from_text`` reads; kept, since a compiler cannot write it while it traces."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+        dtype = None if self.dtype is None else dtype_text(self.dtype)
+        scales = None if self.scales is None else self.scales.text
+        return json.dumps({**values, "dtype": dtype, "scales": scales})
+
+    @staticmethod
+    @lru_cache(maxsize=256)
+    def from_text(text: str) -> KVLayout:
+        """The layout with this ``text``."""
+        values = json.loads(text)
+        values["dtype"] = None if values["dtype"] is None else getattr(torch, values["dtype"])
+        values["scales"] = None if values["scales"] is None else KVLayout.from_text(values["scales"])
+        return KVLayout(**values)
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
@@ -150,12 +170,7 @@ class KVLayout:
             value = getattr(self, name)
             if value is None and name in ("D_v", "row_bytes"):
                 continue
-            try:
-                self._set(name, operator.index(value))
-            except TypeError:
-                self._fail(f"{name} must be an integer, got {value!r}")
-            if isinstance(value, bool):
-                self._fail(f"{name} must be an integer, got {value!r}")
+            self._set(name, integer(f'KVLayout("{self.pattern}"): {name}', value))
         for name, kind in (("dtype", torch.dtype), ("scales", KVLayout)):
             value = getattr(self, name)
             if value is not None and not isinstance(value, kind):
@@ -297,7 +312,7 @@ class KVLayout:
         Heads are dealt out in order, the first ranks getting one more where ``size`` does not divide them. With more
         ranks than heads, rank ``r`` holds head ``r * H // size``: those with the same head are replicas. A layout
         without ``H`` (MLA) is held whole by every rank. ``row_bytes`` and ``offset_bytes`` are the whole's, and do not
-        carry over.
+        carry over: a rank whose buffers have padding, too, says so by ``dataclasses.replace``.
 
         Raises
         ------
@@ -312,7 +327,7 @@ class KVLayout:
         >>> [(s.first_head, s.replica) for s in (layout.shard(rank, 4) for rank in range(4))]
         [(0, 0), (0, 1), (1, 0), (1, 1)]
         """
-        rank, size = operator.index(rank), operator.index(size)
+        rank, size = integer("KVLayout.shard: rank", rank), integer("KVLayout.shard: size", size)
         if not 0 <= rank < size:
             self._fail(f"rank must be below size and not negative, got rank {rank} of {size}")
         if self.opaque:
@@ -326,6 +341,7 @@ class KVLayout:
         return replace(
             self, H=heads, first_head=first, total_heads=self.H, replica=replica, replicas=replicas, scales=scales,
             row_bytes=None, offset_bytes=0, page_bytes=0,
+            padding_unsaid=self.row_bytes is not None or self.offset_bytes > 0,
         )  # fmt: skip
 
     def is_writer(self, block_id: int) -> bool:
@@ -339,7 +355,7 @@ class KVLayout:
         >>> [block for block in range(8) if mla.shard(1, 4).is_writer(block)]
         [1, 5]
         """
-        return block_id % self.replicas == self.replica
+        return integer("KVLayout.is_writer: block_id", block_id) % self.replicas == self.replica
 
     def __repr__(self) -> str:
         letters = [letter for letter in LETTERS if letter in self.outside + self.inside]

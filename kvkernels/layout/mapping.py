@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from kvkernels.checks import integer
 from kvkernels.layout.cache import KVCache
 from kvkernels.layout.layout import KVLayout
 from kvkernels.layout.plan import Plan, compile_plan
@@ -43,7 +44,7 @@ class CanonicalPageMapping:
 
     def is_writer(self, block_id: int) -> bool:
         """Whether this rank writes the canonical page of a block."""
-        return block_id % self.num_writers == self.writer_index
+        return integer("CanonicalPageMapping.is_writer: block_id", block_id) % self.num_writers == self.writer_index
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ class TensorParallel:
     total_kv_heads: int
 
     def __post_init__(self) -> None:
+        for name in ("rank", "size", "total_kv_heads"):
+            object.__setattr__(self, name, integer(f"TensorParallel: {name}", getattr(self, name)))
         if not 0 <= self.rank < self.size or self.total_kv_heads < 1:
             raise ValueError(f"TensorParallel: rank must be below size, and heads positive, got {self}")
 
@@ -157,6 +160,8 @@ def opaque_mapping(page_bytes: int, rank: int, size: int) -> CanonicalPageMappin
     >>> opaque_mapping(64, 1, 2).runs[0].canonical_offset
     64
     """
+    rank, size = integer("opaque_mapping: rank", rank), integer("opaque_mapping: size", size)
+    page_bytes = integer("opaque_mapping: page_bytes", page_bytes)
     run = CopyRun(0, rank * page_bytes, page_bytes, 1, page_bytes, page_bytes)
     return CanonicalPageMapping(size * page_bytes, page_bytes, (run,), 1, 0, parallelism_agnostic=False)
 

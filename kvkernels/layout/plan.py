@@ -7,14 +7,14 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kvkernels.checks import RUN_COLUMNS
+from kvkernels.checks import RUN_COLUMNS, integer
 from kvkernels.layout.layout import KVLayout
 
 #: A layout, or one a tensor-parallel rank.
@@ -66,8 +66,7 @@ class Plan:
     @cached_property
     def bytes(self) -> int:
         """Bytes that one pair of ids moves."""
-        rows = self.runs.rows
-        return int((rows[:, _FRAGMENT] * rows[:, _EXTENTS].prod(axis=1)).sum())
+        return _bytes_of(self.runs.rows)
 
     @cached_property
     def fragments(self) -> int:
@@ -92,6 +91,10 @@ class Plan:
             return Plan(self.dst, self.src, self.unit_tokens, partial, swapped)
         back = not _covers(self.dst, self.src)
         return compile_plan(self.dst, self.src, allow_partial=back, unit_tokens=self.unit_tokens)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Without its runs, which are compiled again."""
+        return Plan, (self.src, self.dst, self.unit_tokens, self.allow_partial, self.given)
 
     def explain(self) -> str:
         """What it moves, in words.
@@ -119,23 +122,39 @@ class PlanRuns(Sequence[Tensor]):
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
-        self.rows = _compile(plan, range(plan.src[0].L))
-        self._whole = torch.from_numpy(self.rows)
-        self._layers: dict[int, Tensor] = {}
+        self._layers: dict[int, _Rows] = {}
+
+    @cached_property
+    def rows(self) -> _Rows:
+        """Every layer's runs, which nobody may change."""
+        return _compile(self._plan, range(len(self)))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PlanRuns, (self._plan,)
 
     @property
     def all(self) -> Tensor:
         """Every layer's runs, int64 ``[r, 16]`` on the CPU."""
-        return self._whole.clone()
+        return self.of(None).clone()
 
     def of(self, layer: int | None) -> Tensor:
-        """The plan's own runs of a layer, or of all, which nobody may change."""
-        if layer is None:
-            return self._whole
-        if not isinstance(layer, int) or not 0 <= layer < len(self):
-            raise IndexError(f"Plan.runs: layer must be below {len(self)} and not negative, got {layer!r}")
+        """The plan's own runs of a layer, or of all, which nobody may change.
+
+        The tensor is made anew: it is of the mode that it was made under (fake, inference), which may be over before
+        the plan is used again.
+        """
+        return torch.from_numpy(self.rows if layer is None else self._rows_of(layer))
+
+    def _rows_of(self, layer: int) -> _Rows:
+        wanted = f"below {len(self)} and not negative"
+        try:
+            layer = integer("Plan.runs: layer", layer, wanted, least=0)
+        except ValueError as error:
+            raise IndexError(str(error)) from None
+        if layer >= len(self):
+            raise IndexError(f"Plan.runs: layer must be {wanted}, got {layer}")
         if layer not in self._layers:
-            self._layers[layer] = torch.from_numpy(_compile(self._plan, range(layer, layer + 1)))
+            self._layers[layer] = _compile(self._plan, range(layer, layer + 1))
         return self._layers[layer]
 
     def __len__(self) -> int:
@@ -170,7 +189,7 @@ def compile_plan(src: Layouts, dst: Layouts, *, allow_partial: bool = False, uni
     ------
     ValueError
         The layouts do not hold the same cache, one cannot be expressed in the other's blocks, or more than 4,096 runs
-        would be needed; the message names both.
+        would be needed; the message names both. ``convert_blocks`` with a ``layer`` needs that layer's runs alone.
 
     Examples
     --------
@@ -181,12 +200,17 @@ def compile_plan(src: Layouts, dst: Layouts, *, allow_partial: bool = False, uni
     >>> plan.bytes, plan.fragments, plan.largest_fragment_bytes
     (131072, 128, 1024)
     """
+    plan = plan_of(src, dst, allow_partial=allow_partial, unit_tokens=unit_tokens)
+    _ = plan.runs.rows  # or the reason why there are none
+    return plan
+
+
+def plan_of(src: Layouts, dst: Layouts, *, allow_partial: bool, unit_tokens: int | None) -> Plan:
+    """``compile_plan`` before the runs of any layer are compiled."""
     srcs, dsts = _as_tuple("src", src), _as_tuple("dst", dst)
     unit = math.gcd(srcs[0].N, dsts[0].N)
     if unit_tokens is not None:
-        if not isinstance(unit_tokens, int) or isinstance(unit_tokens, bool):
-            raise ValueError(f"compile_plan: unit_tokens must be an integer, got {unit_tokens!r}")
-        unit = unit_tokens
+        unit = integer("compile_plan: unit_tokens", unit_tokens)
     return _compiled(srcs, dsts, unit, bool(allow_partial))
 
 
@@ -199,15 +223,14 @@ def _compiled(src: tuple[KVLayout, ...], dst: tuple[KVLayout, ...], unit: int, a
     plan = Plan(src, dst, unit, allow_partial)
     if not allow_partial and not _covers(src, dst):
         _refuse(src, dst, "the sources lack heads that the destination has; allow_partial=True leaves them untouched")
-    _check_tiles(plan)
     return plan
 
 
-def _check_tiles(plan: Plan) -> None:
-    """That the runs write every byte of the destination once. They come from disjoint heads, and a layout gives each
-    element a byte of its own, so that counting the bytes is enough."""
-    wanted = sum(layout.block_bytes for layout in plan.dst)
-    written = plan.bytes * plan.dst_subblocks
+def _check_tiles(plan: Plan, rows: _Rows, layers: int) -> None:
+    """That the runs write every byte of some of the destination's layers once. They come from disjoint heads, and a
+    layout gives each element a byte of its own, so that counting the bytes is enough."""
+    wanted = sum(layout.block_bytes for layout in plan.dst) // plan.dst[0].L * layers
+    written = _bytes_of(rows) * plan.dst_subblocks
     if written > wanted or (written < wanted and not plan.allow_partial):
         _refuse(plan.src, plan.dst, f"{written} bytes would be written into blocks of {wanted}")
 
@@ -303,12 +326,16 @@ def _compile(plan: Plan, layers: range) -> _Rows:
                 if count > MAX_RUNS:
                     _refuse(plan.src, plan.dst, f"more than {MAX_RUNS} runs would be needed")
                 parts.append(rows)
-    if not parts:
-        return np.empty((0, RUN_COLUMNS), dtype=np.int64)
-    rows = _joined(np.concatenate(parts))
+    rows = _joined(np.concatenate(parts)) if parts else np.empty((0, RUN_COLUMNS), dtype=np.int64)
+    _check_tiles(plan, rows, len(layers))
     # Shards that stripe one side's rows follow each other, so that an executor can take those rows whole.
     first = (_DST_OFFSET, _DST_POOL) if len(plan.src) > len(plan.dst) else (_SRC_OFFSET, _SRC_POOL)
     return np.ascontiguousarray(rows[np.lexsort(tuple(rows[:, column] for column in first))])
+
+
+def _bytes_of(rows: _Rows) -> int:
+    """Bytes that one pair of ids moves."""
+    return int((rows[:, _FRAGMENT] * rows[:, _EXTENTS].prod(axis=1)).sum())
 
 
 def _tensors_of(plan: Plan) -> Iterator[tuple[tuple[KVLayout, ...], tuple[KVLayout, ...], list[int], list[int]]]:

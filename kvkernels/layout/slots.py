@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
+from typing import SupportsIndex
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kvkernels.checks import dtype_text, shape_text
+from kvkernels.autograd import check_may_write
+from kvkernels.checks import dtype_text, has_values, integer, is_traced, shape_text
 from kvkernels.layout.cache import KVCache
-from kvkernels.layout.convert import Caches, as_caches, convert_blocks
+from kvkernels.layout.convert import Caches, as_caches, convert_caches
 from kvkernels.layout.layout import KVLayout
+from kvkernels.layout.memory import bytes_of_storage
+from kvkernels.layout.traced import caches_of, register, tensors_and_text
 
 _DIRECTIONS = ("to_buffer", "to_cache")
 
@@ -59,7 +63,7 @@ def copy_slots(
     -----
     As in ``copy_pages``, the copy is ordered on the device's current stream and not waited for, a CUDA graph that
     captures it freezes slots on the CPU, and slots on the device are checked there. Chunks that lie evenly spaced in
-    one allocation are one call.
+    one allocation are one call. In a graph that is compiled or exported it is one op.
 
     Examples
     --------
@@ -74,18 +78,39 @@ def copy_slots(
     """
     if direction not in _DIRECTIONS:
         raise ValueError(f"copy_slots: direction must be 'to_buffer' or 'to_cache', got {direction!r}")
-    for name, value, kind in (("slots", slots, Tensor), ("pattern", pattern, str), ("skip_first", skip_first, int)):
+    kinds = (("slots", slots, Tensor, "Tensor"), ("pattern", pattern, str, "str"))
+    for name, value, kind, word in (*kinds, ("skip_first", skip_first, SupportsIndex, "int")):
         if not isinstance(value, kind):
-            raise ValueError(f"copy_slots: {name} must be a {kind.__name__}, got {type(value).__name__}")
+            raise ValueError(f"copy_slots: {name} must be a {word}, got {type(value).__name__}")
+    skip_first = integer("copy_slots: skip_first", skip_first)
     caches = as_caches("copy_slots", "cache", cache)
+    if torch.compiler.is_compiling():
+        tensors, layouts = tensors_and_text(caches)
+        op = _slots_to_buffer if direction == "to_buffer" else _slots_to_cache
+        op(tensors, slots, _as_list(buffer), layouts, pattern, skip_first, executor, sm_budget)
+    else:
+        copy_slots_of(caches, slots, buffer, direction, pattern, skip_first, executor, sm_budget)
+
+
+def copy_slots_of(
+    caches: Sequence[KVCache], slots: Tensor, buffer: Tensor | Sequence[Tensor], direction: str, pattern: str,
+    skip_first: int, executor: str, sm_budget: int,
+) -> None:  # fmt: skip
+    """``copy_slots`` where no compiler traces it, or inside the op that the compiler sees."""
     chunks = _chunks(caches, buffer, pattern)
-    if len(chunks) > 1:
+    has_memory = not any(is_traced(tensor) for one in (*caches, *chunks) for tensor in one.tensors)
+    if len(chunks) > 1 and has_memory:
         _check_together(chunks, caches)
     _check_slots(slots, skip_first, chunks, caches, direction)
-    if direction == "to_buffer":
+    if direction == "to_buffer" and has_memory:
         _check_apart(chunks)
+    written = chunks if direction == "to_buffer" else caches
+    check_may_write(
+        "copy_slots", "buffer" if direction == "to_buffer" else "cache", True,
+        [tensor for one in written for tensor in one.tensors],
+    )  # fmt: skip
     first = 0
-    for chunk in _neighbours_joined(chunks):
+    for chunk in _neighbours_joined(chunks) if has_memory else chunks:
         tokens = chunk.layout.B * chunk.layout.N
         begin = min(max(skip_first - first, 0), tokens)
         wanted = slots[first + begin : first + tokens]
@@ -95,9 +120,25 @@ def copy_slots(
             continue
         sides = (list(caches), [chunk]) if direction == "to_buffer" else ([chunk], list(caches))
         mapping = torch.stack((wanted, mine) if direction == "to_buffer" else (mine, wanted), dim=1)
-        convert_blocks(
-            *sides, mapping, unit_tokens=1, skip_negative=True, executor=executor, sm_budget=sm_budget
-        )  # fmt: skip
+        convert_caches(*sides, mapping, None, False, 1, True, executor, sm_budget)
+
+
+def _to_buffer(
+    cache: Sequence[Tensor], slots: Tensor, buffer: Sequence[Tensor], layouts: str, pattern: str, skip_first: int,
+    executor: str, sm_budget: int,
+) -> None:  # fmt: skip
+    copy_slots_of(caches_of(cache, layouts), slots, buffer, "to_buffer", pattern, skip_first, executor, sm_budget)
+
+
+def _to_cache(
+    cache: Sequence[Tensor], slots: Tensor, buffer: Sequence[Tensor], layouts: str, pattern: str, skip_first: int,
+    executor: str, sm_budget: int,
+) -> None:  # fmt: skip
+    copy_slots_of(caches_of(cache, layouts), slots, buffer, "to_cache", pattern, skip_first, executor, sm_budget)
+
+
+_slots_to_buffer = register("_slots_to_buffer", _to_buffer)
+_slots_to_cache = register("_slots_to_cache", _to_cache)
 
 
 def _chunks(caches: Sequence[KVCache], buffer: Tensor | Sequence[Tensor], pattern: str) -> list[KVCache]:
@@ -128,13 +169,17 @@ def _chunks(caches: Sequence[KVCache], buffer: Tensor | Sequence[Tensor], patter
 
 
 def _tensors_of_chunks(buffer: Tensor | Sequence[Tensor], each: int) -> list[list[Tensor]]:
-    tensors = [buffer] if isinstance(buffer, Tensor) else buffer
-    if not isinstance(tensors, (list, tuple)) or not all(isinstance(tensor, Tensor) for tensor in tensors):
-        raise ValueError(f"copy_slots: buffer must be a Tensor or a list of them, got {type(buffer).__name__}")
-    tensors = list(tensors)
+    tensors = _as_list(buffer)
     if len(tensors) % each:
         raise ValueError(f"copy_slots: buffer must have {each} tensors a chunk, got {len(tensors)}")
     return [tensors[i : i + each] for i in range(0, len(tensors), each)]
+
+
+def _as_list(buffer: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    tensors = [buffer] if isinstance(buffer, Tensor) else buffer
+    if not isinstance(tensors, (list, tuple)) or not all(isinstance(tensor, Tensor) for tensor in tensors):
+        raise ValueError(f"copy_slots: buffer must be a Tensor or a list of them, got {type(buffer).__name__}")
+    return list(tensors)
 
 
 def _check_slots(
@@ -149,9 +194,9 @@ def _check_slots(
         raise ValueError(f"copy_slots: buffer must have as many tokens as slots has, {len(slots)}, got {tokens}")
     if not 0 <= skip_first <= tokens:
         raise ValueError(f"copy_slots: skip_first must be between 0 and the {tokens} tokens, got {skip_first}")
-    if slots.device.type != "cpu":
+    if slots.device.type != "cpu" or not has_values(slots):
         return
-    used = slots[skip_first:].numpy()
+    used = slots[skip_first:].detach().numpy()
     limit = min(cache.layout.B for cache in caches) * caches[0].layout.N
     bad = np.flatnonzero(used >= limit)
     if len(bad):
@@ -217,5 +262,4 @@ def _from_here(tensor: Tensor) -> Tensor:
     """All bytes of its storage from its first on."""
     storage = tensor.untyped_storage()
     start = tensor.storage_offset() * tensor.element_size()
-    raw = torch.empty(0, dtype=torch.uint8, device=tensor.device)
-    return raw.set_(storage, start, (storage.nbytes() - start,), (1,))
+    return bytes_of_storage(tensor, start, (storage.nbytes() - start,), (1,))

@@ -88,7 +88,8 @@ def _fault_word(device: int) -> Tensor:
     """What ``struct Fault`` in csrc/cuda/copy_body.h is, for a library without CUDA code."""
     with _fault_lock:
         if device not in _fault_words:
-            _fault_words[device] = torch.zeros(3, dtype=torch.int64).to(f"cuda:{device}")
+            with torch.inference_mode(False):  # it outlives the caller's mode, and is written outside of it
+                _fault_words[device] = torch.zeros(3, dtype=torch.int64, device="cpu").to(f"cuda:{device}")
             torch.cuda.synchronize(device)  # once: the next call may be on another stream
         return _fault_words[device]
 
@@ -103,6 +104,6 @@ def take_fault(device: int) -> dict[str, int | str]:
         count, complemented_row, op = word.tolist()
         if count == 0:
             return {}
-        word.copy_(torch.zeros(3, dtype=torch.int64))
+        word.copy_(torch.zeros(3, dtype=torch.int64, device="cpu"))
         torch.cuda.synchronize(device)
         return {"count": count, "first_row": ~complemented_row, "op": FAULT_OPS[op]}
