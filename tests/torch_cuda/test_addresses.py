@@ -67,11 +67,13 @@ def test_mixed_sizes_go_to_the_kernel(sim, src, dst, sizes):
     """Pages with their scales, a short tail: one move and one launch a size."""
     different = len(set(sizes))
     copies = Copies(src, dst, sizes)
-    sim.clear_log()
+    if sim is not None:
+        sim.clear_log()
     explanation = copies.check()
     assert (explanation.executor, explanation.moves, explanation.launches) == ("kernel", different, different)
     assert (explanation.pairs, explanation.bytes) == (len(sizes), sum(sizes))
-    assert [entry["call"] for entry in issued(sim)].count("launch") == different
+    if sim is not None:
+        assert [entry["call"] for entry in issued(sim)].count("launch") == different
 
 
 def test_too_many_sizes_go_to_the_copy_engine(sim):

@@ -15,9 +15,9 @@ TAKES_EXECUTOR = ("gather_blocks", "scatter_blocks", "copy_pages")
 
 
 @pytest.fixture
-def old(sim):
-    sim.set("driver_version", 12040)
-    return sim
+def old(stand_in):
+    stand_in.set("driver_version", 12040)
+    return stand_in
 
 
 @pytest.mark.parametrize("op", [op for op in OPS if op != "swap_blocks_batch"])

@@ -52,7 +52,7 @@ def answer(body: str) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_a_call_asks_for_no_memory_once_its_stream_has_a_ring():
+def test_a_call_asks_for_no_memory_once_its_stream_has_a_ring(stand_in):
     calls, held, frees = answer("""
 first = took()
 assert first == ("staged", "staged")
@@ -67,7 +67,7 @@ found = [now - then for now, then in zip(after, before)]
     assert (calls, held, frees) == (0, 0, 0)
 
 
-def test_without_memory_auto_takes_something_else_and_does_not_ask_each_time():
+def test_without_memory_auto_takes_something_else_and_does_not_ask_each_time(stand_in):
     """Torch's cache, which another allocation may want, is left alone."""
     first, second, calls, frees, after, explained = answer("""
 spare = torch.empty(64 << 20, dtype=torch.uint8, device="cuda")
@@ -93,7 +93,7 @@ found = [first, second, calls, frees, took(), explained]
     assert after == ["staged", "staged"]
 
 
-def test_who_names_staged_gets_the_error_and_the_next_try():
+def test_who_names_staged_gets_the_error_and_the_next_try(stand_in):
     message, after, auto = answer("""
 message = ""
 sim.fail("cudaMalloc", 1, OUT_OF_MEMORY)
@@ -108,7 +108,7 @@ found = [message, took(executor="staged"), took()]
     assert after == auto == ["staged", "staged"]
 
 
-def test_a_missing_second_ring_is_the_first():
+def test_a_missing_second_ring_is_the_first(stand_in):
     assert answer("""
 took()
 with torch.cuda.stream(torch.cuda.Stream()):
