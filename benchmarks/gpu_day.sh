@@ -6,6 +6,7 @@
 # Takes python3 (or $PYTHON) as it is, with the torch that it has, and runs these parts, each under a limit of its own:
 #
 #     library    takes the library and _host from kvkernels/, or builds what is missing for this card alone
+#     program    the same with the sanitizer's program; without it the sanitizer is not run
 #     tests      everything marked `cuda`
 #     sanitizer  every kernel once under memcheck, racecheck and synccheck
 #     figures    benchmarks/gpu.py
@@ -37,6 +38,7 @@ sanitizer=${KVKERNELS_DAY_SANITIZER:-$build/kvkernels_sanitizer}
 report_s=$((total_s * 5 / 100))
 failed=0
 export PYTHONPATH="${package%/*}${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+rm -f "$out/gpu.jsonl" "$out/tests.xml"
 : >"$out/log.txt"
 printf 'part\tstatus\tseconds\n' >"$out/parts.tsv"
 
@@ -45,16 +47,17 @@ left_s() {
 }
 
 # part NAME LIMIT_S COMMAND...: runs a part, adds what it says to the log, and notes how it ended. Status 124 is its
-# limit, and 2 of the sanitizer that the tool is not there.
+# limit, and 2 of the sanitizer that the tool or the program is not there. A part is interrupted first, so that pytest
+# says what it has.
 part() {
   local name=$1 limit_s=$2 began_s=$SECONDS status
   shift 2
   printf '== %s: from second %d on, at most %d\n' "$name" "$SECONDS" "$limit_s" | tee -a "$out/log.txt"
-  timeout --kill-after=5 "$limit_s" "$@" >>"$out/log.txt" 2>&1
+  timeout --signal=INT --kill-after=10 "$limit_s" "$@" >>"$out/log.txt" 2>&1
   status=$?
   printf '%s\t%d\t%d\n' "$name" "$status" $((SECONDS - began_s)) >>"$out/parts.tsv"
   tail -n 1 "$out/log.txt"
-  [ "$status" -eq 0 ] || [ "$name $status" = "sanitizer 2" ] || failed=1
+  [ "$status" -eq 0 ] || [ "$name" = program ] || [ "$name $status" = "sanitizer 2" ] || failed=1
   return "$status"
 }
 
@@ -63,14 +66,28 @@ drop() {
   printf '%s\tdropped\t0\n' "$1" >>"$out/parts.tsv"
 }
 
-# Builds what is not there: the library, _host for this Python, and the sanitizer's program.
+# Builds what is not there, and leaves what is.
 library() {
   local targets=()
-  [ -e "$package/libkvkernels_ops.so" ] && (cd / && "$python" -c 'import kvkernels._host') ||
-    targets+=(kvkernels_ops kvkernels_host)
-  [ -x "$sanitizer" ] || targets+=(kvkernels_sanitizer)
-  [ ${#targets[@]} -eq 0 ] || compile "${targets[@]}" || return
+  [ -e "$package/libkvkernels_ops.so" ] || targets+=(kvkernels_ops)
+  has_host || targets+=(kvkernels_host)
+  if [ ${#targets[@]} -gt 0 ]; then
+    compile "${targets[@]}" || return
+    [ -e "$package/libkvkernels_ops.so" ] || cp "$build/libkvkernels_ops.so" "$package/" || return
+    has_host || cp "$build"/_host*.so "$package/" || return
+  fi
   (cd / && "$python" -m kvkernels info)
+}
+
+# For this Python; it is a module of its own, which needs nothing of the package.
+has_host() {
+  local suffix
+  suffix=$("$python" -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')
+  [ -e "$package/_host$suffix" ]
+}
+
+program() {
+  [ -x "$sanitizer" ] || compile kvkernels_sanitizer
 }
 
 # For this card's architecture alone: a fraction of the time of all.
@@ -80,8 +97,7 @@ compile() {
   # shellcheck disable=SC2086  # several options in one variable
   cmake -S . -B "$build" -G Ninja -DPython_EXECUTABLE="$(command -v "$python")" -DKVKERNELS_CUDA=ON \
     -DCMAKE_CUDA_ARCHITECTURES="$architecture" ${KVKERNELS_DAY_CMAKE:-} || return
-  cmake --build "$build" --target "$@" || return
-  [ "$1" = kvkernels_sanitizer ] || cmake --install "$build" --prefix "$package"
+  cmake --build "$build" --target "$@"
 }
 
 sanitize() {
@@ -98,7 +114,7 @@ sanitize() {
 }
 
 # `timeout` starts programs, not functions.
-export -f library compile sanitize
+export -f library has_host program compile sanitize
 export python package build sanitizer
 
 {
@@ -106,12 +122,15 @@ export python package build sanitizer
   "$python" -c 'import sys, torch; print("Python", sys.version.split()[0], "torch", torch.__version__)'
 } 2>&1 | tee -a "$out/log.txt"
 
-if part library $((total_s * 20 / 100)) bash -c library; then
-  # Without the safe path, the tree's package comes before one that lies elsewhere.
+if part library $((total_s * 15 / 100)) bash -c library; then
+  # Not `-m pytest`, which would find the tree's package before one that lies elsewhere.
   # shellcheck disable=SC2086
-  part tests $((total_s * 30 / 100)) env KVKERNELS_REQUIRE_CUDA=1 PYTHONSAFEPATH=1 "$python" -m pytest -m cuda -n auto --maxprocesses=8 \
-    --dist loadfile -p no:cacheprovider --junitxml="$out/tests.xml" ${KVKERNELS_DAY_TESTS:-}
+  part tests $((total_s * 30 / 100)) env KVKERNELS_REQUIRE_CUDA=1 \
+    "$python" -c 'import sys; sys.path.pop(0); import pytest; sys.exit(pytest.main(sys.argv[1:]))' \
+    -m cuda -n auto --maxprocesses=8 --dist loadfile -p no:cacheprovider --junitxml="$out/tests.xml" \
+    ${KVKERNELS_DAY_TESTS:-}
   if [ "$(left_s)" -ge $((total_s * 55 / 100)) ]; then
+    part program $((total_s * 5 / 100)) bash -c program
     part sanitizer $((total_s * 10 / 100)) bash -c sanitize
   else
     drop sanitizer

@@ -148,7 +148,8 @@ def check_device(device: int | str | torch.device) -> None:
     Notes
     -----
     Waits for the ops' calls with ids on the device, on all streams and in replayed graphs, and clears the record. Works
-    while a stream captures. Ids on the host are checked by the op itself, before anything moves.
+    while a stream captures, unless Triton serves for want of code of the library, and may miss what a graph that is
+    replayed meanwhile meets. Ids on the host are checked by the op itself, before anything moves.
     """
     is_name = isinstance(device, (str, torch.device))
     place = torch.device(device) if is_name else torch.device("cuda", integer("check_device: device", device))

@@ -34,10 +34,10 @@ def _check_written(op: str, name: str, value: Tensor | list[Tensor]) -> None:
             )
 
 
-def _kernel(op: str) -> Callable[..., Any]:
+def _kernel(op: str, schema: str) -> Callable[..., Any]:
     overload = getattr(getattr(torch.ops, schemas.NAMESPACE), op).default
     names = [argument.name for argument in overload._schema.arguments]
-    written = [(names.index(name), name) for name in _WRITTEN.findall(schemas.PUBLIC[op])]
+    written = [(names.index(name), name) for name in _WRITTEN.findall(schema)]
 
     def resolved(*args: Any, **kwargs: Any) -> Any:
         for i, name in written:
@@ -48,6 +48,11 @@ def _kernel(op: str) -> Callable[..., Any]:
     return resolved
 
 
-for _op in schemas.PUBLIC:
-    for _key in _KEYS:
-        LIBRARY.registrations.impl(_op, _kernel(_op), _key)
+def register_kernels(op: str, schema: str) -> None:
+    """For tensors with either bit among an op's arguments."""
+    for key in _KEYS:
+        LIBRARY.registrations.impl(op, _kernel(op, schema), key)
+
+
+for _op, _schema in schemas.PUBLIC.items():
+    register_kernels(_op, _schema)

@@ -127,7 +127,7 @@ def _why_no_cuda() -> str:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    skipped = [r for r in terminalreporter.stats.get("skipped", []) if "cuda" in r.keywords]
+    skipped = [r for r in terminalreporter.stats.get("skipped", []) if "cuda" in getattr(r, "keywords", ())]
     if skipped and _why_no_cuda():
         terminalreporter.write_line(f"{len(skipped)} GPU tests skipped: {_why_no_cuda()}", yellow=True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -511,6 +512,21 @@ def test_groups_that_read_what_another_writes_move_nothing():
     assert all(torch.equal(one.tensor, b) for one, b in zip(engine.tensors, before, strict=True))
     assert copy_groups(engine, engine, torch.tensor([0, 3]), torch.tensor([1, 2]), [1, 1, 0]) == 64 + 50
     assert torch.equal(engine.tensors[0].tensor[1], before[0][0])
+
+
+def test_a_group_that_is_refused_leaves_those_before_it_undone():
+    """By what a tensor is, which the copy of its group finds: all groups are checked before the first is copied."""
+    mla = MLA(block_size=4, head_size=8, dtype=torch.float16)
+    groups = [KVCacheGroup([name], mla) for name in ("a", "b")]
+    src = canonicalize({name: torch.ones(6, 4, 8, dtype=torch.float16) for name in ("a", "b")}, groups)
+    dst = empty_host_caches(src, 3)
+    dst.tensors[0].tensor.zero_()
+    tensor = dst.tensors[1].tensor
+    bad = replace(dst.tensors[1], tensor=tensor[:1].expand(tensor.shape))
+    dst = replace(dst, tensors=[dst.tensors[0], bad])
+    with pytest.raises(ValueError, match=r"copy_pages: dst\[0\] must have a row stride of at least its page"):
+        copy_groups(src, dst, torch.tensor([1, 2]), torch.tensor([0, 1]), [1, 1])
+    assert not dst.tensors[0].tensor.any()
 
 
 def test_states_whose_blocks_overlap_are_refused():

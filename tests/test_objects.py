@@ -9,6 +9,7 @@ import pickle
 import pytest
 import torch
 import torch.multiprocessing as multiprocessing
+from object_processes import fill
 
 import kvkernels
 from kvkernels import KVCache, KVLayout, compile_plan, convert_blocks
@@ -133,18 +134,10 @@ def test_canonical_caches(way):
     assert copy.copy(engine).tensors[0] is engine.tensors[0]
 
 
-def _fill(inbox, outbox) -> None:
-    cache, plan = inbox.get()
-    src = KVCache(cache.layout, [torch.full_like(tensor, 3.0) for tensor in cache.tensors])
-    convert_blocks(src, cache, torch.tensor([[1, 1]]))
-    outbox.put(plan.bytes)
-    inbox.get()  # its tensors are in shared memory that lives as long as it does
-
-
 def test_a_queue_between_processes_shares_the_tensors():
     context = multiprocessing.get_context("spawn")
     inbox, outbox = context.Queue(), context.Queue()
-    child = context.Process(target=_fill, args=(inbox, outbox), daemon=True)
+    child = context.Process(target=fill, args=(inbox, outbox), daemon=True)
     child.start()
     cache = KVCache(NBD, [torch.zeros(3, 2, 4) for _ in range(2)])
     inbox.put((cache, compile_plan(NBD, PACKED)))

@@ -5,20 +5,27 @@
 namespace kvkernels {
 namespace {
 
-[[noreturn]] void fail(cudaError_t code, const char* call, const char* detail, const char* suffix) {
+thread_local bool moved = false;
+
+[[noreturn]] void fail(cudaError_t code, const char* call, const char* detail) {
   static_cast<void>(cudaGetLastError());
   throw CudaError(std::string(call) + detail + " failed: " + cudaGetErrorName(code) + " (" + cudaGetErrorString(code) +
-                  ")" + suffix);
+                  ")");
 }
 
 }  // namespace
 
 void check(cudaError_t code, const char* call) {
-  if (code != cudaSuccess) fail(code, call, "", "");
+  if (code != cudaSuccess) fail(code, call, "");
 }
 
 void check_copy(cudaError_t code, const char* call, const char* detail) {
-  if (code != cudaSuccess) fail(code, call, detail, "; the destination is undefined");
+  moved = true;
+  if (code != cudaSuccess) fail(code, call, detail);
 }
+
+void begin_op() { moved = false; }
+
+bool may_have_moved() { return moved; }
 
 }  // namespace kvkernels

@@ -360,7 +360,7 @@ Issued run_kernel(const KernelPlan& plan, const Upload& upload, cudaStream_t str
     uploaded = static_cast<const std::byte*>(upload(together.data(), together.size()));
   }
   size_t at = 0;
-  for (const KernelLaunch& launch : plan.parts) {
+  const auto launch_part = [&](const KernelLaunch& launch) {
     Head head = launch.head;
     head.fault = head.op != 0 ? fault : nullptr;
     if (plan.uploads) {
@@ -377,6 +377,13 @@ Issued run_kernel(const KernelPlan& plan, const Upload& upload, cudaStream_t str
     }
     ++issued.launches;
     issued.descriptors += head.moves + head.pairs;
+  };
+  try {
+    for (const KernelLaunch& launch : plan.parts) launch_part(launch);
+  } catch (...) {
+    // Those that run write the word all the same.
+    if (word && issued.launches > 0) word->note_launches(stream);
+    throw;
   }
   if (word) word->note_launches(stream);
   issued.bytes = plan.bytes;

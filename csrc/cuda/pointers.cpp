@@ -15,7 +15,7 @@ namespace {
 
 // The driver rather than cudaPointerGetAttributes: the latter makes a context on the current device and does not know
 // where an allocation ends.
-Range ask(uintptr_t address) {
+Range ask(uintptr_t address, bool has_context) {
   static const auto get = driver_function<PFN_cuPointerGetAttributes_v7000>("cuPointerGetAttributes");
   uint64_t type = 0;
   uint64_t managed = 0;
@@ -23,11 +23,12 @@ Range ask(uintptr_t address) {
   CUdeviceptr seen_at = 0;
   CUdeviceptr begin = 0;
   size_t size = 0;
-  CUpointer_attribute attributes[] = {CU_POINTER_ATTRIBUTE_MEMORY_TYPE,      CU_POINTER_ATTRIBUTE_IS_MANAGED,
-                                      CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL,   CU_POINTER_ATTRIBUTE_DEVICE_POINTER,
-                                      CU_POINTER_ATTRIBUTE_RANGE_START_ADDR, CU_POINTER_ATTRIBUTE_RANGE_SIZE};
-  void* values[] = {&type, &managed, &device, &seen_at, &begin, &size};
-  const CUresult result = get(std::size(attributes), attributes, values, address);
+  CUpointer_attribute attributes[] = {CU_POINTER_ATTRIBUTE_MEMORY_TYPE,    CU_POINTER_ATTRIBUTE_IS_MANAGED,
+                                      CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL, CU_POINTER_ATTRIBUTE_RANGE_START_ADDR,
+                                      CU_POINTER_ATTRIBUTE_RANGE_SIZE,     CU_POINTER_ATTRIBUTE_DEVICE_POINTER};
+  void* values[] = {&type, &managed, &device, &begin, &size, &seen_at};
+  const auto asked = static_cast<unsigned>(std::size(attributes)) - (has_context ? 0 : 1);
+  const CUresult result = get(asked, attributes, values, address);
   Range range{address, address + 1};
   if (result == CUDA_ERROR_INVALID_VALUE) return range;
   check(static_cast<cudaError_t>(result), "cuPointerGetAttributes");
@@ -70,7 +71,7 @@ Range PointerMap::find(const void* pointer) {
   const auto after = std::upper_bound(ranges_.begin(), ranges_.end(), address,
                                       [](uintptr_t wanted, const Range& range) { return wanted < range.begin; });
   if (after != ranges_.begin() && holds(*std::prev(after), address)) return last_ = *std::prev(after);
-  Range range = ask(address);
+  Range range = ask(address, has_context_);
   if (range.is_known) {
     ranges_.insert(after, range);
     last_ = range;

@@ -25,6 +25,9 @@ struct Range {
 // and its addresses used again.
 class PointerMap {
  public:
+  // What is `mapped`, and where, is a context's answer: without one, only what the memory is can be asked.
+  explicit PointerMap(bool has_context = true) : has_context_(has_context) {}
+
   // Throws CudaError where the driver cannot say.
   Range find(const void* address);
 
@@ -35,6 +38,7 @@ class PointerMap {
   void assume(const Range& range);
 
  private:
+  bool has_context_;
   std::vector<Range> ranges_;  // ordered by begin
   Range last_;
 };

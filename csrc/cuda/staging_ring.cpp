@@ -19,7 +19,8 @@ struct Kept {
 struct DeviceRings {
   std::vector<std::unique_ptr<Kept>> rings;
   uint64_t uses = 0;
-  int64_t calls_without = 0;  // that are still to come
+  int64_t calls_without = 0;          // that are still to come
+  int64_t calls_without_another = 0;  // the same for one more ring
 };
 
 std::mutex mutex;
@@ -47,18 +48,33 @@ Kept& ring_for(DeviceRings& device, cudaStream_t stream) {
     if (kept->stream == stream) return *kept;
   }
   if (device.rings.size() == kMostRings) return idle_longest(device);
+  if (device.calls_without_another > 0) {
+    --device.calls_without_another;
+    return idle_longest(device);
+  }
   try {
     return add_ring(device);
   } catch (const NoMemoryForRing&) {
-    if (!device.rings.empty()) return idle_longest(device);
-    device.calls_without = kCallsWithoutRing;
-    throw;
+    if (device.rings.empty()) {
+      device.calls_without = kCallsWithoutRing;
+      throw;
+    }
+    device.calls_without_another = kCallsWithoutRing;
+    return idle_longest(device);
   }
+}
+
+// Streams and events are memory, too.
+void check_memory(cudaError_t code, const char* call) {
+  if (code != cudaErrorMemoryAllocation) return check(code, call);
+  static_cast<void>(cudaGetLastError());
+  throw NoMemoryForRing(std::string(call) + " failed: " + cudaGetErrorName(code) + " (" + cudaGetErrorString(code) +
+                        ")");
 }
 
 cudaEvent_t make_event() {
   cudaEvent_t event = nullptr;
-  check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "cudaEventCreateWithFlags");
+  check_memory(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "cudaEventCreateWithFlags");
   return event;
 }
 
@@ -79,15 +95,9 @@ std::unique_ptr<StagingRing> StagingRing::make() {
   const RelaxedCapture relaxed;
   std::unique_ptr<StagingRing> ring(new StagingRing);
   void* memory = nullptr;
-  const cudaError_t code = cudaMalloc(&memory, static_cast<size_t>(kStagingRingBytes));
-  if (code == cudaErrorMemoryAllocation) {
-    static_cast<void>(cudaGetLastError());
-    throw NoMemoryForRing(std::string("cudaMalloc failed: ") + cudaGetErrorName(code) + " (" +
-                          cudaGetErrorString(code) + ")");
-  }
-  check(code, "cudaMalloc");
+  check_memory(cudaMalloc(&memory, static_cast<size_t>(kStagingRingBytes)), "cudaMalloc");
   ring->memory_ = static_cast<std::byte*>(memory);
-  check(cudaStreamCreateWithFlags(&ring->copies_, cudaStreamNonBlocking), "cudaStreamCreateWithFlags");
+  check_memory(cudaStreamCreateWithFlags(&ring->copies_, cudaStreamNonBlocking), "cudaStreamCreateWithFlags");
   ring->begun_ = make_event();
   for (cudaEvent_t& event : ring->filled_) event = make_event();
   for (cudaEvent_t& event : ring->free_) event = make_event();

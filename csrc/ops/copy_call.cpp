@@ -100,7 +100,9 @@ void carry_out(CopyCall call) {
   const std::span<const Tensor> written = call.dst.tensors;
   try {
     check_and_copy(std::move(call));
-  } catch (const std::runtime_error&) {  // in mid-copy
+  } catch (const std::logic_error&) {  // the caller's, before anything moved
+    throw;
+  } catch (...) {
     note_writes(written);
     throw;
   }

@@ -322,6 +322,22 @@ void note_range(const char* op, const char* argument, const Range& range, Addres
   }
 }
 
+// The device that a call is for; -1 where all addresses are the host's. What it asks needs no context.
+int device_of(const std::vector<Fragment>& fragments) {
+  PointerMap pointers(false);
+  bool is_managed = false;
+  for (const Fragment& copy : fragments) {
+    const std::byte* const ends[] = {copy.src, copy.src + copy.bytes - 1, copy.dst, copy.dst + copy.bytes - 1};
+    for (const std::byte* const end : ends) {
+      const Range range = pointers.find(end);
+      if (range.memory == Range::Memory::kDevice) return range.device;
+      is_managed = is_managed || range.memory == Range::Memory::kManaged;
+    }
+  }
+  return is_managed ? current_device() : -1;
+}
+
+// In the context of the call's device.
 AddressFacts facts_of(const char* op, const std::vector<Fragment>& fragments) {
   AddressFacts facts;
   PointerMap pointers;
@@ -342,7 +358,6 @@ AddressFacts facts_of(const char* op, const std::vector<Fragment>& fragments) {
   // Side by side, because neighbours in the list are mostly of one allocation, which is then known.
   for (const Fragment& copy : fragments) note("src_ptrs", copy.src, copy.bytes, facts.src_on_device, facts.src_on_host);
   for (const Fragment& copy : fragments) note("dst_ptrs", copy.dst, copy.bytes, facts.dst_on_device, facts.dst_on_host);
-  if ((facts.src_on_device || facts.dst_on_device) && facts.device < 0) facts.device = current_device();
   return facts;
 }
 
@@ -352,11 +367,15 @@ Direction direction_of(const AddressFacts& facts) {
 }
 
 // Why no kernel can make these copies; empty where one can.
-std::string kernel_refusal(const AddressFacts& facts, int sizes, const Context& context) {
+std::string kernel_refusal(const AddressFacts& facts, int sizes, Executor asked, const Context& context) {
   if (!context.no_code().empty()) return context.no_code();
   if (!facts.unreachable.empty()) return facts.unreachable;
   if (facts.pageable != nullptr && !context.limits().reads_pageable) {
     return text(facts.pageable, " is in pageable host memory, which the device cannot read");
+  }
+  if (facts.pageable != nullptr && asked == Executor::kAuto && !context.limits().uses_host_page_tables) {
+    return text(facts.pageable,
+                " is in pageable host memory, of which each page that a kernel touches moves to the device");
   }
   if (sizes > kMostSizes) return text("its fragments have more than ", kMostSizes, " sizes");
   return "";
@@ -448,12 +467,30 @@ std::string driver_refusal() {
               " or later, and the driver found is for CUDA ", found / 1000, '.', found % 1000 / 10);
 }
 
+namespace {
+
+// An error after bytes may be on their way says that the destination is undefined.
+template <class Body>
+auto issuing_errors(const char* op, Body&& body) {
+  begin_op();
+  return named_errors(op, [&] {
+    try {
+      return body();
+    } catch (const std::runtime_error& error) {
+      if (!may_have_moved()) throw;
+      throw std::runtime_error(text(error.what(), "; the destination is undefined"));
+    }
+  });
+}
+
+}  // namespace
+
 void carry_out_on_cuda(const CopyCall& call, std::vector<Move> moves, PairList list) {
   // Tensors are on a device and no CUDA driver is loaded: this torch is for another vendor's.
   const std::string why_not =
       cuda_in_use() ? driver_refusal() : "this build's kernels are CUDA's, and no CUDA driver is in use";
   if (!why_not.empty()) return carry_out_on_triton(call, std::move(moves), std::move(list), why_not);
-  named_errors(call.op, [&] {
+  issuing_errors(call.op, [&] {
     const Context context(call.src.place.on_device ? call.src.place.device : call.dst.place.device);
     const Direction direction = kvkernels::direction_of(call.src.place, call.dst.place);
     if (call.ids_on_device) return carry_out_device_ids(call, std::move(moves), direction, context);
@@ -472,10 +509,11 @@ bool carry_out_addresses_on_cuda(const AddressCall& call) {
     if (std::none_of(call.fragments.begin(), call.fragments.end(), touches_device)) return false;
     throw std::runtime_error(text(call.op, ": addresses on a cuda device need CUDA code that runs: ", why_not));
   }
-  return named_errors(call.op, [&] {
+  return issuing_errors(call.op, [&] {
+    const int device = device_of(call.fragments);
+    if (device < 0) return false;
+    const Context context(device);
     const AddressFacts facts = facts_of(call.op, call.fragments);
-    if (facts.device < 0) return false;
-    const Context context(facts.device);
     if (facts.dst_is_read_only) {
       value_error(call.op,
                   ": dst_ptrs must be writable for the device, got host memory that is registered as read-only");
@@ -484,7 +522,7 @@ bool carry_out_addresses_on_cuda(const AddressCall& call) {
     // Neighbours that became one are of many sizes where random pages are of one.
     const int joined_sizes = count_sizes(joined.fragments);
     const int listed_sizes = count_sizes(call.fragments);
-    const std::string refusal = kernel_refusal(facts, std::min(joined_sizes, listed_sizes), context);
+    const std::string refusal = kernel_refusal(facts, std::min(joined_sizes, listed_sizes), call.executor, context);
     check_named_for_addresses(call, refusal);
     GpuFacts gpu{context.allows_batches(), refusal};
     if (const GpuChoice choice = choose_for_addresses(call, joined, gpu); choice.executor == Executor::kDma) {
@@ -506,7 +544,6 @@ bool carry_out_addresses_on_cuda(const AddressCall& call) {
 std::string take_fault_json(int device) {
   if (!cuda_in_use() || !driver_refusal().empty()) return "{}";
   return named_errors("check_device", [&]() -> std::string {
-    const DeviceGuard guard(device);
     const std::optional<FaultRecord> fault = take_fault(device);
     if (!fault) return "{}";
     const char* op = fault->op < kFaultOps.size() ? kFaultOps[fault->op] : "";

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from kvkernels.checks import dtype_text, has_values, integer, integers, shape_text
 from kvkernels.layout.blocks import expand_blocks, whole_page_runs
 from kvkernels.layout.canonical import CanonicalKVCaches, CanonicalKVCacheTensor
+from kvkernels.layout.together import all_or_none
 from kvkernels.ops import copy_pages
 
 
@@ -126,14 +128,17 @@ def copy_groups(
         _transfer(src, dst, group, torch.stack((src_ids[group], dst_ids[group]), dim=1), ratios)
         for group, size in enumerate(sizes) if size and src.group_data_refs[group]
     ]  # fmt: skip
+    calls = [
+        partial(copy_pages, t.src, t.dst, t.mapping, t.runs, ratios[0], ratios[1], False, executor, sm_budget)
+        for t in transfers
+    ]
     if all(map(has_values, (src_block_ids, dst_block_ids))):
         _check_written_once(transfers, ratios[1])
         _check_not_read(src, dst, transfers, ratios)
-    for transfer in transfers:
-        copy_pages(
-            transfer.src, transfer.dst, transfer.mapping, transfer.runs, ratios[0], ratios[1], False, executor,
-            sm_budget,
-        )  # fmt: skip
+        all_or_none(calls)
+    else:
+        for call in calls:
+            call()
     return sum(transfer.bytes for transfer in transfers)
 
 

@@ -36,7 +36,10 @@ def as_storages(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[tuple[Any
         of_storage.setdefault(tensor.untyped_storage()._cdata, []).append(tensor)
     order = list(of_storage)
     places = [
-        (order.index(t.untyped_storage()._cdata), t.dtype, t.storage_offset(), tuple(t.shape), t.stride())
+        (
+            order.index(t.untyped_storage()._cdata), t.dtype, t.storage_offset(), tuple(t.shape), t.stride(),
+            t.requires_grad,
+        )
         for t in tensors
     ]  # fmt: skip
     return [_whole(sharers) for sharers in of_storage.values()], places
@@ -54,9 +57,10 @@ def _whole(sharers: Sequence[Tensor]) -> Tensor:
 def from_storages(storages: Sequence[Tensor], places: Sequence[tuple[Any, ...]]) -> list[Tensor]:
     """The tensors again."""
     tensors = []
-    for i, dtype, offset, shape, strides in places:
+    for i, dtype, offset, shape, strides, requires_grad in places:
         raw = torch.empty(0, dtype=dtype, device=storages[i].device)
-        tensors.append(raw.set_(storages[i].untyped_storage(), offset, shape, strides))
+        raw.set_(storages[i].untyped_storage(), offset, shape, strides)
+        tensors.append(raw.requires_grad_(requires_grad))
     return tensors
 
 

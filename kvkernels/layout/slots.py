@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import SupportsIndex
 
@@ -17,6 +18,7 @@ from kvkernels.layout.cache import KVCache
 from kvkernels.layout.convert import Caches, as_caches, convert_caches
 from kvkernels.layout.layout import KVLayout
 from kvkernels.layout.memory import bytes_of_storage
+from kvkernels.layout.together import all_or_none
 from kvkernels.layout.traced import caches_of, register, tensors_and_text
 
 _DIRECTIONS = ("to_buffer", "to_cache")
@@ -109,7 +111,7 @@ def copy_slots_of(
         "copy_slots", "buffer" if direction == "to_buffer" else "cache", True,
         [tensor for one in written for tensor in one.tensors],
     )  # fmt: skip
-    first = 0
+    calls, first = [], 0
     for chunk in _neighbours_joined(chunks) if has_memory else chunks:
         tokens = chunk.layout.B * chunk.layout.N
         begin = min(max(skip_first - first, 0), tokens)
@@ -120,7 +122,12 @@ def copy_slots_of(
             continue
         sides = (list(caches), [chunk]) if direction == "to_buffer" else ([chunk], list(caches))
         mapping = torch.stack((wanted, mine) if direction == "to_buffer" else (mine, wanted), dim=1)
-        convert_caches(*sides, mapping, None, False, 1, True, executor, sm_budget)
+        calls.append(partial(convert_caches, *sides, mapping, None, False, 1, True, executor, sm_budget))
+    if has_memory:
+        all_or_none(calls)
+    else:
+        for call in calls:
+            call()
 
 
 def _to_buffer(

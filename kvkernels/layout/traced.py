@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvkernels import schemas
+from kvkernels import lazy_bits, schemas
 from kvkernels._library import LIBRARY
 from kvkernels.layout.cache import KVCache
 from kvkernels.layout.layout import KVLayout
@@ -24,6 +24,7 @@ def register(name: str, function: Callable[..., None]) -> Any:
     LIBRARY.registrations.define(name + schemas.TRACED[name], tags=schemas.TRACED_TAGS)
     LIBRARY.registrations.impl(name, function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{schemas.NAMESPACE}::{name}", function, lib=LIBRARY.registrations)
+    lazy_bits.register_kernels(name, schemas.TRACED[name])
     return getattr(getattr(torch.ops, schemas.NAMESPACE), name).default
 
 

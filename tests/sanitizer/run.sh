@@ -26,6 +26,8 @@ command -v compute-sanitizer >/dev/null ||
 mkdir -p "$out" || cannot "OUT_DIR must be a folder that can be written, got '$out'"
 
 failed=0
+child=""
+trap '[ -z "$child" ] || kill "$child" 2>/dev/null; exit 1' INT TERM
 
 # What a step's output comes to: the tool's summary and the program's, or else its last line.
 summary() {
@@ -37,7 +39,10 @@ summary() {
 step() {
   local name=$1 wanted=$2 began=$SECONDS status word=ok
   shift 2
-  timeout "$LIMIT_S" "$@" >"$out/$name.txt" 2>&1
+  # In a group of its own, which whoever ends this script does not reach.
+  timeout "$LIMIT_S" "$@" >"$out/$name.txt" 2>&1 &
+  child=$!
+  wait "$child"
   status=$?
   if [ "$name" = plain ] && [ "$status" -eq 2 ]; then
     cat "$out/$name.txt" >&2

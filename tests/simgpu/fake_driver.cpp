@@ -423,6 +423,11 @@ EXPORT CUresult cuDevicePrimaryCtxGetState(CUdevice device, unsigned* flags, int
 }
 
 namespace {
+// Where memory is for the current context's device, and what that may do with it.
+bool is_of_a_context(CUpointer_attribute attribute) {
+  return attribute == CU_POINTER_ATTRIBUTE_DEVICE_POINTER || attribute == CU_POINTER_ATTRIBUTE_ACCESS_FLAGS;
+}
+
 bool is_of_unknown_range(const Allocation& found) { return found.memory == kPinned && setting("unknown_ranges") != 0; }
 }  // namespace
 
@@ -431,6 +436,7 @@ EXPORT CUresult cuPointerGetAttribute(void* data, CUpointer_attribute attribute,
   if (const int code = enter("cuPointerGetAttribute")) return static_cast<CUresult>(code);
   Allocation found;
   if (!find(pointer, found) || found.memory == kPageable) return CUDA_ERROR_INVALID_VALUE;
+  if (is_of_a_context(attribute) && current_context() == nullptr) return CUDA_ERROR_INVALID_CONTEXT;
   if (attribute == CU_POINTER_ATTRIBUTE_DEVICE_POINTER) {
     *static_cast<CUdeviceptr*>(data) = pointer + static_cast<uintptr_t>(found.device_offset);
     return CUDA_SUCCESS;
@@ -452,6 +458,7 @@ EXPORT CUresult fake_cuPointerGetAttributes(unsigned count, CUpointer_attribute*
   Allocation found;
   if (!find(pointer, found)) found = Allocation{};
   for (unsigned i = 0; i < count; ++i) {
+    if (is_of_a_context(attributes[i]) && current_context() == nullptr) return CUDA_ERROR_INVALID_CONTEXT;
     switch (attributes[i]) {
       case CU_POINTER_ATTRIBUTE_MEMORY_TYPE:
         *static_cast<unsigned*>(data[i]) = found.memory == kPageable ? 0

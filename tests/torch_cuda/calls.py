@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -80,6 +81,14 @@ def make(op: str, src_place: Place, dst_place: Place, page_bytes: int = PAGE_BYT
 def other_device(device: int) -> int:
     """Another device than this, if there is one."""
     return (device + 1) % torch.cuda.device_count()
+
+
+def reads_pageable() -> bool:
+    """Whether the device reads memory that nobody pinned, which some tests want to see refused."""
+    pageable_memory_access, value = 88, ctypes.c_int()
+    runtime = ctypes.CDLL(f"libcudart.so.{torch.version.cuda.partition('.')[0]}")  # torch's, which is loaded
+    assert runtime.cudaDeviceGetAttribute(ctypes.byref(value), pageable_memory_access, 0) == 0
+    return bool(value.value)
 
 
 def issued(sim: Any) -> list[dict[str, Any]]:

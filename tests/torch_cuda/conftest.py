@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from simgpu.sim import Sim
+from torch_cuda.calls import reads_pageable
 
 STAND_IN = os.environ.get("KVKERNELS_STAND_IN", "")
 
@@ -24,6 +25,13 @@ def sim() -> Iterator[Sim | None]:
     for device in reversed(range(torch.cuda.device_count())):
         torch.cuda.set_stream(torch.cuda.default_stream(device))
     torch.cuda.set_device(0)
+
+
+@pytest.fixture
+def refuses_pageable() -> None:
+    """For tests of what happens where a kernel cannot reach memory that nobody pinned: most devices, not all."""
+    if reads_pageable():
+        pytest.skip("the device reads pageable memory")
 
 
 @pytest.fixture

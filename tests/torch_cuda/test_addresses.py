@@ -123,7 +123,7 @@ def test_the_budget_bounds_the_grid(sim, executor):
     assert copies.check(executor=executor, sm_budget=2).device["ctas"] == 2
 
 
-def test_what_is_refused(sim):
+def test_what_is_refused(sim, refuses_pageable):
     def refused(src, dst, executor: str, size: int = 1024) -> str:
         return Copies(src, dst, [size] * 20).refused(executor=executor)
 

@@ -24,6 +24,7 @@ FUNCTIONS = sorted(
 )
 TAKES_EXECUTOR = ("gather_blocks", "scatter_blocks", "copy_pages")
 LINK_EXECUTORS = ("kernel", "bulk", "dma", "staged")
+MOVES_BYTES = {"cudaMemcpyAsync", "cuMemcpyBatchAsync", "cudaLaunchKernelExC"}
 CALLS = [
     *itertools.product(OPS, ("h2d", "d2h", "d2d"), ("auto",), ("cpu",)),
     *itertools.product(TAKES_EXECUTOR, ("h2d", "d2h"), LINK_EXECUTORS, ("cpu",)),
@@ -75,6 +76,11 @@ def test_every_call(stand_in, op, direction, executor, ids):
             else:
                 text = rf"{call.op}: {function}( \(copy 0 of its batch\))? failed: cudaErrorMemoryAllocation \("
                 assert re.match(text, said), (function, k, said)
+                torch.cuda.synchronize(1)
+                # It says where bytes may have moved, and where nothing says so, none have.
+                undefined = said.endswith("; the destination is undefined")
+                assert undefined or torch.equal(call.tensors[1].cpu(), poison.cpu()), (function, k, said)
+                assert undefined or function not in MOVES_BYTES, (function, k, said)
             assert stand_in.cudart.cudaPeekAtLastError() == 0
             assert (torch.cuda.memory_allocated(1), stand_in.cuda.fake_streams()) == held, (function, k)
             call.run(**options)

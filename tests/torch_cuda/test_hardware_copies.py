@@ -117,13 +117,13 @@ def test_batches_are_full(buffers, direction):
 @pytest.mark.parametrize("direction", ["h2d", "d2h"])
 @pytest.mark.parametrize("stream", ["side", "default"])
 def test_staging_in_several_chunks(buffers, direction, stream):
-    """One ring that is used again and again: no chunk may overtake the one before."""
+    """The halves of one ring are used again and again: no chunk may overtake the one before."""
     pairs = scaled(8192, 300)
     shape = Shape(1, pairs + 10, 128 << 10)
     with torch.cuda.stream(on_stream(stream)):
         mapping = random_mapping(pairs, shape.blocks, shape.blocks)
         explained = _check(buffers, direction, "staged", (shape, shape), mapping)
-    assert explained.device["chunks"] == -(-pairs // (RING_BYTES // shape.page_bytes - 1))
+    assert explained.device["chunks"] == -(-pairs // (RING_BYTES // 2 // shape.page_bytes))
 
 
 def _swap(sources, destinations, mapping, page_bytes):

@@ -162,11 +162,26 @@ def test_slots(sim):
     assert not chunk[:, :, 2].view(torch.int16).any()
 
 
-def test_pageable_memory_takes_a_path_that_may(sim):
+def test_pageable_memory_takes_a_path_that_may(sim, refuses_pageable):
     engine, host = _engine_and_host(pageable)
     convert_blocks(engine, host, torch.tensor([[5, 0]]))
     with pytest.raises(ValueError, match="executor 'kernel' cannot serve this call"):
         convert_blocks(engine, host, torch.tensor([[5, 0]]), executor="kernel")
+
+
+@pytest.mark.parametrize("direction", ["to_buffer", "to_cache"])
+def test_a_later_chunk_that_is_refused_stops_the_first(sim, refuses_pageable, direction):
+    """Its memory is what the kernel cannot reach."""
+    cache = KVCache(
+        KVLayout("L | B N H D", L=1, B=4, N=2, H=1, D=16, dtype=torch.uint8),
+        [on(0)(torch.ones(128, dtype=torch.uint8))],
+    )
+    chunks = [place(torch.zeros(1, 2, 16, dtype=torch.uint8)) for place in (pinned, pageable)]
+    with pytest.raises(ValueError, match="executor 'kernel' cannot serve this call"):
+        copy_slots(cache, torch.tensor([7, 1, 0, 4]), chunks, direction=direction, executor="kernel")
+    torch.cuda.synchronize()
+    assert not any(chunk.any() for chunk in chunks)
+    assert bool((cache.tensors[0].cpu() == 1).all())
 
 
 @pytest.mark.cuda(devices=2)

@@ -145,7 +145,7 @@ def test_ids_out_of_range_are_reported_with_those_of_the_compiled_kernels(launch
 
 
 @each_op
-def test_pageable_memory_is_refused(launch, op):
+def test_pageable_memory_is_refused(launch, refuses_pageable, op):
     call = make(op, pageable, on(0))
     with pytest.raises(ValueError, match=rf"^{op}: executor 'triton' cannot serve this call: .*"):
         call.run(executor="triton")
