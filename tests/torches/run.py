@@ -37,7 +37,19 @@ PAIRS = (
 )
 # The ops and what is built on them. Not the C++ core and the simulators, which know no torch.
 FILES = (
-    *("batch", "canonical", "compile", "concat", "convert", "copy_pages", "docs", "errors", "examples", "explain"),
+    *(
+        "batch",
+        "canonical",
+        "compile",
+        "concat",
+        "convert",
+        "copy_groups",
+        "copy_pages",
+        "docs",
+        "errors",
+        "examples",
+        "explain",
+    ),
     *(
         "gather_scatter",
         "info",

@@ -1,0 +1,177 @@
+"""Transfers of several groups between canonical KV caches."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from kvkernels.layout import (
+    canonicalize,
+    copy_groups,
+    empty_host_caches,
+)
+from kvkernels.layout.specs import MLA, KVCacheGroup, Mamba
+
+
+def _refs(canonical):
+    return [[(ref.tensor_idx, ref.page_size_bytes) for ref in refs] for refs in canonical.group_data_refs]
+
+
+def _engine(blocks: int = 12):
+    """Two groups on one tensor, of which the second uses less of a page, and a third on one of its own."""
+    storage = torch.randint(-128, 128, (blocks, 64), dtype=torch.int8)
+    mla = MLA(block_size=4, head_size=8, dtype=torch.float16)
+    state = Mamba(shapes=((5, 5),), dtypes=(torch.float16,), page_size_padded=64)
+    small = MLA(block_size=4, head_size=3, dtype=torch.float16)
+    caches = {
+        "mla": storage.view(torch.float16).view(blocks, 4, 8),
+        "state": [storage.view(torch.float16).as_strided((blocks, 5, 5), (32, 5, 1))],
+        "small": torch.randint(-128, 128, (blocks, 24), dtype=torch.int8).view(torch.float16).view(blocks, 4, 3),
+    }
+    groups = [KVCacheGroup(["mla"], mla), KVCacheGroup(["state"], state), KVCacheGroup(["small"], small)]
+    return canonicalize(caches, groups)
+
+
+@pytest.mark.parametrize("ratio", [1, 3])
+@pytest.mark.parametrize("seed", range(30))
+def test_transfers_of_groups(seed, ratio):
+    """Engine to host and back, groups empty or not, beginning and ending anywhere in a host block."""
+    rng = np.random.default_rng(seed)
+    engine = _engine()
+    host = empty_host_caches(engine, 13, blocks_per_host_block=ratio)
+    for one in host.tensors:
+        one.tensor.copy_(torch.randint(-128, 128, one.tensor.shape, dtype=torch.int8))
+    taken = rng.permutation(12)
+    sizes = [int(n) for n in rng.multinomial(int(rng.integers(0, 12)), [1 / 3] * 3)]
+    skips = [int(rng.integers(ratio)) for _ in sizes]
+    hosts, free = [], list(rng.permutation(13))
+    for size, skip in zip(sizes, skips, strict=True):
+        hosts.append([int(free.pop()) for _ in range(-(-(skip + size) // ratio) if size else 0)])
+    engine_ids = torch.tensor([int(b) for b in taken[: sum(sizes)]], dtype=torch.int64)
+    host_ids = torch.tensor([b for group in hosts for b in group], dtype=torch.int64)
+    starts = np.cumsum([0, *sizes])
+    used = [64, 50, 24]
+    for store in (True, False):
+        pairs = [
+            (group, int(engine_ids[starts[group] + i]), hosts[group][(skips[group] + i) // ratio],
+             (skips[group] + i) % ratio)
+            for group in range(3) for i in range(sizes[group])
+        ]  # fmt: skip
+        src, dst = (engine, host) if store else (host, engine)
+        if not store:
+            for one in engine.tensors:
+                one.tensor.copy_(torch.randint(-128, 128, one.tensor.shape, dtype=torch.int8))
+        wanted = [one.tensor.clone() for one in dst.tensors]
+        kept = [one.tensor.clone() for one in src.tensors]
+        for group, engine_block, host_block, part in pairs:
+            t, n = (0, 0, 1)[group], used[group]
+            page = engine.tensors[t].page_size_bytes
+            host_bytes = slice(part * page, part * page + n)
+            if store:
+                wanted[t][host_block, host_bytes] = kept[t][engine_block, :n]
+            else:
+                wanted[t][engine_block, :n] = kept[t][host_block, host_bytes]
+        ids = (engine_ids, host_ids) if store else (host_ids, engine_ids)
+        moved = copy_groups(src, dst, *ids, sizes, first_blocks=skips)
+        assert moved == sum(size * n for size, n in zip(sizes, used, strict=True))
+        assert all(torch.equal(one.tensor, w) for one, w in zip(dst.tensors, wanted, strict=True))
+        assert all(torch.equal(one.tensor, k) for one, k in zip(src.tensors, kept, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("src", "dst", "sizes", "options", "error", "match"),
+    [
+        ([0, 1], [0], [1, 1], {}, ValueError, r"must have 3 groups, got \(2, 2\)"),
+        ([0], [0], [-1, 1, 1], {}, ValueError, "must not be negative, got"),
+        ([0], [0], [1, 0, 0], {"first_blocks": [3, 0, 0]}, ValueError, "must lie inside a block of 3, got"),
+        ([0, 1], [0], [1, 0, 0], {}, ValueError, r"src_block_ids must be \[1\], which the group sizes make"),
+        ([0, 1], [0], [2, 0, 0], {"first_blocks": [2, 0, 0]}, ValueError, r"dst_block_ids must be \[2\]"),
+        ([0, 12], [0, 1], [1, 1, 0], {}, IndexError, "src_block_ids has 12 in group 1, of 12 blocks"),
+        ([0, 1], [0, 9], [1, 0, 1], {}, IndexError, "dst_block_ids has 9 in group 2, of 9 blocks"),
+        ([0, -1], [0, 1], [1, 1, 0], {}, IndexError, "src_block_ids has -1 in group 1"),
+        ([0, 1], [4, 4], [1, 1, 0], {}, ValueError, "dst_block_ids must name a block once, got 4 of tensor 0 twice"),
+    ],
+)  # fmt: skip
+def test_bad_transfers_move_nothing(src, dst, sizes, options, error, match):
+    engine = _engine()
+    host = empty_host_caches(engine, 9, blocks_per_host_block=3)
+    before = [one.tensor.clone() for one in host.tensors]
+    with pytest.raises(error, match=f"^copy_groups: .*{match}"):
+        copy_groups(engine, host, torch.tensor(src), torch.tensor(dst), sizes, **options)
+    assert all(torch.equal(one.tensor, b) for one, b in zip(host.tensors, before, strict=True))
+
+
+# Tensor parallelism.
+
+
+def test_layers_that_share_a_tensor_in_one_group_are_copied_once():
+    cache = torch.randint(-128, 128, (6, 64), dtype=torch.int8)
+    mla = MLA(block_size=4, head_size=8, dtype=torch.float16)
+    small = MLA(block_size=2, head_size=8, dtype=torch.float16, page_size_padded=64)
+    typed = cache.view(torch.float16)
+    caches = {"a": typed.view(6, 4, 8), "b": typed[:, :16].unflatten(1, (2, 8)), "c": typed.view(6, 4, 8)}
+    engine = canonicalize(caches, [KVCacheGroup(["b", "a", "c"], {"a": mla, "b": small, "c": mla})], num_blocks=6)
+    assert _refs(engine) == [[(0, 32), (0, 64), (0, 64)]]
+    host = empty_host_caches(engine, 2)
+    assert copy_groups(engine, host, torch.tensor([4, 1]), torch.tensor([0, 1]), [2]) == 128
+    assert torch.equal(host.tensors[0].tensor, cache[[4, 1]])
+
+
+def test_groups_that_read_what_another_writes_move_nothing():
+    engine = _engine()
+    before = [one.tensor.clone() for one in engine.tensors]
+    with pytest.raises(ValueError, match="no block must be read and written, got block 1 of tensor 0"):
+        copy_groups(engine, engine, torch.tensor([0, 1]), torch.tensor([1, 2]), [1, 1, 0])
+    with pytest.raises(ValueError, match="no block must be read and written, got block 2 of tensor 1"):
+        copy_groups(engine, engine, torch.tensor([0, 2]), torch.tensor([1, 2]), [1, 0, 1])
+    assert all(torch.equal(one.tensor, b) for one, b in zip(engine.tensors, before, strict=True))
+    assert copy_groups(engine, engine, torch.tensor([0, 3]), torch.tensor([1, 2]), [1, 1, 0]) == 64 + 50
+    assert torch.equal(engine.tensors[0].tensor[1], before[0][0])
+
+
+def test_a_group_that_is_refused_leaves_those_before_it_undone():
+    """By what a tensor is, which the copy of its group finds: all groups are checked before the first is copied."""
+    mla = MLA(block_size=4, head_size=8, dtype=torch.float16)
+    groups = [KVCacheGroup([name], mla) for name in ("a", "b")]
+    src = canonicalize({name: torch.ones(6, 4, 8, dtype=torch.float16) for name in ("a", "b")}, groups)
+    dst = empty_host_caches(src, 3)
+    dst.tensors[0].tensor.zero_()
+    tensor = dst.tensors[1].tensor
+    bad = replace(dst.tensors[1], tensor=tensor[:1].expand(tensor.shape))
+    dst = replace(dst, tensors=[dst.tensors[0], bad])
+    with pytest.raises(ValueError, match=r"copy_pages: dst\[0\] must have a row stride of at least its page"):
+        copy_groups(src, dst, torch.tensor([1, 2]), torch.tensor([0, 1]), [1, 1])
+    assert not dst.tensors[0].tensor.any()
+
+
+def test_wrong_kinds_of_arguments_are_named():
+    engine = _engine()
+    with pytest.raises(ValueError, match="blocks must be counted from 0, and from 1 in a host block"):
+        empty_host_caches(engine, 2, blocks_per_host_block=0)
+    host = empty_host_caches(engine, 4, blocks_per_host_block=4)
+    for ids in (torch.tensor([1.7]), torch.tensor([True]), [1]):
+        with pytest.raises(ValueError, match="src_block_ids must be an int64 or int32 Tensor on the cpu, got"):
+            copy_groups(engine, host, ids, torch.tensor([0]), [1, 0, 0])
+    with pytest.raises(ValueError, match="must leave their blocks in int64"):
+        copy_groups(engine, host, torch.tensor([1]), torch.tensor([2**62]), [1, 0, 0])
+    with pytest.raises(ValueError, match="must be integers, got"):
+        copy_groups(engine, host, torch.tensor([1]), torch.tensor([0]), [1.0, 0, 0])
+
+
+def test_many_blocks_inside_one_cache():
+    """Thousands of pairs in 64 tensors: those that are read and written are found, and the others are copied."""
+    names = [f"layer.{i}" for i in range(64)]
+    spec = MLA(block_size=1, head_size=8, dtype=torch.uint8)
+    pages = {name: torch.randint(256, (8192, 1, 8), dtype=torch.uint8) for name in names}
+    before = {name: page.clone() for name, page in pages.items()}
+    engine = canonicalize(pages, [KVCacheGroup(names, spec)])
+    ids = torch.randperm(8192)
+    with pytest.raises(ValueError, match=f"no block must be read and written, got block {int(ids[0])} of tensor 0"):
+        copy_groups(engine, engine, ids[:2], ids[[2, 0]], [2])
+    copy_groups(engine, engine, ids[:4096], ids[4096:], [4096])
+    for name, page in pages.items():
+        assert torch.equal(page[ids[4096:]], before[name][ids[:4096]])
+        assert torch.equal(page[ids[:4096]], before[name][ids[:4096]])
