@@ -384,10 +384,10 @@ EXPORT int drive_limits(int device, int64_t* out) {
 }
 
 // `out`, per address: memory, begin, end, device, whether the device can address it, the device's offset.
-EXPORT int drive_find(const int64_t* addresses, int64_t count, int64_t* out) {
+EXPORT int drive_find(const int64_t* addresses, int64_t count, int has_context, int64_t* out) {
   return guarded([&] {
     message.clear();
-    PointerMap pointers;
+    PointerMap pointers(has_context != 0);
     for (int64_t i = 0; i < count; ++i) {
       const Range range = pointers.find(pointer(addresses[i]));
       const int64_t row[] = {static_cast<int64_t>(range.memory),

@@ -506,10 +506,11 @@ class Sim:
         self._checked(self.drive.drive_is_capturing(ctypes.c_void_p(stream), _data(out)))
         return bool(out[0])
 
-    def find(self, addresses: Sequence[int]) -> list[dict[str, int]]:
+    def find(self, addresses: Sequence[int], has_context: bool = True) -> list[dict[str, int]]:
         numbers = _int64(addresses)
         out = np.zeros((len(addresses), 6), np.int64)
-        self._checked(self.drive.drive_find(_data(numbers), ctypes.c_int64(len(addresses)), _data(out)))
+        count = ctypes.c_int64(len(addresses))
+        self._checked(self.drive.drive_find(_data(numbers), count, int(has_context), _data(out)))
         keys = ("memory", "begin", "end", "device", "mapped", "device_offset")
         return [dict(zip(keys, row, strict=True)) for row in out.tolist()]
 
