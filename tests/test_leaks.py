@@ -19,6 +19,7 @@ WARM_UP = 10_000
 
 EXPLAINED = [f"explain {op}" for op in schemas.PUBLIC]
 OTHERS = ["gather_blocks, refused", "gather_blocks, reference", "copy_pages, triton refused", "info and counters"]
+CONVERSIONS = ["convert_blocks", "copy_slots of two chunks", "copy_groups of two groups"]
 
 
 def resident_bytes() -> int:
@@ -57,11 +58,34 @@ def calls():
         ops._check_device(0)
         ops._reset_counters()
 
+    found |= conversions()
     found["gather_blocks, refused"] = refused
     found["gather_blocks, reference"] = lambda: ops.gather_blocks(pools, ids, out, executor="reference")
     found["copy_pages, triton refused"] = triton_refused
     found["info and counters"] = info_and_counters
     return found, small
+
+
+def conversions():
+    """What is built on the ops; several chunks or groups are checked before the first is copied."""
+    import torch
+
+    from kvkernels import KVCache, KVLayout, convert_blocks, copy_slots
+    from kvkernels.layout import canonicalize, copy_groups, empty_host_caches
+    from kvkernels.layout.specs import MLA, KVCacheGroup
+
+    sizes = {"L": 1, "B": 4, "N": 2, "H": 2, "D": 8, "dtype": torch.uint8}
+    src = KVCache(KVLayout("L | B N H D", **sizes), [torch.zeros(128, dtype=torch.uint8)])
+    dst = KVCache(KVLayout("B L H N D", **sizes), torch.zeros(128, dtype=torch.uint8))
+    chunks, slots = [torch.zeros(1, 2, 16, dtype=torch.uint8) for _ in range(2)], torch.tensor([7, 1, 0, 4])
+    groups = [KVCacheGroup([name], MLA(block_size=1, head_size=8, dtype=torch.uint8)) for name in "ab"]
+    engine = canonicalize({name: torch.zeros(4, 1, 8, dtype=torch.uint8) for name in "ab"}, groups)
+    host, pair, ids = empty_host_caches(engine, 4), torch.tensor([[0, 1]]), torch.tensor([1, 2])
+    return {
+        "convert_blocks": lambda: convert_blocks(src, dst, pair),
+        "copy_slots of two chunks": lambda: copy_slots(src, slots, chunks, direction="to_buffer"),
+        "copy_groups of two groups": lambda: copy_groups(engine, host, ids, ids, [1, 1]),
+    }
 
 
 def report(names: list[str], count: int) -> None:
@@ -81,8 +105,8 @@ def report(names: list[str], count: int) -> None:
 @pytest.mark.skipif(not LIBRARY.compiled, reason="what leaks is the boundary to compiled code")
 @pytest.mark.parametrize(
     ("names", "count"),
-    [(list(schemas.PUBLIC), 100_000), (EXPLAINED, 20_000), (OTHERS, 20_000)],
-    ids=["ops", "explained", "others"],
+    [(list(schemas.PUBLIC), 100_000), (EXPLAINED, 20_000), (OTHERS, 20_000), (CONVERSIONS, 20_000)],
+    ids=["ops", "explained", "others", "conversions"],
 )
 def test_calls_leave_nothing_behind(names, count):
     # In a process of its own, whose heap nothing else has used.
