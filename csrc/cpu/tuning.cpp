@@ -18,7 +18,7 @@ bool is_amd() {
 //   two                                        0.56  0.64  0.79  0.96
 //   four neighbours of 4 KiB, 1 KiB ahead      0.60  0.57  0.61  0.63
 // and two shards joined, strips of 256 B: 0.92 with what is ahead prefetched, 0.80 without.
-// Sapphire Rapids: 1.15 of the ceiling with four neighbours, 1.06 with two (benchmarks/results/pages.md of 0.1.0).
+// Sapphire Rapids: 1.15 of the ceiling with four neighbours, 1.06 with two (by benchmarks/pages.py).
 // AVX2 alone is AMD up to Zen 3, where three or more lose. Reported from a Zen 3 at a ceiling of 15.5 to 17 GB/s:
 //   two neighbours of 4 KiB, 1 KiB ahead       10.4 GB/s at 4 KiB, 12.6 at 32 KiB, 13.6 at 512 KiB
 //   two pages at once, whole, nothing ahead    12.4, 15.1 to 16.3, 17.0 to 17.9

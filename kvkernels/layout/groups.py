@@ -132,13 +132,11 @@ def copy_groups(
         partial(copy_pages, t.src, t.dst, t.mapping, t.runs, ratios[0], ratios[1], False, executor, sm_budget)
         for t in transfers
     ]
-    if all(map(has_values, (src_block_ids, dst_block_ids))):
+    ids_are_known = all(map(has_values, (src_block_ids, dst_block_ids)))
+    if ids_are_known:
         _check_written_once(transfers, ratios[1])
         _check_not_read(src, dst, transfers, ratios)
-        all_or_none(calls)
-    else:
-        for call in calls:
-            call()
+    all_or_none(calls, ids_are_known)
     return sum(transfer.bytes for transfer in transfers)
 
 

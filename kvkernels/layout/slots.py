@@ -123,11 +123,7 @@ def copy_slots_of(
         sides = (list(caches), [chunk]) if direction == "to_buffer" else ([chunk], list(caches))
         mapping = torch.stack((wanted, mine) if direction == "to_buffer" else (mine, wanted), dim=1)
         calls.append(partial(convert_caches, *sides, mapping, None, False, 1, True, executor, sm_budget))
-    if has_memory:
-        all_or_none(calls)
-    else:
-        for call in calls:
-            call()
+    all_or_none(calls, has_memory)
 
 
 def _to_buffer(
