@@ -32,6 +32,10 @@ Work random_work(Random& random, int64_t ids) {
   const int64_t grain = random.of({1, 2, 4, 8, 16, 32, 128});
   for (int64_t moves = random.in(1, 3); moves > 0; --moves) {
     Move move{random_side(random, 1 << 20, grain), random_side(random, 1 << 30, grain), 0, 0, {}, false};
+    // Both sides begin as far inside an element.
+    const int64_t shift = random.of({0, 0, 5, 8});
+    move.src.base += shift;
+    move.dst.base += shift;
     move.fragment_bytes = grain * random.of({1, 3, 16, 63, 64, 65, 300, 1000});
     move.loop_count = static_cast<int>(random.in(0, 3));
     for (int i = 0; i < move.loop_count; ++i) {
