@@ -9,28 +9,6 @@
 
 namespace kvkernels {
 
-std::string_view name_of(Executor executor) {
-  switch (executor) {
-    case Executor::kAuto:
-      return "auto";
-    case Executor::kCpu:
-      return "cpu";
-    case Executor::kKernel:
-      return "kernel";
-    case Executor::kBulk:
-      return "bulk";
-    case Executor::kDma:
-      return "dma";
-    case Executor::kStaged:
-      return "staged";
-    case Executor::kTriton:
-      return "triton";
-    case Executor::kReference:
-      return "reference";
-  }
-  return "";
-}
-
 std::string_view name_of(Direction direction) {
   switch (direction) {
     case Direction::kHostToHost:

@@ -7,12 +7,12 @@
 #include <string_view>
 #include <vector>
 
+#include "core/executor.h"
 #include "core/pairs.h"
 #include "core/plan.h"
 
 namespace kvkernels {
 
-enum class Executor { kAuto, kCpu, kKernel, kBulk, kDma, kStaged, kTriton, kReference };
 enum class Direction { kHostToHost, kHostToDevice, kDeviceToHost, kDeviceToDevice };
 
 // page:  one fragment a pair and no loop, any size and alignment; a device cuts it into tiles
@@ -23,7 +23,6 @@ enum class Shape { kPage, kRow, kBytes };
 constexpr int64_t kRowMaxBytes = 1024;
 constexpr int64_t kVectorBytes = 16;
 
-std::string_view name_of(Executor);
 std::string_view name_of(Direction);
 std::string_view name_of(Shape);
 

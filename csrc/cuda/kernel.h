@@ -12,7 +12,7 @@
 #include "core/lower.h"
 #include "cuda/copy_kernel.h"
 #include "cuda/device.h"
-#include "cuda/issued.h"
+#include "core/issued.h"
 #include "cuda/launch.h"
 #include "cuda/pointers.h"
 
