@@ -21,7 +21,7 @@ FLOORS = (
     ("registration",),
     ("ops",),
     ("layout", "explain", "names"),
-    ("info",),
+    ("info", "prepared"),
     ("__init__", "cli"),
     ("__main__",),
 )

@@ -85,7 +85,13 @@ TensorFacts::TensorFacts(const Tensor& tensor) : sizes_(tensor.sizes()) {
   if (!is_strided()) return;
   strides_ = Extents(tensor.strides());
   storage_offset_ = tensor.storage_offset();
-  check_torch(aoti_torch_get_storage_size(handle, &storage_bytes_), "aoti_torch_get_storage_size");
+  storage_bytes_ = storage_bytes(tensor);
+}
+
+int64_t storage_bytes(const Tensor& tensor) {
+  int64_t bytes = 0;
+  check_torch(aoti_torch_get_storage_size(tensor.get(), &bytes), "aoti_torch_get_storage_size");
+  return bytes;
 }
 
 int64_t saturating_product(int64_t a, int64_t b) {

@@ -37,8 +37,8 @@ struct StrArgument {
 // What an op returns instead of a string: its bytes, uint8 on the CPU. torch before 2.14 never frees a returned string.
 Tensor text_tensor(const std::string& value);
 
-// The sizes or the strides of a tensor. A call reads those of hundreds of pools, and a vector for each would take longer
-// than everything else that is asked about a pool.
+// The sizes or the strides of a tensor. A call reads those of hundreds of pools, and a vector for each would take
+// longer than everything else that is asked about a pool.
 class Extents {
  public:
   Extents() = default;
@@ -97,6 +97,8 @@ class TensorFacts {
   Extents sizes_;
   Extents strides_;
 };
+
+int64_t storage_bytes(const Tensor& tensor);
 
 // A tensor without elements may claim any sizes: what they come to is INT64_MAX where it does not fit.
 int64_t saturating_product(int64_t a, int64_t b);
