@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvkernels import ops
-from kvkernels.common.arguments import has_values
+from kvkernels.common.arguments import has_values, integer
 from kvkernels.layout.blocks import whole_page_runs
 from kvkernels.layout.plan import Plan
 
@@ -133,6 +133,8 @@ class PreparedCopy:
         device are as in ``copy_pages``. Safe to call from several threads. In a graph that is compiled it is a call of
         ``copy_pages``.
         """
+        if layer is not None:
+            layer = integer("PreparedCopy.run: layer", layer, "an integer from 0", least=0)
         handle = self._handles.get(layer)
         if handle is None:
             handle = self._prepare(layer)
@@ -159,8 +161,6 @@ class PreparedCopy:
             rows = whole_page_runs(self._src.tensors)
             if layer is None:
                 return rows
-            if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
-                raise ValueError(f"PreparedCopy.run: layer must be an integer from 0, got {layer!r}")
             if layer >= len(rows):
                 raise IndexError(f"PreparedCopy.run: layer must be below {len(rows)}, got {layer}")
             return rows[layer : layer + 1]
