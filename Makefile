@@ -33,13 +33,14 @@ export KVKERNELS_COMPILED = ON
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build wheel swap pages layouts sass test simgpu simgpu-build gpu gpu-dry-run sanitize e2e torches mutants \
+.PHONY: help build wheel swap pages layouts calls sass test simgpu simgpu-build gpu gpu-dry-run sanitize e2e torches mutants \
   lint format audit clean distclean always
 
 help:
 	@echo "make swap       build, check every byte and time the copies (ARGS=\"--model qwen3-32b\"; see --help)"
 	@echo "make pages      the page-size table of benchmarks/results"
 	@echo "make layouts    the table of conversions between layouts and shards of benchmarks/results"
+	@echo "make calls      what a call costs before a byte moves, as in benchmarks/results"
 	@echo "make sass       what the CUDA kernels' machine code looks like (needs cuobjdump)"
 	@echo "make test       build and run all tests (ARGS=\"-k gather\" goes to pytest)"
 	@echo "make simgpu     the GPU tests without a GPU: torch's CUDA build on a stand-in for CUDA (needs nvcc; 5 GB)"
@@ -103,6 +104,9 @@ swap: build
 
 pages: build
 	$(BIN)/python benchmarks/pages.py $(ARGS)
+
+calls: build
+	$(BIN)/python benchmarks/calls.py $(ARGS)
 
 layouts: build
 	$(BIN)/python benchmarks/layouts.py $(ARGS)

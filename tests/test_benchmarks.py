@@ -102,6 +102,17 @@ def test_swap_on_a_device(direction, tmp_path):
     )
 
 
+def test_calls_writes_its_table(tmp_path):
+    """This tree's package on both sides."""
+    done = run_script("calls.py", "--rounds", 2, "--before", Path(__file__).parents[1], "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "calls.json").read_text())
+    assert result["after_us"].keys() == result["before_us"].keys()
+    assert all(us > 0 for us in result["after_us"].values())
+    text = (tmp_path / "calls.md").read_text()
+    assert all(f"| {name} |" in text for name in result["after_us"])
+
+
 def test_pages_writes_its_table(tmp_path):
     done = run_script("pages.py", "--total-mib", 4, "--seconds", 0, "--calls", 3, "--out", tmp_path)
     assert done.returncode == 0, done.stderr

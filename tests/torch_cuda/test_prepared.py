@@ -1,4 +1,4 @@
-"""Prepared copies with a side on a device: what is looked up once, what each run asks, graphs, and ids on the device."""
+"""Prepared copies with a side on a device: what is looked up once, what a run asks, graphs, and ids on the device."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_pageable_memory_is_for_who_has_ids_on_the_device_or_names_the_kernel(si
     prepared = kvkernels.prepare(src, dst, executor="kernel")
     for pairs in (PAIRS, PAIRS.cuda()):
         with pytest.raises(
-            ValueError, match="PreparedCopy.run: executor 'kernel' cannot serve this call: src is in page"
+            ValueError, match=r"PreparedCopy.run: executor 'kernel' cannot serve this call: src is in page"
         ):
             prepared.run(pairs)
     by_copy_engine = kvkernels.prepare(src, dst)
