@@ -45,7 +45,7 @@ KVKERNELS_HOST_DEVICE void copy_bulk(const Head& head, const std::byte* tables, 
   const uint32_t lane = thread & (kWarpLanes - 1);
   KVKERNELS_UNROLL(1)
   for (uint32_t tile = thread / kWarpLanes; tile < head.tiles; tile += threads / kWarpLanes) {
-    const Span span = find_span<Access, true>(head, tables, tile, lane, head.unit_bytes);
+    const Span span = find_span<Access, true>(head, tables, tile, lane == 0, head.unit_bytes);
     if (span.bytes == 0) continue;
     const uint32_t difference = vector_difference(span.src, span.dst);
     if (difference != 0) {

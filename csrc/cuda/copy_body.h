@@ -9,6 +9,7 @@
 #include "cuda/decode.h"
 #include "cuda/host_device.h"
 #include "cuda/tables.h"
+#include "cuda/warp.h"
 
 namespace kvkernels {
 
@@ -96,49 +97,101 @@ KVKERNELS_HOST_DEVICE void copy_tiles(const Head& head, const std::byte* tables,
   const uint32_t lane = thread & (kWarpLanes - 1);
   KVKERNELS_UNROLL(1)
   for (uint32_t tile = thread / kWarpLanes; tile < head.tiles; tile += threads / kWarpLanes) {
-    const Span span = find_span<Access, kLoops>(head, tables, tile, lane, kTileBytes);
+    const Span span = find_span<Access, kLoops>(head, tables, tile, lane == 0, kTileBytes);
     if (span.bytes > 0) copy_span<Access>(span.src, span.dst, span.bytes, lane);
+  }
+}
+
+// What is in a tile of chunks: some of one move's.
+struct ChunkTile {
+  const MoveEntry& move;
+  const Form& form;
+  uint32_t begin;
+  uint32_t end;
+};
+
+KVKERNELS_HOST_DEVICE ChunkTile find_chunks(const Head& head, const std::byte* tables, uint32_t tile) {
+  const Form* forms = reinterpret_cast<const Form*>(tables);
+  const MoveEntry* moves = reinterpret_cast<const MoveEntry*>(tables + head.moves_offset);
+  const MoveEntry& move = moves[find_move(head, moves, tile)];
+  const Form& form = forms[move.form];
+  const uint32_t chunks = form.units_per_pair * head.pairs;
+  const uint32_t begin = (tile - move.first_tile) * kTileChunks;
+  return {move, form, begin, begin + kTileChunks < chunks ? begin + kTileChunks : chunks};
+}
+
+// A tile of at most 32 fragments, of which each lane finds one for all of them:
+//
+//   chunks     | 0   1 ... 31 | 32  33 ... 63 | 64  65 ... 95 | 96  97 ... 127 |    of lanes 0 to 31, four times
+//   fragments  first | first + 1       | first + 2       | first + 3       | ...    found by lanes 0, 1, 2, ...
+//              | part 0 is before the tile
+template <class Access, class V>
+KVKERNELS_HOST_DEVICE void copy_few_fragments(const Head& head, const std::byte* tables, const ChunkTile& tile,
+                                              uint32_t lane) {
+  const Form& form = tile.form;
+  const uint32_t parts = form.parts.divisor;
+  const uint32_t first = form.parts.divide(tile.begin);
+  const uint32_t last = form.parts.divide(tile.end - 1);
+  const auto fragments = of_each_lane<Ends>(lane, [&](uint32_t of, bool is_own) {
+    // The lanes past the last find it again.
+    const uint32_t index = first + of < last ? first + of : last;
+    const bool records = is_own && first + of <= last && index * parts >= tile.begin;
+    return find_fragment<Access, true>(head, tables, tile.move, form, index, records);
+  });
+  const uint32_t mine = tile.begin - first * parts + lane;  // my first chunk, counted from part 0 of the first fragment
+  const uint32_t past_end = computed_once(tile.end - first * parts);
+  const std::byte* src[kLaneChunks];
+  std::byte* dst[kLaneChunks];
+  bool copies[kLaneChunks];
+  KVKERNELS_UNROLL(kLaneChunks)
+  for (uint32_t k = 0; k < kLaneChunks; ++k) {
+    const uint32_t chunk = computed_once(mine + k * kWarpLanes);
+    const uint32_t nth = form.parts.divide(chunk);
+    const uint64_t offset = uint64_t{computed_once(chunk - nth * parts)} * sizeof(V);
+    const Ends ends = fragments.of(nth);
+    src[k] = ends.src + offset;
+    dst[k] = ends.dst + offset;
+    copies[k] = chunk < past_end && ends.dst != nullptr;
+  }
+  V v[kLaneChunks]{};
+  KVKERNELS_UNROLL(kLaneChunks)
+  for (int k = 0; k < kLaneChunks; ++k) {
+    if (copies[k]) Access::load(v[k], src[k]);
+  }
+  KVKERNELS_UNROLL(kLaneChunks)
+  for (int k = 0; k < kLaneChunks; ++k) {
+    if (copies[k]) Access::store(dst[k], v[k]);
+  }
+}
+
+// A tile of more fragments than lanes, whose fragments are one to three chunks: a lane finds those of its own chunks.
+template <class Access, class V>
+KVKERNELS_HOST_DEVICE void copy_many_fragments(const Head& head, const std::byte* tables, const ChunkTile& tile,
+                                               uint32_t lane) {
+  const Form& form = tile.form;
+  KVKERNELS_UNROLL(1)
+  for (uint32_t unit = tile.begin + lane; unit < tile.end; unit += kWarpLanes) {
+    const uint32_t index = form.parts.divide(unit);
+    const uint32_t part = unit - index * form.parts.divisor;
+    const Ends ends = find_fragment<Access, true>(head, tables, tile.move, form, index, part == 0);
+    if (ends.dst == nullptr) continue;
+    V v;
+    Access::load(v, ends.src + part * sizeof(V));
+    Access::store(ends.dst + part * sizeof(V), v);
   }
 }
 
 // A lane a chunk: every address and size is a multiple of V, so there are no ends to care for.
 template <class Access, class V>
 KVKERNELS_HOST_DEVICE void copy_chunks(const Head& head, const std::byte* tables, uint32_t thread, uint32_t threads) {
-  const Form* forms = reinterpret_cast<const Form*>(tables);
-  const MoveEntry* moves = reinterpret_cast<const MoveEntry*>(tables + head.moves_offset);
   const uint32_t lane = thread & (kWarpLanes - 1);
   KVKERNELS_UNROLL(1)
-  for (uint32_t tile = thread / kWarpLanes; tile < head.tiles; tile += threads / kWarpLanes) {
-    const uint32_t m = find_move(head, moves, tile);
-    const Form& form = forms[moves[m].form];
-    const uint32_t chunks = form.units_per_pair * head.pairs;
-    const uint32_t unit = (tile - moves[m].first_tile) * kTileChunks + lane;
-    const std::byte* src[kLaneChunks];
-    std::byte* dst[kLaneChunks];
-    KVKERNELS_UNROLL(kLaneChunks)
-    for (uint32_t k = 0; k < kLaneChunks; ++k) {
-      src[k] = nullptr;
-      dst[k] = nullptr;
-      if (unit + k * kWarpLanes >= chunks) continue;
-      uint32_t index = form.parts.divide(unit + k * kWarpLanes);
-      const uint32_t part = unit + k * kWarpLanes - index * form.parts.divisor;
-      bool first = m == 0 && part == 0;
-      int64_t src_offset = static_cast<int64_t>(part) * sizeof(V);
-      int64_t dst_offset = src_offset;
-      index = unwind_loops(form, index, src_offset, dst_offset, first);
-      Pair pair;
-      if (!find_pair<Access>(head, tables, index, first, pair)) continue;
-      src[k] = moves[m].src + form.src.offset(pair.src) + src_offset;
-      dst[k] = moves[m].dst + form.dst.offset(pair.dst) + dst_offset;
-    }
-    V v[kLaneChunks]{};
-    KVKERNELS_UNROLL(kLaneChunks)
-    for (int k = 0; k < kLaneChunks; ++k) {
-      if (dst[k]) Access::load(v[k], src[k]);
-    }
-    KVKERNELS_UNROLL(kLaneChunks)
-    for (int k = 0; k < kLaneChunks; ++k) {
-      if (dst[k]) Access::store(dst[k], v[k]);
+  for (uint32_t number = thread / kWarpLanes; number < head.tiles; number += threads / kWarpLanes) {
+    const ChunkTile tile = find_chunks(head, tables, number);
+    if (tile.form.parts.divisor < kLaneChunks) {
+      copy_many_fragments<Access, V>(head, tables, tile, lane);
+    } else {
+      copy_few_fragments<Access, V>(head, tables, tile, lane);
     }
   }
 }

@@ -277,16 +277,21 @@ class Planner {
   void add_launch(std::span<const Move> moves, MoveTables& tables, int64_t begin, int64_t pairs, bool records) {
     KernelLaunch launch{};
     Head& head = launch.head;
+    const int64_t first_tiles = cutter_.tiles(moves[0], pairs);
+    bool are_alike = true;
     int64_t tiles = 0;
     for (size_t i = 0; i < moves.size(); ++i) {
+      const int64_t more = cutter_.tiles(moves[i], pairs);
       tables.moves[i].first_tile = static_cast<uint32_t>(tiles);
-      tiles += cutter_.tiles(moves[i], pairs);
+      tiles += more;
+      are_alike = are_alike && more == first_tiles;
     }
     head.moves_offset = static_cast<uint32_t>(tables.forms.size() * sizeof(Form));
     head.pairs_offset = static_cast<uint32_t>(tables.bytes());
     head.moves = static_cast<uint32_t>(moves.size());
     head.pairs = static_cast<uint32_t>(pairs);
     head.tiles = static_cast<uint32_t>(tiles);
+    if (are_alike) head.tiles_per_move = make_divisor(first_tiles);
     head.id_width = id_width_;
     head.unit_bytes = static_cast<uint32_t>(cutter_.unit_bytes());
     head.cut_on_src = cutter_.cut_on_src();

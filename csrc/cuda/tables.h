@@ -85,9 +85,10 @@ struct Head {
   uint32_t moves;
   uint32_t pairs;
   uint32_t tiles;
-  uint32_t id_width;    // of the pairs in the tables; 0 where ids are on the device
-  uint32_t unit_bytes;  // of a chunk: 16, 8, 4, 2 or 1; of a tile of the bulk kernel; 0 in the tile kernels
-  uint32_t cut_on_src;  // tiles begin on cache lines of the source, not of the destination
+  Divisor tiles_per_move;  // its divisor is 0 where moves differ
+  uint32_t id_width;       // of the pairs in the tables; 0 where ids are on the device
+  uint32_t unit_bytes;     // of a chunk: 16, 8, 4, 2 or 1; of a tile of the bulk kernel; 0 in the tile kernels
+  uint32_t cut_on_src;     // tiles begin on cache lines of the source, not of the destination
   IdColumn src_ids;
   IdColumn dst_ids;
   int64_t first_row;

@@ -174,14 +174,15 @@ def _side(at, bytes_, subblocks, ids):
     return side, -(-(at + blocks * side.block_stride) // 16) * 16
 
 
-def full_call(sim: Sim, rng, shape, tables, ids, captures=False, has_earlier=False):
+def full_call(sim: Sim, rng, shape, tables, ids, captures=False, has_earlier=False, chunks=5):
     """Moves with and without loops and sub-blocks on either side; of ids on the device half are bad.
 
-    While capturing, large tables become several launches, of which the first records bad ids.
+    While capturing, large tables become several launches, of which the first records bad ids. ``chunks`` are those of a
+    fragment where the shape has them.
     """
-    # Five chunks a pair, and more than a tile of them, so that each of a lane's chunks meets a bad pair.
+    # More than a tile of chunks, so that each of a lane's meets a bad pair.
     count = {"page": 8, "tiles": 8, "bulk": 3}.get(shape, 40)
-    bytes_ = {"page": 301, "tiles": 261, "bulk": 528}.get(shape, 5 * _grain(shape))
+    bytes_ = {"page": 301, "tiles": 261, "bulk": 528}.get(shape, chunks * _grain(shape))
     loops = () if shape == "page" else ((2, 6 * bytes_, 6 * bytes_), (3, bytes_, 2 * bytes_), (2, 3 * bytes_, bytes_))
     page = 12 * bytes_ if loops else bytes_
     moves, ends = [], [0, 0]
@@ -202,6 +203,17 @@ def full_call(sim: Sim, rng, shape, tables, ids, captures=False, has_earlier=Fal
         return check(sim, moves, pairs, src, dst, **options)
     options |= {"one_in": 2, "has_earlier": has_earlier}
     return check_device_ids(sim, rng, moves, pairs, src, dst, [count, count], ids, **options)
+
+
+def many_pairs_call(sim: Sim, rng, shape):
+    """One move, and more pairs than parameters hold: moves that are alike, in uploaded tables."""
+    count, bytes_ = 4100, {"tiles": 261}.get(shape, 5 * _grain(shape))
+    loops = () if shape == "page" else ((2, bytes_, bytes_),)
+    stride = 2 * bytes_
+    src, dst = (sim.memory(DEVICE, stride * count + 16) for _ in range(2))
+    pairs = list(zip(rng.permutation(count).tolist(), rng.permutation(count).tolist(), strict=True))
+    run = check(sim, [Move(Side(0, stride), Side(0, stride), bytes_, loops)], pairs, src, dst, sm_budget=8)
+    assert run.uploads
 
 
 def alignment_call(sim: Sim, rng, shape, tables, sizes, direction):
