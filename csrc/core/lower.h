@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string_view>
 #include <vector>
 
@@ -57,19 +58,31 @@ struct Move {
   int64_t bytes_per_pair() const { return fragments_per_pair() * fragment_bytes; }
 };
 
+// A mapping whose values only the device knows. A pair outside the limits is skipped and recorded (cuda/fault.h).
+struct DeviceIds {
+  IdColumn src;
+  IdColumn dst;
+  int64_t rows = 0;
+  int64_t src_limit = 0;
+  int64_t dst_limit = 0;
+  bool skip_negative = false;
+  uint32_t op = 1;  // what take_fault reports; never 0
+};
+
 // All that an executor needs.
 struct Work {
   Executor executor = Executor::kAuto;
   Direction direction = Direction::kHostToHost;
   Shape shape = Shape::kPage;
   std::vector<Move> moves;
-  std::vector<Segment> segments;    // empty where the ids live on the device
-  std::vector<Fragment> fragments;  // instead of moves x segments, where a caller gave raw addresses and sizes
-  int64_t pairs = 0;                // sum of the segments' counts; the rows of the mapping where ids live on the device
-  int64_t bytes = 0;                // pairs x bytes_per_pair, summed over moves
-  int64_t descriptors = 0;          // fragments that a FragmentCursor over everything yields
-  int lanes = 1;                    // cpu: threads
-  bool streaming = false;           // cpu: stores that bypass the caches
+  std::vector<Segment> segments;
+  std::optional<DeviceIds> device_ids;  // instead of segments, where the ids live on the device
+  std::vector<Fragment> fragments;      // instead of moves x segments, where a caller gave raw addresses and sizes
+  int64_t pairs = 0;        // sum of the segments' counts; the rows of the mapping where ids live on the device
+  int64_t bytes = 0;        // pairs x bytes_per_pair, summed over moves
+  int64_t descriptors = 0;  // fragments that a FragmentCursor over everything yields
+  int lanes = 1;            // cpu: threads
+  bool streaming = false;   // cpu: stores that bypass the caches
 };
 
 // The runs bound to their pools. `slow_side_is_dst`: the side slower to reach gets the smallest stride innermost.
@@ -100,7 +113,7 @@ int count_sizes(const std::vector<Fragment>& fragments);
 // All lie below 2^63, as what a device reaches does.
 std::vector<Work> addresses_as_ids(const std::vector<Fragment>& fragments, Direction direction);
 
-// The same where the ids live on the device and only `rows` is known.
-Work lower_device_ids(std::vector<Move> moves, int64_t rows, Direction direction);
+// The same where the ids live on the device.
+Work lower_device_ids(std::vector<Move> moves, const DeviceIds& ids, Direction direction);
 
 }  // namespace kvkernels

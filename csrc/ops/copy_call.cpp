@@ -8,6 +8,7 @@
 #include "ops/counters.h"
 #include "ops/cuda_path.h"
 #include "ops/explain.h"
+#include "ops/fault_ops.h"
 #include "ops/fork.h"
 #include "ops/triton_path.h"
 
@@ -41,6 +42,11 @@ int torch_threads() { return lost_threads_to_fork() ? 1 : static_cast<int>(torch
 Direction direction_of(const Place& src, const Place& dst) {
   if (src.on_device) return dst.on_device ? Direction::kDeviceToDevice : Direction::kDeviceToHost;
   return dst.on_device ? Direction::kHostToDevice : Direction::kHostToHost;
+}
+
+DeviceIds device_ids_of(const CopyCall& call) {
+  return {call.src_ids,         call.dst_ids,       call.rows,          call.src_limit.ids(),
+          call.dst_limit.ids(), call.skip_negative, fault_code(call.op)};
 }
 
 IdLimit limit_of(const char* list, const std::vector<Pool>& pools, int64_t subblocks, bool is_list) {

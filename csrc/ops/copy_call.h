@@ -37,6 +37,9 @@ struct CopyCall {
 
 void carry_out(CopyCall call);
 
+// A call's ids on the device, with its limits.
+DeviceIds device_ids_of(const CopyCall& call);
+
 // The tightest pool of a list, which an id out of range is reported against.
 IdLimit limit_of(const char* list, const std::vector<Pool>& pools, int64_t subblocks, bool is_list = true);
 

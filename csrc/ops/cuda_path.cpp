@@ -95,16 +95,16 @@ void record_kernels(const char* op, const Work& work, const KernelPlan& plan, co
   explanation.launches = plan.launches;
   explanation.descriptors = plan.descriptors;
   explanation.device =
-      text('{', context.json(), ", \"ctas\": ", plan.ctas, ", \"threads\": ", plan.threads,
+      text('{', context.json(), ", \"cut\": ", plan.cut, ", \"ctas\": ", plan.ctas, ", \"threads\": ", plan.threads,
            ", \"shared_bytes\": ", plan.shared_bytes, ", \"tiles\": ", plan.tiles,
            ", \"table_bytes\": ", plan.table_bytes, ", \"uploads\": ", plan.uploads ? "true" : "false", '}');
   record(explanation);
 }
 
 // The executors kernel and bulk.
-void run_kernel_executor(const char* op, const Work& work, const DeviceIds* ids, int64_t sm_budget,
-                         const Context& context, const std::string& reason) {
-  const KernelPlan plan = plan_kernel(work, ids, grid_budget(sm_budget), context.limits(), context.is_capturing());
+void run_kernel_executor(const char* op, const Work& work, int64_t sm_budget, const Context& context,
+                         const std::string& reason) {
+  const KernelPlan plan = plan_kernel(work, grid_budget(sm_budget), context.limits(), context.is_capturing());
   if (explaining()) return record_kernels(op, work, plan, context, reason);
   Uploads uploads(context.device());
   const Issued issued = run_kernel(plan, uploads.function(), context.stream());
@@ -156,15 +156,15 @@ void run_staged_executor(const CopyCall& call, const Work& work, const Staging& 
 
 // Makes `work` reachable for a kernel, or says why it is not. Memory that would move is for who names the kernel, or
 // has no other choice.
-std::string map_or_refuse(const CopyCall& call, Work& work, const DeviceIds* ids, const Context& context) {
+std::string map_or_refuse(const CopyCall& call, Work& work, const Context& context) {
   PointerMap pointers;
-  if (writes_read_only(work, ids, pointers)) {
+  if (writes_read_only(work, pointers)) {
     value_error(call.op, ": ", call.dst_list,
                 " must be writable for the device, got host memory that is registered as read-only");
   }
-  const bool may_migrate = call.executor != Executor::kAuto || ids != nullptr;
+  const bool may_migrate = call.executor != Executor::kAuto || work.device_ids;
   try {
-    map_for_device(work, ids, context.limits(), pointers, {call.src_list, call.dst_list}, may_migrate);
+    map_for_device(work, context.limits(), pointers, {call.src_list, call.dst_list}, may_migrate);
   } catch (const std::invalid_argument& error) {
     return error.what();
   }
@@ -197,7 +197,7 @@ Executor choose_for_device_ids(const CopyCall& call, const Context& context) {
 }
 
 void carry_out_device_ids(const CopyCall& call, std::vector<Move> moves, Direction direction, const Context& context) {
-  Work work = lower_device_ids(std::move(moves), call.rows, direction);
+  Work work = lower_device_ids(std::move(moves), device_ids_of(call), direction);
   work.executor = choose_for_device_ids(call, context);
   const std::string reason = call.executor == Executor::kAuto && work.executor == Executor::kTriton
                                  ? context.no_code()
@@ -206,13 +206,11 @@ void carry_out_device_ids(const CopyCall& call, std::vector<Move> moves, Directi
     if (explaining()) record(explanation_of(call.op, work, reason));
     return;
   }
-  const DeviceIds ids{call.src_ids,         call.dst_ids,       call.rows,          call.src_limit.ids(),
-                      call.dst_limit.ids(), call.skip_negative, fault_code(call.op)};
-  std::string refusal = map_or_refuse(call, work, &ids, context);
+  std::string refusal = map_or_refuse(call, work, context);
   if (refusal.empty() && work.executor == Executor::kBulk) refusal = bulk_refusal(work.moves, context.bulk());
   if (!refusal.empty()) refuse(call.op, work.executor, refusal);
   if (work.executor != Executor::kTriton) {
-    return run_kernel_executor(call.op, work, &ids, call.sm_budget, context, reason);
+    return run_kernel_executor(call.op, work, call.sm_budget, context, reason);
   }
   if (explaining()) return run_triton(call, work, context.device(), nullptr, reason);
   FaultWord word(context.device());
@@ -270,7 +268,7 @@ void carry_out_host_ids(const CopyCall& call, std::vector<Move> moves, PairList 
   Work work =
       lower(std::move(moves), std::move(list), call.src_limit.ids(), direction, {Executor::kDma, 1, call.soon_read});
   Work mapped = work;
-  const std::string unreachable = work.bytes > 0 ? map_or_refuse(call, mapped, nullptr, context) : "";
+  const std::string unreachable = work.bytes > 0 ? map_or_refuse(call, mapped, context) : "";
   Staging staging;
   if (call.executor == Executor::kStaged && work.bytes > 0) staging = stage(work, context);
   check_named(call, work, context, unreachable, staging);
@@ -285,7 +283,7 @@ void carry_out_host_ids(const CopyCall& call, std::vector<Move> moves, PairList 
   if (work.bytes == 0) {
     if (explaining()) record(explanation_of(call.op, work, choice.reason));
   } else if (choice.executor == Executor::kKernel || choice.executor == Executor::kBulk) {
-    run_kernel_executor(call.op, mapped, nullptr, call.sm_budget, context, choice.reason);
+    run_kernel_executor(call.op, mapped, call.sm_budget, context, choice.reason);
   } else if (choice.executor == Executor::kStaged) {
     run_staged_executor(call, work, staging, lease ? &*lease : nullptr, context, choice.reason);
   } else if (choice.executor == Executor::kTriton) {
@@ -417,7 +415,7 @@ void run_kernels_on_addresses(const AddressCall& call, std::vector<Work>& works,
   std::vector<KernelPlan> plans;
   for (Work& work : works) {
     work.executor = choice.executor;
-    plans.push_back(plan_kernel(work, nullptr, grid_budget(call.sm_budget), context.limits(), context.is_capturing()));
+    plans.push_back(plan_kernel(work, grid_budget(call.sm_budget), context.limits(), context.is_capturing()));
   }
   outline.executor = choice.executor;
   if (explaining()) return record_kernels(call.op, outline, sum_of(plans), context, choice.reason);

@@ -38,14 +38,9 @@ std::string triton_refusal(int device) { return call_triton_refusal(device); }
 
 void run_triton(const CopyCall& call, const Work& work, int device, const void* fault, const std::string& reason) {
   TritonHead head;
-  head.src_limit = call.src_limit.ids();
-  head.dst_limit = call.dst_limit.ids();
-  head.skips_negative = call.skip_negative;
-  head.fault_op = fault_code(call.op);
   head.fault = static_cast<int64_t>(reinterpret_cast<uintptr_t>(fault));
   head.sm_budget = call.sm_budget;
   head.device = device;
-  if (call.ids_on_device) head.take_ids(call.src_ids, call.dst_ids);
   std::vector<int64_t> table;
   if (work.bytes > 0) table = triton_table(work, head);
   const int64_t launches = work.bytes > 0;
@@ -55,7 +50,7 @@ void run_triton(const CopyCall& call, const Work& work, int device, const void* 
     explanation.executor = Executor::kTriton;
     explanation.launches = launches;
     explanation.descriptors = descriptors;
-    explanation.device = text("{\"index\": ", device, head.is_chunked ? ", \"chunks\": " : ", \"tiles\": ", head.units,
+    explanation.device = text("{\"index\": ", device, head.is_chunked ? ", \"chunks\": " : ", \"tiles\": ", head.pieces,
                               ", \"width\": ", head.width, ", \"table_bytes\": ", table.size() * sizeof(int64_t), '}');
     return record(explanation);
   }
@@ -80,7 +75,7 @@ void carry_out_on_triton(const CopyCall& call, std::vector<Move> moves, PairList
   }
   named_errors(call.op, [&] {
     const Direction direction = direction_of(call.src.place, call.dst.place);
-    Work work = call.ids_on_device ? lower_device_ids(std::move(moves), call.rows, direction)
+    Work work = call.ids_on_device ? lower_device_ids(std::move(moves), device_ids_of(call), direction)
                                    : lower(std::move(moves), std::move(list), call.src_limit.ids(), direction,
                                            {Executor::kTriton, 1, call.soon_read});
     run_triton(call, work, device, nullptr, call.executor == Executor::kAuto ? why_no_other : "named by the caller");
