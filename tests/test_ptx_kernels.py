@@ -7,7 +7,7 @@ import itertools
 import pytest
 from simgpu.compile import ARCHITECTURES
 from simgpu.coverage import Coverage
-from simgpu.moves import IDS, TABLES, aligned_bytes, alignment_call, full_call, many_pairs_call, random_call
+from simgpu.moves import IDS, TABLES, aligned_bytes, alignment_call, alike_call, full_call, random_call
 from simgpu.sim import D2H, DEVICE, H2D, Move, Side
 from simgpu.worker import on_stand_in
 
@@ -39,8 +39,8 @@ def test_every_line(sim, architecture):
         # So many moves do not fit into small tables.
         for some in zip(sizes) if tables == "small" else (sizes,):
             coverage.run(alignment_call, shape, tables, some, H2D)
-    for shape in KINDS:
-        coverage.run(many_pairs_call, shape)
+    for tables, shape in itertools.product(TABLES, KINDS):
+        coverage.run(alike_call, shape, tables)
     for tables, ids, shape in itertools.product(TABLES, IDS, KINDS):
         if tables == "small" or shape == "page":
             coverage.run(random_call, shape, tables, ids)

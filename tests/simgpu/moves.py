@@ -205,15 +205,17 @@ def full_call(sim: Sim, rng, shape, tables, ids, captures=False, has_earlier=Fal
     return check_device_ids(sim, rng, moves, pairs, src, dst, [count, count], ids, **options)
 
 
-def many_pairs_call(sim: Sim, rng, shape):
-    """One move, and more pairs than parameters hold: moves that are alike, in uploaded tables."""
-    count, bytes_ = 4100, {"tiles": 261}.get(shape, 5 * _grain(shape))
-    loops = () if shape == "page" else ((2, bytes_, bytes_),)
-    stride = 2 * bytes_
+def alike_call(sim: Sim, rng, shape, tables):
+    """Moves that are alike, and as many pairs as it takes for the tables; of bulk copies only what they leave."""
+    count = {"small": 40, "large": 1500, "table": 4100}[tables]
+    bytes_ = {"tiles": 261, "bulk": 512}.get(shape, 5 * _grain(shape))
+    loops = () if shape in ("page", "bulk") else ((2, bytes_, bytes_),)
+    stride, shift = 4 * bytes_, 8 if shape == "bulk" else 0
     src, dst = (sim.memory(DEVICE, stride * count + 16) for _ in range(2))
     pairs = list(zip(rng.permutation(count).tolist(), rng.permutation(count).tolist(), strict=True))
-    run = check(sim, [Move(Side(0, stride), Side(0, stride), bytes_, loops)], pairs, src, dst, sm_budget=8)
-    assert run.uploads
+    moves = [Move(Side(at, stride), Side(at + shift, stride), bytes_, loops) for at in (0, 2 * bytes_)]
+    run = check(sim, moves, pairs, src, dst, sm_budget=8, bulk=shape == "bulk")
+    assert run.uploads == (tables == "table")
 
 
 def alignment_call(sim: Sim, rng, shape, tables, sizes, direction):
