@@ -10,10 +10,6 @@
 
 namespace kvkernels {
 
-// CTAs on a host link where the caller names none. Each has 128 KiB of loads on their way where fragments are long, and
-// published work came within 10% of a coherent link's ceiling with as many.
-constexpr int kBulkHostLinkCtas = 4;
-
 // Bytes of shared memory of a CTA, at most: what its rings hold, and their mbarriers.
 constexpr int64_t kBulkSharedBytes = kBulkWarps * (int64_t{kRingBytes} + kGenerations * 8);
 
