@@ -44,11 +44,10 @@ def test_every_line(sim, architecture):
     for tables, ids, shape in itertools.product(TABLES, IDS, KINDS):
         if tables == "small" or shape == "page":
             coverage.run(random_call, shape, tables, ids)
-        coverage.run(full_call, shape, tables, ids)
-        if shape not in ("page", "tiles"):
-            # Fragments of less than four chunks are found in another way. Half of the calls skip negative ids.
-            for _ in range(3 if ids.startswith("device") else 1):
-                coverage.run(full_call, shape, tables, ids, False, False, 3)
+        # Fragments of less than four chunks are found in another way than those of more.
+        for chunks in (5,) if shape in ("page", "tiles") else (5, 3):
+            for skips_negative in (False, True) if ids.startswith("device") else (False,):
+                coverage.run(full_call, shape, tables, ids, False, False, chunks, skips_negative)
         if ids.startswith("device"):
             for has_earlier in (False, True) if shape == "page" else (IDS.index(ids) % 2 == 0,):
                 coverage.run(full_call, shape, tables, ids, True, has_earlier)

@@ -174,7 +174,9 @@ def _side(at, bytes_, subblocks, ids):
     return side, -(-(at + blocks * side.block_stride) // 16) * 16
 
 
-def full_call(sim: Sim, rng, shape, tables, ids, captures=False, has_earlier=False, chunks=5):
+def full_call(
+    sim: Sim, rng, shape, tables, ids, captures=False, has_earlier=False, chunks=5, skips_negative=None
+):  # fmt: skip
     """Moves with and without loops and sub-blocks on either side; of ids on the device half are bad.
 
     While capturing, large tables become several launches, of which the first records bad ids. ``chunks`` are those of a
@@ -201,7 +203,7 @@ def full_call(sim: Sim, rng, shape, tables, ids, captures=False, has_earlier=Fal
     if ids.startswith("host"):
         moves, pairs = _with_far_ids(rng, moves, pairs) if "64" in ids else (moves, pairs)
         return check(sim, moves, pairs, src, dst, **options)
-    options |= {"one_in": 2, "has_earlier": has_earlier}
+    options |= {"one_in": 2, "has_earlier": has_earlier, "skips_negative": skips_negative}
     return check_device_ids(sim, rng, moves, pairs, src, dst, [count, count], ids, **options)
 
 
@@ -240,12 +242,15 @@ def _with_far_ids(rng, moves, pairs):
 
 
 def check_device_ids(
-    sim: Sim, rng, moves, pairs, src, dst, limits, ids, *, one_in=4, has_earlier=False, **options
+    sim: Sim, rng, moves, pairs, src, dst, limits, ids, *, one_in=4, has_earlier=False, skips_negative=None, **options
 ):  # fmt: skip
-    """One in ``one_in`` pairs is bad: it is not copied, and recorded unless negative ones are to be skipped."""
+    """One in ``one_in`` pairs is bad: it is not copied, and recorded unless negative ones are to be skipped.
+
+    ``skips_negative`` is at random where it is None.
+    """
     width = 4 if "32" in ids else 8
     rows = [list(pair) for pair in pairs]
-    skip_negative = bool(rng.integers(2))
+    skip_negative = bool(rng.integers(2)) if skips_negative is None else skips_negative
     for row in range(len(rows)):
         if rng.integers(one_in) == 0:
             side = int(rng.integers(2))
