@@ -18,20 +18,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-# csrc/cuda/copy_kernel.h and kernel.h: threads of a CTA, and CTAs where the host is on one side.
-CTA_THREADS = 1024
-HOST_LINK_CTAS = 12
+# csrc/cuda/grid.h: warps of a CTA, and what a link to the host has on its way by default.
+CTA_WARPS = 8
+LINK_BYTES = {"PCIe": 256 << 10, "coherent link": 1 << 20}
 
-# csrc/cuda/bulk_body.h and bulk_kernel.h: the rings of a CTA, their stages, and CTAs where the host is on one side.
+# csrc/cuda/bulk_body.h: the rings of a CTA, and their stages.
 BULK_WARPS = 4
 RING_BYTES = 48 << 10
-MAX_STAGES = 32
-UNREAD_STORES = 2
+GENERATIONS = 3
 BULK_TILE_BYTES = 8 << 10
-BULK_HOST_LINK_CTAS = 4
 
-# What has to be on its way, by benchmarks/results/sass.md: PCIe Gen5 x16, and a GH200's coherent link.
-LINK_BYTES = {"PCIe Gen5": 100_000, "coherent link": 500_000}
+WARP_LANES = 32
 
 ARCHITECTURE = re.compile(r"arch = (sm_\w+)")
 FUNCTION = re.compile(r"Function ?: (\w+)")
@@ -58,8 +55,8 @@ class Kernel:
 
     @property
     def bytes_in_flight(self) -> int:
-        """Of a host copy: what all threads of its CTAs have asked for before the first of them stores."""
-        return self.loads_in_flight * 16 * CTA_THREADS * HOST_LINK_CTAS
+        """What a warp has asked for before it stores."""
+        return self.loads_in_flight * 16 * WARP_LANES
 
 
 def cuobjdump() -> str:
@@ -141,9 +138,14 @@ def in_order(kernels: list[Kernel]) -> list[Kernel]:
     return sorted(kernels, key=lambda kernel: (kernel.name, int(kernel.architecture.strip("sm_af"))))
 
 
+def ctas_for(cta_bytes: int) -> list[str]:
+    """How many CTAs that have so much in flight a copy over each link gets."""
+    return [str(-(-link_bytes // cta_bytes)) if cta_bytes else "" for link_bytes in LINK_BYTES.values()]
+
+
 def table(kernels: list[Kernel]) -> str:
     columns = ("kernel", "target", "registers", "spills", "128-bit loads", "stores", "narrower loads", "stores")
-    columns += ("loads in flight", "bytes in flight")
+    columns += ("loads in flight", "bytes in flight of a warp", *(f"CTAs, {link}" for link in LINK_BYTES))
     rows = [f"| {' | '.join(columns)} |", f"| --- | --- |{' ---: |' * (len(columns) - 2)}"]
     for kernel in in_order(kernels):
         wide = kernel.loads["128"], kernel.stores["128"]
@@ -152,16 +154,16 @@ def table(kernels: list[Kernel]) -> str:
         rows.append(
             f"| {kernel.name.removeprefix('kvkernels_')} | {kernel.architecture} | {kernel.registers} | {spills} "
             f"| {wide[0]} | {wide[1]} | {narrow[0]} | {narrow[1]} | {kernel.loads_in_flight} "
-            f"| {kernel.bytes_in_flight // 1000} kB |"
+            f"| {kernel.bytes_in_flight} | {' | '.join(ctas_for(kernel.bytes_in_flight * CTA_WARPS))} |"
         )
     return "\n".join(rows)
 
 
 def ring(fragment_bytes: int) -> tuple[int, int, int]:
-    """Of fragments of a size: the stages of a warp's ring, a stage's bytes, and a CTA's loads on their way in bytes."""
+    """Of fragments of a size: the tiles of a generation, a stage's bytes, and a CTA's loads on their way in bytes."""
     stage_bytes = min(-(-fragment_bytes // 128) * 128, BULK_TILE_BYTES)
-    stages = min(RING_BYTES // stage_bytes, MAX_STAGES)
-    return stages, stage_bytes, (stages - UNREAD_STORES) * min(stage_bytes, fragment_bytes) * BULK_WARPS
+    lanes = min(RING_BYTES // GENERATIONS // stage_bytes, WARP_LANES)
+    return lanes, stage_bytes, (GENERATIONS - 1) * lanes * min(stage_bytes, fragment_bytes) * BULK_WARPS
 
 
 def bulk_table(kernels: list[Kernel]) -> str:
@@ -179,18 +181,13 @@ def bulk_table(kernels: list[Kernel]) -> str:
 
 def ring_table() -> str:
     """What the bulk kernels' rings keep on its way."""
-    rows = ["| fragment | stages of a warp | stage | on its way, by CTA | 4 CTAs | 12 CTAs | enough for |"]
-    rows.append("| ---: | ---: | ---: | ---: | ---: | ---: | --- |")
+    columns = ("fragment", "tiles of a generation", "stage", "on its way, by CTA")
+    columns += tuple(f"CTAs, {link}" for link in LINK_BYTES)
+    rows = [f"| {' | '.join(columns)} |", f"|{' ---: |' * len(columns)}"]
     for fragment_bytes in (512, 1024, 2048, 4096, 8192, 65536):
-        stages, stage_bytes, cta = ring(fragment_bytes)
-        four, twelve = (count * cta for count in (BULK_HOST_LINK_CTAS, HOST_LINK_CTAS))
-        enough = [
-            f"{link}, {count} CTA{'s' * (count > 1)}"
-            for link, needed in LINK_BYTES.items()
-            for count in [-(-needed // cta)]
-        ]
-        sizes = " | ".join(f"{size // 1000} kB" for size in (cta, four, twelve))
-        rows.append(f"| {fragment_bytes} B | {stages} | {stage_bytes} B | {sizes} | {'; '.join(enough)} |")
+        lanes, stage_bytes, cta = ring(fragment_bytes)
+        ctas = " | ".join(ctas_for(cta))
+        rows.append(f"| {fragment_bytes} B | {lanes} | {stage_bytes} B | {cta // 1000} kB | {ctas} |")
     return "\n".join(rows)
 
 

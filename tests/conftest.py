@@ -26,7 +26,7 @@ ALLOWS_REFERENCE = os.environ.get("KVKERNELS_ALLOW_REFERENCE") == "1"
 ON_STAND_IN = "KVKERNELS_STAND_IN" in os.environ
 REQUIRES_CUDA = os.environ.get("KVKERNELS_REQUIRE_CUDA") == "1"
 GIB = 1 << 30
-BULK_SHARED_BYTES = 195 << 10  # of a CTA of the bulk kernel
+BULK_SHARED_BYTES = 193 << 10  # of a CTA of the bulk kernel
 
 # Tests import the case generators by name, and --import-mode=importlib leaves sys.path alone.
 sys.path.append(str(Path(__file__).parent))

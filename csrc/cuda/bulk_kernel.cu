@@ -12,12 +12,10 @@ constexpr int kBulkThreads = kBulkWarps * kWarpLanes;
 
 __device__ __forceinline__ void run_warp(const Head& head, const std::byte* tables) {
   extern __shared__ __align__(128) std::byte stages[];
-  __shared__ uint64_t full[kBulkWarps][kMaxStages];
-  __shared__ Target targets[kBulkWarps][kMaxStages];
+  __shared__ uint64_t full[kBulkWarps][kGenerations];
   const uint32_t warp = threadIdx.x / kWarpLanes;
-  const uint32_t ring_bytes = head.unit_bytes * stages_of(head.unit_bytes);
-  BulkRing ring(stages + warp * ring_bytes, full[warp], targets[warp], head.unit_bytes);
-  if (threadIdx.x % kWarpLanes == 0) ring.begin();
+  const uint32_t ring_bytes = bulk_ring_bytes(head.unit_bytes);
+  BulkRing ring(stages + warp * ring_bytes, full[warp], threadIdx.x % kWarpLanes, head.unit_bytes);
   copy_bulk<GlobalAccess>(head, tables, ring, blockIdx.x * blockDim.x + threadIdx.x, gridDim.x * blockDim.x);
 }
 
@@ -43,9 +41,7 @@ extern "C" __global__ void __launch_bounds__(kBulkThreads, 1)
   run_warp(params.head, params.head.tables);
 }
 
-size_t bulk_shared_bytes(uint32_t tile_bytes) {
-  return static_cast<size_t>(kBulkWarps) * stages_of(tile_bytes) * tile_bytes;
-}
+size_t bulk_shared_bytes(uint32_t tile_bytes) { return static_cast<size_t>(kBulkWarps) * bulk_ring_bytes(tile_bytes); }
 
 namespace {
 

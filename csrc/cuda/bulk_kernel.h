@@ -10,12 +10,8 @@
 
 namespace kvkernels {
 
-// CTAs on a host link where the caller names none. Each has 128 KiB of loads on their way where fragments are long, and
-// published work came within 10% of a coherent link's ceiling with as many.
-constexpr int kBulkHostLinkCtas = 4;
-
-// Bytes of shared memory of a CTA, at most: what its rings hold, and the mbarriers and targets of their stages.
-constexpr int64_t kBulkSharedBytes = kBulkWarps * (int64_t{kRingBytes} + kMaxStages * (8 + 16));
+// Bytes of shared memory of a CTA, at most: what its rings hold, and their mbarriers.
+constexpr int64_t kBulkSharedBytes = kBulkWarps * (int64_t{kRingBytes} + kGenerations * 8);
 
 // Bytes of shared memory that a launch with tiles of this size needs.
 size_t bulk_shared_bytes(uint32_t tile_bytes);

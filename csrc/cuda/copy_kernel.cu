@@ -1,3 +1,4 @@
+#include "cuda/copy_body.h"
 #include "cuda/copy_kernel.h"
 #include "cuda/error.h"
 #include "cuda/launch.h"

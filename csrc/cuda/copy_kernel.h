@@ -5,7 +5,7 @@
 
 #include <cstddef>
 
-#include "cuda/copy_body.h"
+#include "cuda/tables.h"
 
 namespace kvkernels {
 

@@ -4,11 +4,7 @@
 #include <bit>
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define KVKERNELS_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define KVKERNELS_HOST_DEVICE inline
-#endif
+#include "cuda/host_device.h"
 
 namespace kvkernels {
 

@@ -7,7 +7,7 @@
 #include <optional>
 #include <shared_mutex>
 
-#include "cuda/copy_body.h"
+#include "cuda/tables.h"
 
 namespace kvkernels {
 

@@ -11,13 +11,12 @@
 #include "cuda/bulk_kernel.h"
 #include "cuda/error.h"
 #include "cuda/fault.h"
+#include "cuda/grid.h"
 
 namespace kvkernels {
 namespace {
 
-constexpr int64_t kWarpsPerCta = kMaxThreads / kWarpLanes;  // at most
-static_assert(kMaxThreads % kWarpLanes == 0, "a CTA is whole warps");
-constexpr int64_t kMinWarpsPerCta = 4;  // small copies are spread over the budget's SMs rather than packed into one
+constexpr int64_t kMinCtaWarps = 4;  // small copies are spread over the grid's SMs rather than packed into one
 
 // What the kernels of work.executor take.
 CutRule rule_of(const Work& work) {
@@ -110,11 +109,12 @@ struct Ids {
 class Planner {
  public:
   Planner(const Work& work, int sm_budget, const DeviceLimits& limits, bool capturing)
-      : work_(work), limits_(limits), capturing_(capturing), cut_(work, rule_of(work)), ids_(work) {
-    const bool links_host = work.direction != Direction::kDeviceToDevice;
-    const int host_link_ctas = is_bulk() ? kBulkHostLinkCtas : kHostLinkCtas;
-    budget_ = sm_budget > 0 ? sm_budget : links_host ? host_link_ctas : limits.sm_count;
-    budget_ = std::min(budget_, limits.sm_count);
+      : work_(work),
+        limits_(limits),
+        capturing_(capturing),
+        cut_(work, rule_of(work)),
+        ids_(work),
+        sm_budget_(sm_budget) {
     id_width_ = work.device_ids ? 0 : ids_.width;
   }
 
@@ -146,7 +146,7 @@ class Planner {
   }
 
   // A warp takes a tile, or so many chunks, at a time.
-  int64_t tiles(const Move& move, int64_t pairs) const {
+  int64_t tiles_of(const Move& move, int64_t pairs) const {
     const int64_t pieces = cut_.pieces_per_pair(move) * pairs;
     return cut_.has_chunks() ? (pieces + kTileChunks - 1) / kTileChunks : pieces;
   }
@@ -184,16 +184,21 @@ class Planner {
   void add_launch(std::span<const Move> moves, MoveTables& tables, int64_t begin, int64_t pairs, bool records) {
     KernelLaunch launch{};
     Head& head = launch.head;
+    const int64_t first_tiles = tiles_of(moves[0], pairs);
+    bool are_alike = true;
     int64_t tiles = 0;
     for (size_t i = 0; i < moves.size(); ++i) {
+      const int64_t more = tiles_of(moves[i], pairs);
       tables.moves[i].first_tile = static_cast<uint32_t>(tiles);
-      tiles += this->tiles(moves[i], pairs);
+      tiles += more;
+      are_alike = are_alike && more == first_tiles;
     }
     head.moves_offset = static_cast<uint32_t>(tables.forms.size() * sizeof(Form));
     head.pairs_offset = static_cast<uint32_t>(tables.bytes());
     head.moves = static_cast<uint32_t>(moves.size());
     head.pairs = static_cast<uint32_t>(pairs);
     head.tiles = static_cast<uint32_t>(tiles);
+    if (are_alike) head.tiles_per_move = make_divisor(first_tiles);
     head.id_width = id_width_;
     head.unit_bytes = static_cast<uint32_t>(is_bulk() ? cut_.tile_bytes() : cut_.chunk_bytes());
     head.cut_on_src = cut_.is_on_src();
@@ -222,14 +227,14 @@ class Planner {
 
   // Never more CTAs than tiles need; few tiles are spread, in CTAs of a few warps.
   void size_grids() {
+    const Grid grid = most_of_grid(work_, cut_, sm_budget_, limits_);
     int64_t most = 0;
     for (const KernelLaunch& launch : plan_.parts) most = std::max<int64_t>(most, launch.head.tiles);
-    const int64_t spread = std::min<int64_t>(budget_, (most + kMinWarpsPerCta - 1) / kMinWarpsPerCta);
-    const int64_t most_warps = is_bulk() ? kBulkWarps : kWarpsPerCta;
-    const int64_t warps = std::clamp((most + spread - 1) / spread, kMinWarpsPerCta, most_warps);
+    const int64_t spread = std::min(grid.ctas, (most + kMinCtaWarps - 1) / kMinCtaWarps);
+    const int64_t warps = std::clamp((most + spread - 1) / spread, kMinCtaWarps, grid.cta_warps);
     plan_.threads = static_cast<int>(warps * kWarpLanes);
     for (KernelLaunch& launch : plan_.parts) {
-      launch.ctas = static_cast<int>(std::min<int64_t>(budget_, (launch.head.tiles + warps - 1) / warps));
+      launch.ctas = static_cast<int>(std::min(grid.ctas, (launch.head.tiles + warps - 1) / warps));
       plan_.ctas = std::max(plan_.ctas, launch.ctas);
     }
   }
@@ -239,7 +244,7 @@ class Planner {
   const bool capturing_;
   const Cut cut_;
   const Ids ids_;
-  int budget_;
+  const int sm_budget_;
   uint32_t id_width_;
   KernelPlan plan_;
 };

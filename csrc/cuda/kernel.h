@@ -18,9 +18,6 @@
 
 namespace kvkernels {
 
-// CTAs on a host link where the caller names none: published work saturates a PCIe link with as many.
-constexpr int kHostLinkCtas = 12;
-
 struct KernelLaunch {
   Head head;
   std::vector<std::byte> tables;

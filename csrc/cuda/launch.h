@@ -6,8 +6,8 @@
 #include <cstddef>
 #include <cstring>
 
-#include "cuda/copy_body.h"
 #include "cuda/error.h"
+#include "cuda/tables.h"
 
 namespace kvkernels {
 

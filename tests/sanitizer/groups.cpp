@@ -184,7 +184,7 @@ void expect_path(const std::string& name, const KernelPlan& plan, const Path& pa
 
 void expect_full_rings(const std::string& name, const KernelPlan& plan) {
   const KernelLaunch& launch = plan.parts.at(0);
-  const int64_t stages = int64_t{launch.ctas} * kBulkWarps * stages_of(launch.head.unit_bytes);
+  const int64_t stages = int64_t{launch.ctas} * kBulkWarps * kGenerations * bulk_lanes(launch.head.unit_bytes);
   expect(launch.head.tiles >= 2 * stages, text(name, ": the tiles must be at least twice the ", stages,
                                                " stages of all rings, got ", launch.head.tiles));
 }

@@ -90,7 +90,7 @@ struct CheckedAccess {
   static inline bool is_new_launch = true;
 };
 
-// What a bulk copy refuses, done at once.
+// One lane's part of a ring. What a bulk copy refuses, done at once.
 struct CheckedRing {
   uint32_t stage_bytes;
 

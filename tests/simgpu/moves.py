@@ -174,14 +174,17 @@ def _side(at, bytes_, subblocks, ids):
     return side, -(-(at + blocks * side.block_stride) // 16) * 16
 
 
-def full_call(sim: Sim, rng, shape, tables, ids, captures=False, has_earlier=False):
+def full_call(
+    sim: Sim, rng, shape, tables, ids, captures=False, has_earlier=False, chunks=5, skips_negative=None
+):  # fmt: skip
     """Moves with and without loops and sub-blocks on either side; of ids on the device half are bad.
 
-    While capturing, large tables become several launches, of which the first records bad ids.
+    While capturing, large tables become several launches, of which the first records bad ids. ``chunks`` are those of a
+    fragment where the shape has them.
     """
-    # Five chunks a pair, and more than a tile of them, so that each of a lane's chunks meets a bad pair.
+    # More than a tile of chunks, so that each of a lane's meets a bad pair.
     count = {"page": 8, "tiles": 8, "bulk": 3}.get(shape, 40)
-    bytes_ = {"page": 301, "tiles": 261, "bulk": 528}.get(shape, 5 * _grain(shape))
+    bytes_ = {"page": 301, "tiles": 261, "bulk": 528}.get(shape, chunks * _grain(shape))
     loops = () if shape == "page" else ((2, 6 * bytes_, 6 * bytes_), (3, bytes_, 2 * bytes_), (2, 3 * bytes_, bytes_))
     page = 12 * bytes_ if loops else bytes_
     moves, ends = [], [0, 0]
@@ -200,8 +203,21 @@ def full_call(sim: Sim, rng, shape, tables, ids, captures=False, has_earlier=Fal
     if ids.startswith("host"):
         moves, pairs = _with_far_ids(rng, moves, pairs) if "64" in ids else (moves, pairs)
         return check(sim, moves, pairs, src, dst, **options)
-    options |= {"one_in": 2, "has_earlier": has_earlier}
+    options |= {"one_in": 2, "has_earlier": has_earlier, "skips_negative": skips_negative}
     return check_device_ids(sim, rng, moves, pairs, src, dst, [count, count], ids, **options)
+
+
+def alike_call(sim: Sim, rng, shape, tables):
+    """Moves that are alike, and as many pairs as it takes for the tables; of bulk copies only what they leave."""
+    count = {"small": 40, "large": 1500, "table": 4100}[tables]
+    bytes_ = {"tiles": 261, "bulk": 512}.get(shape, 5 * _grain(shape))
+    loops = () if shape in ("page", "bulk") else ((2, bytes_, bytes_),)
+    stride, shift = 4 * bytes_, 8 if shape == "bulk" else 0
+    src, dst = (sim.memory(DEVICE, stride * count + 16) for _ in range(2))
+    pairs = list(zip(rng.permutation(count).tolist(), rng.permutation(count).tolist(), strict=True))
+    moves = [Move(Side(at, stride), Side(at + shift, stride), bytes_, loops) for at in (0, 2 * bytes_)]
+    run = check(sim, moves, pairs, src, dst, sm_budget=8, bulk=shape == "bulk")
+    assert run.uploads == (tables == "table")
 
 
 def alignment_call(sim: Sim, rng, shape, tables, sizes, direction):
@@ -226,12 +242,15 @@ def _with_far_ids(rng, moves, pairs):
 
 
 def check_device_ids(
-    sim: Sim, rng, moves, pairs, src, dst, limits, ids, *, one_in=4, has_earlier=False, **options
+    sim: Sim, rng, moves, pairs, src, dst, limits, ids, *, one_in=4, has_earlier=False, skips_negative=None, **options
 ):  # fmt: skip
-    """One in ``one_in`` pairs is bad: it is not copied, and recorded unless negative ones are to be skipped."""
+    """One in ``one_in`` pairs is bad: it is not copied, and recorded unless negative ones are to be skipped.
+
+    ``skips_negative`` is at random where it is None.
+    """
     width = 4 if "32" in ids else 8
     rows = [list(pair) for pair in pairs]
-    skip_negative = bool(rng.integers(2))
+    skip_negative = bool(rng.integers(2)) if skips_negative is None else skips_negative
     for row in range(len(rows)):
         if rng.integers(one_in) == 0:
             side = int(rng.integers(2))

@@ -118,9 +118,9 @@ def test_bulk_is_taken_where_it_pays(sim):
 @pytest.mark.parametrize("executor", ["kernel", "bulk"])
 def test_the_budget_bounds_the_grid(sim, executor):
     wide = Copies(pinned, on(0), [4096] * 100).explain(executor=executor).device["ctas"]
-    assert wide > 2
+    assert wide > 1
     copies = Copies(pinned, on(0), [4096] * 100)
-    assert copies.check(executor=executor, sm_budget=2).device["ctas"] == 2
+    assert copies.check(executor=executor, sm_budget=1).device["ctas"] == 1
 
 
 def test_what_is_refused(sim, refuses_pageable):
