@@ -21,6 +21,8 @@ SIMGPU := $(CURDIR)/build/simgpu
 DRY_TESTS = tests/torch_cuda/test_hardware_ids.py
 DRY_FIGURES = --scale 0.001 --fragments 512,32768 --counts 64,50000
 SOURCES := $(sort $(shell find csrc -type f)) CMakeLists.txt setup.py pyproject.toml
+# Without the libraries that a build has put beside the modules.
+PACKAGE_SOURCES = $(wildcard kvkernels/*.py) $(patsubst %/__init__.py,%,$(wildcard kvkernels/*/__init__.py))
 CPP_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 # CMake and ninja come from the virtual environment.
@@ -115,7 +117,7 @@ simgpu-build: $(VENV)/.requirements
 	cmake --build --preset simgpu
 	rm -rf $(SIMGPU)/package
 	cmake --install $(SIMGPU) --prefix $(SIMGPU)/package/kvkernels
-	cp -r kvkernels/*.py kvkernels/layout kvkernels/triton $(SIMGPU)/package/kvkernels
+	cp -r $(PACKAGE_SOURCES) $(SIMGPU)/package/kvkernels
 
 $(STAND_IN)/.requirements: tests/simgpu/requirements.txt
 	@echo "Installing torch's CUDA build into $(STAND_IN): 5 GB"
@@ -141,7 +143,7 @@ gpu: build $(VENV)/.requirements-dev
 gpu-dry-run: simgpu-build $(STAND_IN)/.requirements
 	rm -rf $(SIMGPU)/day build/gpu-dry-run
 	mkdir -p $(SIMGPU)/day/kvkernels
-	cp -r kvkernels/*.py kvkernels/layout kvkernels/triton $(SIMGPU)/day/kvkernels
+	cp -r $(PACKAGE_SOURCES) $(SIMGPU)/day/kvkernels
 	env $(ON_STAND_IN) PYTHON=$(CURDIR)/$(STAND_IN)/bin/python KVKERNELS_DAY_PACKAGE=$(SIMGPU)/day/kvkernels \
 	  KVKERNELS_DAY_BUILD=$(SIMGPU) KVKERNELS_DAY_TESTS="$(DRY_TESTS)" KVKERNELS_DAY_FIGURES="$(DRY_FIGURES)" \
 	  KVKERNELS_DAY_CMAKE="-DKVKERNELS_SIMGPU=ON -DCMAKE_CUDA_ARCHITECTURES=80;90;100 -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python" \

@@ -1,7 +1,5 @@
 """Moves KV-cache blocks between devices, layouts and tensor-parallel shards: each byte asked for, or an error."""
 
-from kvkernels import fake as _fake  # noqa: F401  (loads the library and registers the fake kernels)
-from kvkernels import lazy_bits as _lazy_bits  # noqa: F401  (registers more of them)
 from kvkernels.explain import Explanation, check_device, counters, explain, reset_counters
 from kvkernels.info import info
 from kvkernels.layout import (

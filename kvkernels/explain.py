@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from kvkernels import ops, schemas, triton
-from kvkernels._library import LIBRARY  # noqa: F401  (the private ops exist once it is imported)
-from kvkernels._text import ask
-from kvkernels.checks import integer
+from kvkernels import ops, triton
+from kvkernels.common.arguments import integer
+from kvkernels.common.text import ask
+from kvkernels.registration import schemas  # the private ops exist once it is imported
 
 _private = torch.ops.kvkernels
 

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from kvkernels import schemas, triton
-from kvkernels._library import LIBRARY, build_record
-from kvkernels._text import ask
+from kvkernels import triton
+from kvkernels.common.text import ask
 from kvkernels.explain import explain
 from kvkernels.reference import NO_LIBRARY
+from kvkernels.registration import LIBRARY, build_record, schemas
 from kvkernels.version import __version__
 
 _PLACES = ("cpu to cpu", "cpu to cuda", "cuda to cpu", "cuda to cuda")

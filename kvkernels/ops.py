@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kvkernels import _library  # noqa: F401  (registers the ops)
+from kvkernels import registration  # noqa: F401  (the ops exist once it is imported)
 
 _swap_blocks = torch.ops.kvkernels.swap_blocks.default
 _swap_blocks_batch = torch.ops.kvkernels.swap_blocks_batch.default

@@ -49,11 +49,11 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 def _wrong_package() -> str:
     """Why this kvkernels is not the one to test, or ""."""
-    foreign = [path for path in sorted(PACKAGE.glob("*.py")) if not _is_from_this_tree(path)]
+    foreign = [path for path in sorted(PACKAGE.rglob("*.py")) if not _is_from_this_tree(path)]
     if foreign:
         return (
-            f"the tests in {ROOT / 'tests'} import kvkernels from {PACKAGE}, whose {foreign[0].name} is not this "
-            "tree's; install this tree: pip install -e ."
+            f"the tests in {ROOT / 'tests'} import kvkernels from {PACKAGE}, whose {foreign[0].relative_to(PACKAGE)} "
+            "is not this tree's; install this tree: pip install -e ."
         )
     found = kvkernels.info()
     if not found["compiled"] and not ALLOWS_REFERENCE:
@@ -65,7 +65,7 @@ def _wrong_package() -> str:
 
 
 def _is_from_this_tree(path: Path) -> bool:
-    twin = ROOT / "kvkernels" / path.name
+    twin = ROOT / "kvkernels" / path.relative_to(PACKAGE)
     return twin.exists() and twin.read_bytes() == path.read_bytes()
 
 

@@ -12,7 +12,7 @@ from test_info import copy_package
 
 import kvkernels
 from kvkernels import reference
-from kvkernels._library import FILE_NAME, LIBRARY, PACKAGE
+from kvkernels.registration.library import FILE_NAME, LIBRARY, PACKAGE
 
 PAIR, IDS = torch.tensor([[0, 1]]), torch.tensor([1, 0])
 RUN = torch.tensor([[0, 0, 0, 0, 16, 0, 0, 1, 0, 0, 1, 0, 0, 1, 0, 0]])

@@ -11,7 +11,7 @@ from plans import run_row, runs_tensor
 from torch.library import opcheck
 
 import kvkernels
-from kvkernels import schemas
+from kvkernels.registration import schemas
 
 ops = torch.ops.kvkernels
 

@@ -28,6 +28,7 @@ PROGRAMS = {
     "test_batch": [CSRC / "core" / "batch.cpp"],
     "test_core": CORE,
     "test_core_bytes": [*CORE, *CPU],
+    "test_cut": CORE,
     "test_staged": CORE,
     "test_stretch": [CSRC / "cpu" / "stretch.cpp"],
     "test_stores": [CSRC / "cpu" / f"{name}.cpp" for name in ("isa", "loops", "tuning")],

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import kvkernels
-from kvkernels import schemas
+from kvkernels.registration import schemas
 
 MODULES = sorted(
     found.name

@@ -12,7 +12,7 @@ from hypothesis import given
 from plans import copy_pages_cases, run_row, runs_tensor
 
 import kvkernels
-from kvkernels._text import ask
+from kvkernels.common.text import ask
 
 
 def _pool(blocks: int, page_bytes: int, stride_bytes: int | None = None) -> torch.Tensor:

@@ -18,9 +18,9 @@ import pytest
 import torch
 
 import kvkernels
-from kvkernels import _library, schemas
-from kvkernels._library import FILE_NAME, LIBRARY
-from kvkernels._text import tensor_of
+from kvkernels.common.text import tensor_of
+from kvkernels.registration import library, schemas
+from kvkernels.registration.library import FILE_NAME, LIBRARY
 
 PACKAGE = Path(kvkernels.__file__).parent
 EXECUTORS = {"cpu", "kernel", "bulk", "dma", "staged", "triton", "reference"}
@@ -216,8 +216,8 @@ def test_without_a_library_every_op_runs_on_the_reference(tmp_path):
 )
 def test_the_builds_record_says_why_there_is_no_library(tmp_path, monkeypatch, record, why):
     (tmp_path / "_build.json").write_text(record)
-    monkeypatch.setattr(_library, "PACKAGE", tmp_path)
-    assert _library._why_not_built() == why.format(package=tmp_path, library=FILE_NAME)
+    monkeypatch.setattr(library, "PACKAGE", tmp_path)
+    assert library._why_not_built() == why.format(package=tmp_path, library=FILE_NAME)
 
 
 def test_import_is_silent_needs_no_path_and_leaves_cuda_alone(tmp_path):
@@ -303,9 +303,9 @@ def test_installed_packages_are_found(tmp_path, monkeypatch, how):
     (record / "direct_url.json").write_text(json.dumps(url))
     places = {"on sys.path": compiled.parent, "as an editable install": site, "the same copy": shadow.parent}
     monkeypatch.setattr(sys, "path", [str(shadow.parent), str(places[how])])
-    monkeypatch.setattr(_library, "PACKAGE", shadow)
+    monkeypatch.setattr(library, "PACKAGE", shadow)
     if how == "the same copy":
-        return _library._refuse_to_shadow()
+        return library._refuse_to_shadow()
     with pytest.raises(ImportError) as raised:
-        _library._refuse_to_shadow()
+        library._refuse_to_shadow()
     assert str(raised.value) == shadowing_text(shadow, compiled)

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import kvkernels
-from kvkernels import schemas, whole_page_runs
+from kvkernels import whole_page_runs
+from kvkernels.registration import schemas
 
 ops = torch.ops.kvkernels
 PAIR, ID = torch.tensor([[1, 2]]), torch.tensor([1])

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from kvkernels import schemas
-from kvkernels._library import LIBRARY
+from kvkernels.registration import LIBRARY, schemas
 
 MOST_BYTES_A_CALL = 2
 # Some allocators take memory once in a while that they then keep using.

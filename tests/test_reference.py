@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from kvkernels import ledger, reference
+from kvkernels import reference
+from kvkernels.reference import ledger
 
 U8 = torch.uint8
 DTYPES = [
@@ -73,7 +74,7 @@ def assert_storages(tensors, expected):
 @pytest.fixture(params=[None, 7], ids=["whole", "in chunks of 7 bytes"])
 def chunked(request, monkeypatch):
     if request.param is not None:
-        monkeypatch.setattr(reference, "_BYTES_AT_ONCE", request.param)
+        monkeypatch.setattr(reference.ops, "_BYTES_AT_ONCE", request.param)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

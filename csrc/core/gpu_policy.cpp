@@ -91,7 +91,7 @@ bool staging_may_pay(Direction direction, int64_t bytes, int64_t descriptors, co
   return is_small(gpu_policy(direction, facts.batches), bytes, descriptors);
 }
 
-GpuChoice choose_on_gpu(Direction direction, int64_t bytes, int64_t descriptors, const GpuFacts& facts) {
+Choice choose_on_gpu(Direction direction, int64_t bytes, int64_t descriptors, const GpuFacts& facts) {
   if (direction == Direction::kDeviceToDevice && facts.kernel_refusal.empty()) {
     return {Executor::kKernel, "both sides are on the device"};
   }

@@ -16,11 +16,6 @@ struct GpuFacts {
   int64_t staged_bytes = 0;  // of a copy over the link by way of a ring, on average; 0 where the ring cannot serve
 };
 
-struct GpuChoice {
-  Executor executor;
-  std::string reason;
-};
-
 // Fragments shorter than this on average, and at least `min_count` of them, go to the kernel.
 struct GpuPolicyRow {
   Direction direction;
@@ -55,6 +50,6 @@ bool bulk_pays(const std::vector<Move>& moves, const BulkFacts& facts);
 // Whether it is worth finding out what staging comes to.
 bool staging_may_pay(Direction direction, int64_t bytes, int64_t descriptors, const GpuFacts& facts);
 
-GpuChoice choose_on_gpu(Direction direction, int64_t bytes, int64_t descriptors, const GpuFacts& facts);
+Choice choose_on_gpu(Direction direction, int64_t bytes, int64_t descriptors, const GpuFacts& facts);
 
 }  // namespace kvkernels

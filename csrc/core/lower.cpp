@@ -9,28 +9,6 @@
 
 namespace kvkernels {
 
-std::string_view name_of(Executor executor) {
-  switch (executor) {
-    case Executor::kAuto:
-      return "auto";
-    case Executor::kCpu:
-      return "cpu";
-    case Executor::kKernel:
-      return "kernel";
-    case Executor::kBulk:
-      return "bulk";
-    case Executor::kDma:
-      return "dma";
-    case Executor::kStaged:
-      return "staged";
-    case Executor::kTriton:
-      return "triton";
-    case Executor::kReference:
-      return "reference";
-  }
-  return "";
-}
-
 std::string_view name_of(Direction direction) {
   switch (direction) {
     case Direction::kHostToHost:
@@ -297,15 +275,16 @@ std::vector<Work> addresses_as_ids(const std::vector<Fragment>& fragments, Direc
 
 bool is_vector_aligned(const std::vector<Move>& moves) { return std::all_of(moves.begin(), moves.end(), is_aligned); }
 
-Work lower_device_ids(std::vector<Move> moves, int64_t rows, Direction direction) {
+Work lower_device_ids(std::vector<Move> moves, const DeviceIds& ids, Direction direction) {
   Work work;
   work.executor = Executor::kKernel;
   work.direction = direction;
   work.shape = shape_of(moves);
-  work.pairs = rows;
+  work.device_ids = ids;
+  work.pairs = ids.rows;
   for (const Move& move : moves) {
-    work.bytes += rows * move.bytes_per_pair();
-    work.descriptors += rows * move.fragments_per_pair();
+    work.bytes += ids.rows * move.bytes_per_pair();
+    work.descriptors += ids.rows * move.fragments_per_pair();
   }
   work.moves = std::move(moves);
   return work;

@@ -3,15 +3,16 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string_view>
 #include <vector>
 
+#include "core/executor.h"
 #include "core/pairs.h"
 #include "core/plan.h"
 
 namespace kvkernels {
 
-enum class Executor { kAuto, kCpu, kKernel, kBulk, kDma, kStaged, kTriton, kReference };
 enum class Direction { kHostToHost, kHostToDevice, kDeviceToHost, kDeviceToDevice };
 
 // page:  one fragment a pair and no loop, any size and alignment; a device cuts it into tiles
@@ -22,7 +23,6 @@ enum class Shape { kPage, kRow, kBytes };
 constexpr int64_t kRowMaxBytes = 1024;
 constexpr int64_t kVectorBytes = 16;
 
-std::string_view name_of(Executor);
 std::string_view name_of(Direction);
 std::string_view name_of(Shape);
 
@@ -57,19 +57,31 @@ struct Move {
   int64_t bytes_per_pair() const { return fragments_per_pair() * fragment_bytes; }
 };
 
+// A mapping whose values only the device knows. A pair outside the limits is skipped and recorded (cuda/fault.h).
+struct DeviceIds {
+  IdColumn src;
+  IdColumn dst;
+  int64_t rows = 0;
+  int64_t src_limit = 0;
+  int64_t dst_limit = 0;
+  bool skip_negative = false;
+  uint32_t op = 1;  // what take_fault reports; never 0
+};
+
 // All that an executor needs.
 struct Work {
   Executor executor = Executor::kAuto;
   Direction direction = Direction::kHostToHost;
   Shape shape = Shape::kPage;
   std::vector<Move> moves;
-  std::vector<Segment> segments;    // empty where the ids live on the device
-  std::vector<Fragment> fragments;  // instead of moves x segments, where a caller gave raw addresses and sizes
-  int64_t pairs = 0;                // sum of the segments' counts; the rows of the mapping where ids live on the device
-  int64_t bytes = 0;                // pairs x bytes_per_pair, summed over moves
-  int64_t descriptors = 0;          // fragments that a FragmentCursor over everything yields
-  int lanes = 1;                    // cpu: threads
-  bool streaming = false;           // cpu: stores that bypass the caches
+  std::vector<Segment> segments;
+  std::optional<DeviceIds> device_ids;  // instead of segments, where the ids live on the device
+  std::vector<Fragment> fragments;      // instead of moves x segments, where a caller gave raw addresses and sizes
+  int64_t pairs = 0;        // sum of the segments' counts; the rows of the mapping where ids live on the device
+  int64_t bytes = 0;        // pairs x bytes_per_pair, summed over moves
+  int64_t descriptors = 0;  // fragments that a FragmentCursor over everything yields
+  int lanes = 1;            // cpu: threads
+  bool streaming = false;   // cpu: stores that bypass the caches
 };
 
 // The runs bound to their pools. `slow_side_is_dst`: the side slower to reach gets the smallest stride innermost.
@@ -100,7 +112,7 @@ int count_sizes(const std::vector<Fragment>& fragments);
 // All lie below 2^63, as what a device reaches does.
 std::vector<Work> addresses_as_ids(const std::vector<Fragment>& fragments, Direction direction);
 
-// The same where the ids live on the device and only `rows` is known.
-Work lower_device_ids(std::vector<Move> moves, int64_t rows, Direction direction);
+// The same where the ids live on the device.
+Work lower_device_ids(std::vector<Move> moves, const DeviceIds& ids, Direction direction);
 
 }  // namespace kvkernels

@@ -259,7 +259,7 @@ Issued copy(const Work& work, ParallelFor parallel, Isa isa, const Tuning& tunin
   if (work.lanes <= 1) return copy_range(work, means, 0, work.bytes);
   Lanes lanes{work, means};
   parallel(work.lanes, &lanes, copy_lane);
-  return {lanes.descriptors.load(std::memory_order_relaxed), lanes.bytes.load(std::memory_order_relaxed)};
+  return {0, lanes.descriptors.load(std::memory_order_relaxed), lanes.bytes.load(std::memory_order_relaxed)};
 }
 
 Issued copy(const Work& work, ParallelFor parallel) {

@@ -3,17 +3,12 @@
 
 #include <cstdint>
 
+#include "core/issued.h"
 #include "core/lower.h"
 #include "cpu/isa.h"
 #include "cpu/tuning.h"
 
 namespace kvkernels::cpu {
-
-// What was really copied, counted where it is issued.
-struct Issued {
-  int64_t descriptors = 0;
-  int64_t bytes = 0;
-};
 
 // Runs body(context, lane) for each lane in [0, lanes), perhaps in parallel, and returns when all are done.
 using ParallelFor = void (*)(int lanes, void* context, void (*body)(void* context, int lane));

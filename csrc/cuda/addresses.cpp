@@ -17,12 +17,13 @@ struct IdRanges {
   IdRange dst;
 };
 
-IdRanges id_ranges(const Work& work, const DeviceIds* ids) {
-  if (ids) {
+IdRanges id_ranges(const Work& work) {
+  if (work.device_ids) {
+    const DeviceIds& ids = *work.device_ids;
     const auto of = [&](const IdColumn& column, int64_t limit) {
-      return IdRange{0, (column.width == 0 ? std::min(limit, ids->n) : limit) - 1};
+      return IdRange{0, (column.width == 0 ? std::min(limit, ids.rows) : limit) - 1};
     };
-    return {of(ids->src, ids->src_limit), of(ids->dst, ids->dst_limit)};
+    return {of(ids.src, ids.src_limit), of(ids.dst, ids.dst_limit)};
   }
   IdRanges ranges;
   ranges.src.low = ranges.dst.low = INT64_MAX;
@@ -97,12 +98,12 @@ ptrdiff_t device_offset(const char* name, const std::byte* begin, const std::byt
 
 }  // namespace
 
-void map_for_device(Work& work, const DeviceIds* ids, const DeviceLimits& limits, PointerMap& pointers,
-                    const SideNames& names, bool may_migrate) {
+void map_for_device(Work& work, const DeviceLimits& limits, PointerMap& pointers, const SideNames& names,
+                    bool may_migrate) {
   if (work.direction != Direction::kHostToDevice && work.direction != Direction::kDeviceToHost) return;
   const bool is_dst = work.direction == Direction::kDeviceToHost;
   const PageableAccess pageable{limits.reads_pageable, may_migrate, limits.uses_host_page_tables};
-  const IdRanges ranges = id_ranges(work, ids);
+  const IdRanges ranges = id_ranges(work);
   const IdRange& range = is_dst ? ranges.dst : ranges.src;
   if (range.high < range.low) return;
   for (Move& move : work.moves) {
@@ -113,9 +114,9 @@ void map_for_device(Work& work, const DeviceIds* ids, const DeviceLimits& limits
   }
 }
 
-bool writes_read_only(const Work& work, const DeviceIds* ids, PointerMap& pointers) {
+bool writes_read_only(const Work& work, PointerMap& pointers) {
   if (work.direction != Direction::kDeviceToHost) return false;
-  const IdRange range = id_ranges(work, ids).dst;
+  const IdRange range = id_ranges(work).dst;
   if (range.high < range.low) return false;
   for (const Move& move : work.moves) {
     const auto span = touched(move.dst, move, &Loop::dst_stride, range);

@@ -24,14 +24,8 @@ namespace kvkernels {
 constexpr int kBulkWarps = 4;
 constexpr uint32_t kRingBytes = 48 << 10;  // of a warp: 192 KiB of the 227 KiB that a CTA of 9.0 and 10.0 can have
 constexpr uint32_t kMaxStages = 32;
-constexpr uint32_t kUnreadStores = 2;  // stores that may still read their stage while the next load is issued
-constexpr uint32_t kBulkTileBytes = 8 << 10;
-
-// Tiles hold a fragment each where they can: bulk copies are few and long.
-inline int64_t bulk_tile_bytes(int64_t fragment_bytes) {
-  const int64_t lines = (fragment_bytes + kLineBytes - 1) / kLineBytes * kLineBytes;
-  return lines < kBulkTileBytes ? lines : kBulkTileBytes;
-}
+constexpr uint32_t kUnreadStores = 2;         // stores that may still read their stage while the next load is issued
+constexpr uint32_t kBulkTileBytes = 8 << 10;  // at most: tiles hold a fragment each where they can
 
 KVKERNELS_HOST_DEVICE uint32_t stages_of(uint32_t tile_bytes) {
   const uint32_t stages = kRingBytes / tile_bytes;

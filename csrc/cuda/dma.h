@@ -7,7 +7,7 @@
 
 #include "core/fragments.h"
 #include "core/lower.h"
-#include "cuda/issued.h"
+#include "core/issued.h"
 #include "cuda/pointers.h"
 
 namespace kvkernels {

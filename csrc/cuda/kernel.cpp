@@ -1,12 +1,12 @@
 #include "cuda/kernel.h"
 
 #include <algorithm>
-#include <bit>
 #include <cstring>
 #include <optional>
 #include <span>
 #include <type_traits>
 
+#include "core/cut.h"
 #include "cuda/bulk_body.h"
 #include "cuda/bulk_kernel.h"
 #include "cuda/error.h"
@@ -15,124 +15,26 @@
 namespace kvkernels {
 namespace {
 
-constexpr int64_t kMaxLanes = 64;  // of a fragment in the chunk kernels: 1 KiB in 16-byte chunks
 constexpr int64_t kWarpsPerCta = kMaxThreads / kWarpLanes;  // at most
 static_assert(kMaxThreads % kWarpLanes == 0, "a CTA is whole warps");
 constexpr int64_t kMinWarpsPerCta = 4;  // small copies are spread over the budget's SMs rather than packed into one
 
-// Bits set in any distance between two of a side's fragments. `id_scale` divides every id, so raw addresses that stand
-// as ids of a stride of 1 keep their alignment.
-uint64_t stride_bits(const Side& side, const Move& move, int64_t Loop::* stride, uint64_t id_scale) {
-  uint64_t bits = static_cast<uint64_t>(side.block_stride);
-  if (side.subblocks > 1) {
-    bits |= static_cast<uint64_t>(side.subblock_stride);
-  } else {
-    bits *= id_scale;
-  }
-  for (int i = 0; i < move.loop_count; ++i) bits |= static_cast<uint64_t>(move.loops[i].*stride);
-  return bits;
+// What the kernels of work.executor take.
+CutRule rule_of(const Work& work) {
+  if (work.executor != Executor::kBulk) return {.tile_bytes = kTileBytes};
+  return {.has_chunks = false, .tile_bytes = kBulkTileBytes, .shrinks_tiles = true};
 }
 
-// The largest power of two that divides every id of a column; 0 where all are 0, and 1 where nothing is known.
-uint64_t id_scale(const Work& work, int64_t Segment::* column) {
-  if (work.segments.empty()) return 1;
-  uint64_t bits = 0;
-  for (const Segment& segment : work.segments) {
-    bits |= static_cast<uint64_t>(segment.*column) | static_cast<uint64_t>(segment.count > 1);
+KernelVariant variant_of(const Work& work, const Cut& cut) {
+  if (work.executor == Executor::kBulk) return KernelVariant::kBulk;
+  switch (cut.shape()) {
+    case Shape::kPage:
+      return KernelVariant::kPage;
+    case Shape::kRow:
+      return KernelVariant::kRow;
+    default:
+      return KernelVariant::kBytes;
   }
-  return bits & (~bits + 1);
-}
-
-// How a move is cut: into chunks of one width where its fragments are small, else into tiles.
-class Cutter {
- public:
-  explicit Cutter(const Work& work)
-      : cut_on_src_(work.direction == Direction::kHostToDevice),
-        src_scale_(id_scale(work, &Segment::src)),
-        dst_scale_(id_scale(work, &Segment::dst)),
-        is_bulk_(work.executor == Executor::kBulk) {
-    uint64_t bits = kVectorBytes;
-    int64_t largest = 0;
-    for (const Move& move : work.moves) {
-      bits |= reinterpret_cast<uintptr_t>(move.src.base) | reinterpret_cast<uintptr_t>(move.dst.base) | src_bits(move) |
-              dst_bits(move) | static_cast<uint64_t>(move.fragment_bytes);
-      largest = std::max(largest, move.fragment_bytes);
-      has_loops_ = has_loops_ || move.loop_count > 0;
-    }
-    const int64_t width = 1ll << std::countr_zero(bits);
-    if (is_bulk_) {
-      tile_bytes_ = bulk_tile_bytes(largest);
-    } else if (largest <= kMaxLanes * width) {
-      chunk_width_ = width;
-    }
-  }
-
-  bool cut_on_src() const { return cut_on_src_; }
-  int64_t chunk_width() const { return chunk_width_; }
-  int64_t tile_bytes() const { return tile_bytes_; }
-  int64_t unit_bytes() const { return is_bulk_ ? tile_bytes_ : chunk_width_; }  // as Head has it
-
-  KernelVariant variant() const {
-    if (is_bulk_) return KernelVariant::kBulk;
-    if (chunk_width_ == kVectorBytes) return KernelVariant::kRow;
-    return chunk_width_ > 0 || has_loops_ ? KernelVariant::kBytes : KernelVariant::kPage;
-  }
-
-  // Chunks or tiles of one fragment. Tiles begin on cache lines, so an unaligned fragment may need one more; where
-  // fragments differ in alignment, each gets as many as the worst.
-  int64_t parts(const Move& move) const {
-    if (chunk_width_ > 0) return move.fragment_bytes / chunk_width_;
-    if (move.fragment_bytes <= tile_bytes_) return 1;
-    const Side& side = cut_on_src_ ? move.src : move.dst;
-    const bool varies = (cut_on_src_ ? src_bits(move) : dst_bits(move)) % kLineBytes != 0;
-    const int64_t phase =
-        varies ? kLineBytes - 1 : static_cast<int64_t>(reinterpret_cast<uintptr_t>(side.base) % kLineBytes);
-    return (move.fragment_bytes + phase + tile_bytes_ - 1) / tile_bytes_;
-  }
-
-  int64_t units_per_pair(const Move& move) const { return parts(move) * move.fragments_per_pair(); }
-
-  int64_t tiles(const Move& move, int64_t pairs) const {
-    const int64_t units = units_per_pair(move) * pairs;
-    return chunk_width_ > 0 ? (units + kTileChunks - 1) / kTileChunks : units;
-  }
-
- private:
-  uint64_t src_bits(const Move& move) const { return stride_bits(move.src, move, &Loop::src_stride, src_scale_); }
-  uint64_t dst_bits(const Move& move) const { return stride_bits(move.dst, move, &Loop::dst_stride, dst_scale_); }
-
-  bool cut_on_src_;
-  uint64_t src_scale_;
-  uint64_t dst_scale_;
-  bool is_bulk_;
-  bool has_loops_ = false;
-  int64_t chunk_width_ = 0;
-  int64_t tile_bytes_ = kTileBytes;
-};
-
-// Splits a move until one pair of it has at most `limit` units.
-void split(const Move& move, const Cutter& cutter, int64_t limit, std::vector<Move>& out) {
-  if (cutter.units_per_pair(move) <= limit) return out.push_back(move);
-  Move low = move;
-  Move high = move;
-  const auto loop = std::find_if(move.loops, move.loops + move.loop_count, [](const Loop& l) { return l.extent > 1; });
-  if (loop != move.loops + move.loop_count) {
-    const int64_t half = loop->extent / 2;
-    low.loops[loop - move.loops].extent = half;
-    high.loops[loop - move.loops].extent -= half;
-    high.src.base += half * loop->src_stride;
-    high.dst.base += half * loop->dst_stride;
-  } else {
-    const int64_t grain = cutter.chunk_width() > 0 ? cutter.chunk_width() : cutter.tile_bytes();
-    const int64_t half = (move.fragment_bytes / grain + 1) / 2 * grain;
-    if (half == 0 || half >= move.fragment_bytes) return out.push_back(move);
-    low.fragment_bytes = half;
-    high.fragment_bytes -= half;
-    high.src.base += half;
-    high.dst.base += half;
-  }
-  split(low, cutter, limit, out);
-  split(high, cutter, limit, out);
 }
 
 FormSide form_side(const Side& side, const Move& move, int64_t Loop::* stride) {
@@ -144,14 +46,14 @@ FormSide form_side(const Side& side, const Move& move, int64_t Loop::* stride) {
   return form;
 }
 
-Form make_form(const Move& move, const Cutter& cutter) {
+Form make_form(const Move& move, const Cut& cut) {
   Form form{};
   form.src = form_side(move.src, move, &Loop::src_stride);
   form.dst = form_side(move.dst, move, &Loop::dst_stride);
   form.fragment_bytes = move.fragment_bytes;
-  form.units_per_pair = static_cast<uint32_t>(cutter.units_per_pair(move));
+  form.units_per_pair = static_cast<uint32_t>(cut.pieces_per_pair(move));
   form.loop_count = static_cast<uint32_t>(move.loop_count);
-  form.parts = make_divisor(cutter.parts(move));
+  form.parts = make_divisor(cut.pieces_per_fragment(move));
   for (int i = 0; i < move.loop_count; ++i) form.extents[i] = make_divisor(move.loops[move.loop_count - 1 - i].extent);
   return form;
 }
@@ -207,24 +109,23 @@ struct Ids {
 
 class Planner {
  public:
-  Planner(const Work& work, const DeviceIds* device_ids, int sm_budget, const DeviceLimits& limits, bool capturing)
-      : work_(work), device_ids_(device_ids), limits_(limits), capturing_(capturing), cutter_(work), ids_(work) {
+  Planner(const Work& work, int sm_budget, const DeviceLimits& limits, bool capturing)
+      : work_(work), limits_(limits), capturing_(capturing), cut_(work, rule_of(work)), ids_(work) {
     const bool links_host = work.direction != Direction::kDeviceToDevice;
     const int host_link_ctas = is_bulk() ? kBulkHostLinkCtas : kHostLinkCtas;
     budget_ = sm_budget > 0 ? sm_budget : links_host ? host_link_ctas : limits.sm_count;
     budget_ = std::min(budget_, limits.sm_count);
-    id_width_ = device_ids ? 0 : ids_.width;
+    id_width_ = work.device_ids ? 0 : ids_.width;
   }
 
   KernelPlan plan() {
-    plan_.shape = work_.shape;
-    plan_.variant = cutter_.variant();
+    plan_.cut = cut_.json();
+    plan_.variant = variant_of(work_, cut_);
     if (is_bulk())
-      plan_.shared_bytes = static_cast<int64_t>(bulk_shared_bytes(static_cast<uint32_t>(cutter_.unit_bytes())));
+      plan_.shared_bytes = static_cast<int64_t>(bulk_shared_bytes(static_cast<uint32_t>(cut_.tile_bytes())));
     plan_.bytes = work_.bytes;
     if (work_.bytes == 0) return plan_;
-    std::vector<Move> moves;
-    for (const Move& move : work_.moves) split(move, cutter_, limits_.max_items, moves);
+    const std::vector<Move> moves = cut_.split(work_.moves, limits_.max_items);
     for (size_t begin = 0; begin < moves.size();) {
       MoveTables tables;
       const size_t end = take_group(moves, begin, tables);
@@ -238,33 +139,39 @@ class Planner {
  private:
   bool is_bulk() const { return work_.executor == Executor::kBulk; }
 
-  int64_t group_units(std::span<const Move> moves) const {
-    int64_t units = 0;
-    for (const Move& move : moves) units += cutter_.units_per_pair(move);
-    return units;
+  int64_t group_pieces(std::span<const Move> moves) const {
+    int64_t pieces = 0;
+    for (const Move& move : moves) pieces += cut_.pieces_per_pair(move);
+    return pieces;
+  }
+
+  // A warp takes a tile, or so many chunks, at a time.
+  int64_t tiles(const Move& move, int64_t pairs) const {
+    const int64_t pieces = cut_.pieces_per_pair(move) * pairs;
+    return cut_.has_chunks() ? (pieces + kTileChunks - 1) / kTileChunks : pieces;
   }
 
   size_t pair_bytes() const { return static_cast<size_t>(work_.pairs) * 2 * id_width_; }
 
-  // Takes as many moves as one launch can have: by items and, while capturing, by what the parameters hold, of which
+  // Takes as many moves as one launch can have: by pieces and, while capturing, by what the parameters hold, of which
   // pairs keep half.
   size_t take_group(const std::vector<Move>& moves, size_t begin, MoveTables& tables) const {
-    int64_t units = 0;
+    int64_t pieces = 0;
     size_t end = begin;
     for (; end < moves.size(); ++end) {
-      const int64_t more = cutter_.units_per_pair(moves[end]);
-      if (end > begin && units + more > limits_.max_items) break;
+      const int64_t more = cut_.pieces_per_pair(moves[end]);
+      if (end > begin && pieces + more > limits_.max_items) break;
       const size_t after = tables.bytes() + sizeof(Form) + sizeof(MoveEntry);
       const size_t room = kLargeTables - std::min(pair_bytes(), kLargeTables / 2);
       if (capturing_ && after > room) break;
-      tables.add(moves[end], make_form(moves[end], cutter_));
-      units += more;
+      tables.add(moves[end], make_form(moves[end], cut_));
+      pieces += more;
     }
     return end;
   }
 
   void launch_group(std::span<const Move> moves, MoveTables& tables, bool records) {
-    int64_t pairs_per_launch = std::max<int64_t>(1, limits_.max_items / group_units(moves));
+    int64_t pairs_per_launch = std::max<int64_t>(1, limits_.max_items / group_pieces(moves));
     if (capturing_ && id_width_ > 0) {
       const size_t room = (kLargeTables - tables.bytes()) / (2 * id_width_);
       pairs_per_launch = std::min(pairs_per_launch, static_cast<int64_t>(room));
@@ -280,7 +187,7 @@ class Planner {
     int64_t tiles = 0;
     for (size_t i = 0; i < moves.size(); ++i) {
       tables.moves[i].first_tile = static_cast<uint32_t>(tiles);
-      tiles += cutter_.tiles(moves[i], pairs);
+      tiles += this->tiles(moves[i], pairs);
     }
     head.moves_offset = static_cast<uint32_t>(tables.forms.size() * sizeof(Form));
     head.pairs_offset = static_cast<uint32_t>(tables.bytes());
@@ -288,16 +195,17 @@ class Planner {
     head.pairs = static_cast<uint32_t>(pairs);
     head.tiles = static_cast<uint32_t>(tiles);
     head.id_width = id_width_;
-    head.unit_bytes = static_cast<uint32_t>(cutter_.unit_bytes());
-    head.cut_on_src = cutter_.cut_on_src();
+    head.unit_bytes = static_cast<uint32_t>(is_bulk() ? cut_.tile_bytes() : cut_.chunk_bytes());
+    head.cut_on_src = cut_.is_on_src();
     head.first_row = begin;
-    if (device_ids_) {
-      head.src_ids = device_ids_->src;
-      head.dst_ids = device_ids_->dst;
-      head.src_limit = device_ids_->src_limit;
-      head.dst_limit = device_ids_->dst_limit;
-      head.skip_negative = device_ids_->skip_negative;
-      head.op = records ? device_ids_->op : 0;
+    if (work_.device_ids) {
+      const DeviceIds& ids = *work_.device_ids;
+      head.src_ids = ids.src;
+      head.dst_ids = ids.dst;
+      head.src_limit = ids.src_limit;
+      head.dst_limit = ids.dst_limit;
+      head.skip_negative = ids.skip_negative;
+      head.op = records ? ids.op : 0;
     }
     launch.tables.resize(tables.bytes());
     std::memcpy(launch.tables.data(), tables.forms.data(), head.moves_offset);
@@ -327,10 +235,9 @@ class Planner {
   }
 
   const Work& work_;
-  const DeviceIds* device_ids_;
   const DeviceLimits& limits_;
   const bool capturing_;
-  const Cutter cutter_;
+  const Cut cut_;
   const Ids ids_;
   int budget_;
   uint32_t id_width_;
@@ -339,9 +246,8 @@ class Planner {
 
 }  // namespace
 
-KernelPlan plan_kernel(const Work& work, const DeviceIds* ids, int sm_budget, const DeviceLimits& limits,
-                       bool capturing) {
-  return Planner(work, ids, sm_budget, limits, capturing).plan();
+KernelPlan plan_kernel(const Work& work, int sm_budget, const DeviceLimits& limits, bool capturing) {
+  return Planner(work, sm_budget, limits, capturing).plan();
 }
 
 Issued run_kernel(const KernelPlan& plan, const Upload& upload, cudaStream_t stream) {

@@ -6,12 +6,13 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <string>
 #include <vector>
 
 #include "core/lower.h"
 #include "cuda/copy_kernel.h"
 #include "cuda/device.h"
-#include "cuda/issued.h"
+#include "core/issued.h"
 #include "cuda/launch.h"
 #include "cuda/pointers.h"
 
@@ -20,17 +21,6 @@ namespace kvkernels {
 // CTAs on a host link where the caller names none: published work saturates a PCIe link with as many.
 constexpr int kHostLinkCtas = 12;
 
-// A mapping whose values only the device knows. A pair outside the limits is skipped and recorded (fault.h).
-struct DeviceIds {
-  IdColumn src;
-  IdColumn dst;
-  int64_t n = 0;  // rows
-  int64_t src_limit = 0;
-  int64_t dst_limit = 0;
-  bool skip_negative = false;
-  uint32_t op = 1;  // what take_fault reports; never 0
-};
-
 struct KernelLaunch {
   Head head;
   std::vector<std::byte> tables;
@@ -38,7 +28,7 @@ struct KernelLaunch {
 };
 
 struct KernelPlan {
-  Shape shape = Shape::kPage;
+  std::string cut;  // JSON
   KernelVariant variant = KernelVariant::kPage;
   int64_t launches = 0;
   int ctas = 0;              // of the largest launch
@@ -58,8 +48,7 @@ using Upload = std::function<const void*(const void* host, size_t bytes)>;
 // For the executors kernel and bulk, by work.executor. One launch over all moves and pairs, with one upload where the
 // tables exceed the parameters; while capturing nothing is uploaded and there are several launches instead. `sm_budget`
 // 0 is the policy's default. Calls no CUDA function.
-KernelPlan plan_kernel(const Work& work, const DeviceIds* ids, int sm_budget, const DeviceLimits& limits,
-                       bool capturing);
+KernelPlan plan_kernel(const Work& work, int sm_budget, const DeviceLimits& limits, bool capturing);
 
 // Launches it on the current device. Throws CudaError.
 Issued run_kernel(const KernelPlan& plan, const Upload& upload, cudaStream_t stream);
@@ -73,10 +62,10 @@ struct SideNames {
 // Makes the host sides of `work` addresses that the current device can use. Throws std::invalid_argument, whose text is
 // the reason alone, where it cannot. `may_migrate`: pageable memory will do also where touching it moves its pages to
 // the device, and the host's next touch moves them back.
-void map_for_device(Work& work, const DeviceIds* ids, const DeviceLimits& limits, PointerMap& pointers,
-                    const SideNames& names = {}, bool may_migrate = true);
+void map_for_device(Work& work, const DeviceLimits& limits, PointerMap& pointers, const SideNames& names = {},
+                    bool may_migrate = true);
 
 // Whether the host side of `work` is a destination in memory that is registered as read-only for the device.
-bool writes_read_only(const Work& work, const DeviceIds* ids, PointerMap& pointers);
+bool writes_read_only(const Work& work, PointerMap& pointers);
 
 }  // namespace kvkernels

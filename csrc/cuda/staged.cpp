@@ -14,7 +14,7 @@ void add(Issued& total, int64_t launches, int64_t descriptors) {
 }
 
 KernelPlan plan_ring_kernel(const StagingChunk& chunk, int sm_budget, const DeviceLimits& limits) {
-  return plan_kernel(chunk.in_device, nullptr, sm_budget > 0 ? sm_budget : kStagingCtas, limits, false);
+  return plan_kernel(chunk.in_device, sm_budget > 0 ? sm_budget : kStagingCtas, limits, false);
 }
 
 class Transfer {

@@ -5,7 +5,7 @@
 
 #include "core/lower.h"
 #include "core/staged.h"
-#include "cuda/issued.h"
+#include "core/issued.h"
 #include "cuda/kernel.h"
 #include "cuda/staging_ring.h"
 

@@ -107,13 +107,13 @@ void check_ids_device(const char* op, const char* argument, const Ids& ids, cons
 }
 
 Executor checked_executor(const char* op, std::string_view executor) {
-  for (const Executor known : {Executor::kAuto, Executor::kCpu, Executor::kKernel, Executor::kBulk, Executor::kDma,
-                               Executor::kStaged, Executor::kTriton, Executor::kReference}) {
+  if (executor == name_of(Executor::kAuto)) return Executor::kAuto;
+  std::string names = "'auto'";
+  for (const Executor known : kExecutors) {
     if (executor == name_of(known)) return known;
+    names += text(", '", name_of(known), '\'');
   }
-  value_error(
-      op, ": executor must be one of 'auto', 'cpu', 'kernel', 'bulk', 'dma', 'staged', 'triton', 'reference', got '",
-      executor, "'");
+  value_error(op, ": executor must be one of ", names, ", got '", executor, "'");
 }
 
 void check_sm_budget(const char* op, int64_t sm_budget) {

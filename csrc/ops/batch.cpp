@@ -3,11 +3,11 @@
 
 #include <utility>
 
+#include "core/cuda_driver.h"
 #include "ops/copy_call.h"
-#include "ops/counters.h"
-#include "ops/cuda_path.h"
-#include "ops/explain.h"
+#include "ops/cuda_state.h"
 #include "ops/ops.h"
+#include "ops/path.h"
 
 namespace kvkernels {
 namespace {
@@ -36,40 +36,16 @@ Column checked_column(const char* name, const Tensor& tensor, bool is_address, i
           facts.size(0)};
 }
 
-// The reference has no lowering of its own: it copies row by row.
-void run_reference(const std::vector<Fragment>& fragments) {
-  Explanation explanation{kOp, Executor::kReference, "named by the caller", Direction::kHostToHost, "reference"};
+Tensor copies_of(const std::vector<Fragment>& fragments) {
   std::vector<int64_t> copies;
   for (const Fragment& fragment : fragments) {
-    explanation.bytes += fragment.bytes;
     copies.insert(copies.end(), {static_cast<int64_t>(reinterpret_cast<uintptr_t>(fragment.src)),
                                  static_cast<int64_t>(reinterpret_cast<uintptr_t>(fragment.dst)), fragment.bytes});
   }
-  explanation.descriptors = explanation.pairs = static_cast<int64_t>(fragments.size());
-  explanation.moves = 1;
-  if (explaining()) return record(explanation);
-  if (explanation.bytes == 0) return;
-  call_batch_reference(int64_tensor({explanation.pairs, 3}, copies.data()));
-  count_issued(Executor::kReference, 0, explanation.descriptors, explanation.bytes);
-}
-
-void run_on_host(std::vector<Fragment> fragments, Executor asked) {
-  if (asked == Executor::kReference) return run_reference(fragments);
-  if (asked == Executor::kStaged || asked == Executor::kTriton) refuse_addresses(kOp, asked);
-  Choice choice{asked, "named by the caller"};
-  // Of no address nobody can say where it is.
-  if (!fragments.empty() || !addresses_may_be_cuda()) choice = choose_on_host(kOp, asked);
-  if (asked == Executor::kAuto) choice = {Executor::kCpu, "no address is a cuda device's"};
-  Work work = lower_fragments(std::move(fragments), Direction::kHostToHost, {choice.executor, torch_threads(), false});
-  run_on_cpu(kOp, work, choice.reason);
-  recycle(std::move(work.fragments));
+  return int64_tensor({static_cast<int64_t>(fragments.size()), 3}, copies.data());
 }
 
 }  // namespace
-
-void refuse_addresses(const char* op, Executor executor) {
-  value_error(op, ": executor '", name_of(executor), "' cannot serve this call: it takes tensors, and got addresses");
-}
 
 void swap_blocks_batch(const Tensor& src_ptrs, const Tensor& dst_ptrs, const Tensor& sizes,
                        bool is_src_access_order_any, StrArgument executor, int64_t sm_budget) {
@@ -78,10 +54,22 @@ void swap_blocks_batch(const Tensor& src_ptrs, const Tensor& dst_ptrs, const Ten
   const Column src = checked_column("src_ptrs", src_ptrs, true, -1);
   const Column dst = checked_column("dst_ptrs", dst_ptrs, true, src.rows);
   const Column bytes = checked_column("sizes", sizes, false, src.rows);
-  AddressCall call{kOp, checked_rows(kOp, {src.values, dst.values, bytes.values, src.rows}), asked, sm_budget,
-                   is_src_access_order_any};
-  if (addresses_may_be_cuda() && carry_out_addresses_on_cuda(call)) return recycle(std::move(call.fragments));
-  run_on_host(std::move(call.fragments), asked);
+  Job job;
+  job.op = kOp;
+  job.asked = asked;
+  job.sm_budget = sm_budget;
+  job.any_source_order = is_src_access_order_any;
+  job.has_addresses = true;
+  job.listed = checked_rows(kOp, {src.values, dst.values, bytes.values, src.rows});
+  job.is_nowhere = job.listed.empty() && cuda_in_use();
+  job.device = device_of_addresses(kOp, job.listed);
+  // A kernel may take the rows as they are, and the reference does; the processor needs no second list.
+  const bool keeps_rows = job.device >= 0 || asked == Executor::kReference;
+  const LowerOptions options{job.device < 0 ? Executor::kCpu : Executor::kDma, torch_threads(), false};
+  job.work = keeps_rows ? lower_fragments(job.listed, Direction::kHostToHost, options)
+                        : lower_fragments(std::move(job.listed), Direction::kHostToHost, options);
+  job.reference = [](const Job& job) { call_batch_reference(copies_of(job.listed)); };
+  carry_out(std::move(job));
 }
 
 }  // namespace kvkernels

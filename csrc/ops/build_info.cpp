@@ -1,5 +1,5 @@
 #include "cpu/loops.h"
-#include "ops/cuda_path.h"
+#include "ops/cuda_state.h"
 #include "ops/json.h"
 #include "ops/ops.h"
 

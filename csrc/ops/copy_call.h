@@ -1,4 +1,4 @@
-// The one path every op takes: check, coalesce, lower, choose an executor, run it.
+// What every op on tensors does before an executor is chosen: check, coalesce, lower.
 #pragma once
 
 #include <functional>
@@ -8,6 +8,7 @@
 #include "core/lower.h"
 #include "core/pairs.h"
 #include "ops/arguments.h"
+#include "ops/job.h"
 
 namespace kvkernels {
 
@@ -32,24 +33,21 @@ struct CopyCall {
   bool soon_read = false;  // the destination is a buffer that its caller reads next
   Executor executor = Executor::kAuto;
   int64_t sm_budget = 0;
-  std::function<void()> reference;  // the same call on the reference; empty where an op has no executor argument
+  std::function<void(const Job&)>
+      reference;  // the same call on the reference; empty where an op has no executor argument
 };
 
 void carry_out(CopyCall call);
+
+// A call's ids on the device, with its limits.
+DeviceIds device_ids_of(const CopyCall& call);
 
 // The tightest pool of a list, which an id out of range is reported against.
 IdLimit limit_of(const char* list, const std::vector<Pool>& pools, int64_t subblocks, bool is_list = true);
 
 Direction direction_of(const Place& src, const Place& dst);
 
-// Which executor serves a call, and why; ValueError where a named one cannot.
-struct Choice {
-  Executor executor;
-  std::string reason;
-};
-Choice choose_on_host(const char* op, Executor asked);
-
+// That a copy on the host may use.
 int torch_threads();
-void run_on_cpu(const char* op, const Work& work, const std::string& reason);
 
 }  // namespace kvkernels

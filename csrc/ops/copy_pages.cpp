@@ -86,7 +86,7 @@ void copy_pages(const std::vector<Tensor>& src, const std::vector<Tensor>& dst, 
   call.dst_limit = limit_of("dst", call.dst.pools, dst_subblocks_per_block);
   if (call.executor == Executor::kReference) {
     if (ids.on_device) value_error(op, ": executor 'reference' cannot serve this call: its ids must be on the cpu");
-    call.reference = [&] {
+    call.reference = [&](const Job&) {
       call_reference(src, dst, mapping, runs, src_subblocks_per_block, dst_subblocks_per_block, skip_negative);
     };
   }

@@ -16,25 +16,23 @@ struct Counter {
   std::atomic<int64_t> bytes{0};
 };
 
-constexpr std::array kCounted{Executor::kCpu,    Executor::kKernel, Executor::kBulk,     Executor::kDma,
-                              Executor::kStaged, Executor::kTriton, Executor::kReference};
-std::array<Counter, static_cast<size_t>(Executor::kReference) + 1> counters;
+std::array<Counter, kExecutors.size() + 1> counters;  // auto's is never used
 
 Counter& counter_of(Executor executor) { return counters[static_cast<size_t>(executor)]; }
 
 }  // namespace
 
-void count_issued(Executor executor, int64_t launches, int64_t descriptors, int64_t bytes) {
+void count_issued(Executor executor, const Issued& issued) {
   Counter& counter = counter_of(executor);
   ++counter.calls;
-  counter.launches += launches;
-  counter.descriptors += descriptors;
-  counter.bytes += bytes;
+  counter.launches += issued.launches;
+  counter.descriptors += issued.descriptors;
+  counter.bytes += issued.bytes;
 }
 
 std::string counters_json() {
   std::string json = "{";
-  for (const Executor executor : kCounted) {
+  for (const Executor executor : kExecutors) {
     const Counter& counter = counter_of(executor);
     if (json.size() > 1) json += ", ";
     json += text(quoted(name_of(executor)), ": {\"calls\": ", counter.calls.load(),

@@ -1,14 +1,14 @@
 // What the executors really issued, counted where it is issued.
 #pragma once
 
-#include <cstdint>
 #include <string>
 
-#include "core/lower.h"
+#include "core/executor.h"
+#include "core/issued.h"
 
 namespace kvkernels {
 
-void count_issued(Executor executor, int64_t launches, int64_t descriptors, int64_t bytes);
+void count_issued(Executor executor, const Issued& issued);
 
 // {"cpu": {"calls": …, "launches": …, "descriptors": …, "bytes": …}, …}
 std::string counters_json();

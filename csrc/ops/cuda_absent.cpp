@@ -1,23 +1,41 @@
-// cuda_path.h in a build without CUDA code, where Python's kernels are left.
-#include <utility>
+// A build without CUDA code, where Python's kernels are left.
+#include <stdexcept>
 
 #include "core/cuda_driver.h"
-#include "ops/cuda_path.h"
-#include "ops/triton_path.h"
+#include "core/text.h"
+#include "ops/cuda_state.h"
+#include "ops/executors/room.h"
 
 namespace kvkernels {
+namespace {
 
-void carry_out_on_cuda(const CopyCall& call, std::vector<Move> moves, PairList list) {
-  carry_out_on_triton(call, std::move(moves), std::move(list),
-                      "this build has no CUDA code (no nvcc was found, or KVKERNELS_CUDA=OFF)");
+std::string refusal(const Job& job, Site& site) {
+  const bool takes_tensors = job.asked == Executor::kStaged;
+  if (job.has_addresses && takes_tensors) return "it takes tensors, and got addresses";
+  return cuda_refusal(job, site);
 }
+
+std::unique_ptr<Plan> plan(const Job&, Site&) { throw std::logic_error("a job that is refused has no plan"); }
+
+}  // namespace
+
+const Room kernel_room{refusal, plan};
+const Room bulk_room{refusal, plan};
+const Room dma_room{refusal, plan};
+const Room staged_room{refusal, plan};
+
+std::unique_ptr<Site> device_site(Job& job, bool) {
+  return std::make_unique<Site>(job.device, "this build has no CUDA code (no nvcc was found, or KVKERNELS_CUDA=OFF)");
+}
+
+void begin_issuing() {}
+bool may_have_issued() { return false; }
 
 std::string driver_refusal() { return ""; }
 
-bool addresses_may_be_cuda() { return cuda_in_use(); }
-
-bool carry_out_addresses_on_cuda(const AddressCall& call) {
-  throw std::runtime_error(text(call.op,
+int device_of_addresses(const char* op, const std::vector<Fragment>&) {
+  if (!cuda_in_use()) return -1;
+  throw std::runtime_error(text(op,
                                 ": src_ptrs and dst_ptrs must be told apart as host or device addresses, got a build "
                                 "without CUDA code, which cannot ask the driver; rebuild with KVKERNELS_CUDA=ON"));
 }

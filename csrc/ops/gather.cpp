@@ -109,7 +109,7 @@ void move_blocks(const char* op, const std::vector<Tensor>& pool_tensors, const 
     if (ids.on_device) {
       value_error(op, ": executor 'reference' cannot serve this call: its ids must be on the cpu");
     }
-    call.reference = [&, runs = call.runs] {
+    call.reference = [&, runs = call.runs](const Job&) {
       const std::vector<Tensor> one{buffer_tensor};
       const Tensor columns = int64_tensor({static_cast<int64_t>(runs.size()), kRunColumns}, &runs.front().src_pool);
       call_reference(gathers ? pool_tensors : one, gathers ? one : pool_tensors, paired_with_rows(ids, gathers),

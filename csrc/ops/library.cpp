@@ -1,8 +1,9 @@
 // Every op's schema and the C++ function for it, in one place.
 //
-// Python defines the ops (kvkernels/schemas.py): torch before 2.12 takes no tags from C++, and their numbers differ
-// from one torch to the next. The functions below were written for these schemas, which Python compares with its own
-// before it defines anything, so that a library of another version is refused and not called with other arguments.
+// Python defines the ops (kvkernels/registration/schemas.py): torch before 2.12 takes no tags from C++, and their
+// numbers differ from one torch to the next. The functions below were written for these schemas, which Python compares
+// with its own before it defines anything, so that a library of another version is refused and not called with other
+// arguments.
 #include "ops/counters.h"
 #include "ops/ops.h"
 

@@ -16,7 +16,7 @@ struct TritonHead {
   int64_t is_chunked = 0;
   int64_t links_host = 0;
   int64_t moves = 0;
-  int64_t units = 0;
+  int64_t pieces = 0;
   int64_t loop_levels = 0;
   int64_t has_subblocks = 0;
   int64_t is_ragged = 0;
@@ -35,12 +35,9 @@ struct TritonHead {
   int64_t fault = 0;  // address of the device's fault word; 0 where Python has it
   int64_t sm_budget = 0;
   int64_t device = -1;
-
-  // Ids that only the device knows, in place of the table's pairs.
-  void take_ids(const IdColumn& src, const IdColumn& dst);
 };
 
-// Completes the head with what the work comes to, and makes the table, whose first row is the head.
+// Completes the head, of which the caller sets fault, sm_budget and device, and makes the table, whose first row it is.
 std::vector<int64_t> triton_table(const Work& work, TritonHead& head);
 
 }  // namespace kvkernels

@@ -8,9 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kvkernels.checks import RUN_COLUMNS, dtype_text, has_values, integer, integers, shape_text
-
-_INT64_MAX = (1 << 63) - 1
+from kvkernels.common.arguments import INT64_MAX, RUN_COLUMNS, dtype_text, has_values, integer, integers, shape_text
 
 
 def expand_blocks(
@@ -59,7 +57,7 @@ def expand_blocks(
         kind = f"{dtype_text(given.dtype)} of shape {shape_text(given.shape)}"
         raise ValueError(f"expand_blocks: chunk_ids must be int64 or int32 [n], got {kind}")
     is_known = given.device.type == "cpu" and has_values(given) and len(given) > 0
-    if is_known and int(given.max()) > (_INT64_MAX // blocks_per_chunk) - 1:
+    if is_known and int(given.max()) > (INT64_MAX // blocks_per_chunk) - 1:
         raise ValueError(f"expand_blocks: chunk_ids must leave their blocks in int64, got {int(given.max())}")
     ids = given.to(torch.int64).reshape(-1, 1)
     blocks = ids * blocks_per_chunk + torch.arange(blocks_per_chunk, device=ids.device)

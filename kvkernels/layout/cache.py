@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvkernels.checks import dtype_text, shape_text
+from kvkernels.common.arguments import dtype_text, shape_text
 from kvkernels.layout.layout import KVLayout, PoolPlace
 from kvkernels.layout.memory import as_storages, bytes_of_storage, from_storages, share_memory
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvkernels.checks import integer, shape_text
+from kvkernels.common.arguments import integer, shape_text
 from kvkernels.layout.mapping import (
     CanonicalPageMapping,
     TensorParallel,

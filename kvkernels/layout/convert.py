@@ -8,7 +8,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from kvkernels.autograd import check_may_write
+from kvkernels.common.autograd import check_may_write
 from kvkernels.layout.cache import KVCache
 from kvkernels.layout.plan import plan_of
 from kvkernels.layout.traced import caches_of, register, tensors_and_text

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvkernels.checks import dtype_text, has_values, integer, integers, shape_text
+from kvkernels.common.arguments import dtype_text, has_values, integer, integers, shape_text
 from kvkernels.layout.blocks import expand_blocks, whole_page_runs
 from kvkernels.layout.canonical import CanonicalKVCaches, CanonicalKVCacheTensor
 from kvkernels.layout.together import all_or_none

@@ -11,7 +11,7 @@ from functools import cached_property, lru_cache
 
 import torch
 
-from kvkernels.checks import dtype_text, integer
+from kvkernels.common.arguments import dtype_text, integer
 
 _INTEGERS = (
     "L", "K", "B", "N", "H", "D", "D_v", "row_bytes", "offset_bytes", "page_bytes", "first_head", "total_heads",

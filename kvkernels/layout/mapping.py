@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kvkernels.checks import integer
+from kvkernels.common.arguments import integer
 from kvkernels.layout.cache import KVCache
 from kvkernels.layout.layout import KVLayout
 from kvkernels.layout.plan import Plan, compile_plan

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kvkernels.checks import RUN_COLUMNS, integer
+from kvkernels.common.arguments import RUN_COLUMNS, integer
 from kvkernels.layout.layout import KVLayout
 
 #: A layout, or one a tensor-parallel rank.

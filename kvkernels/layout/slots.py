@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvkernels.autograd import check_may_write
-from kvkernels.checks import dtype_text, has_values, integer, is_traced, shape_text
+from kvkernels.common.arguments import dtype_text, has_values, integer, is_traced, shape_text
+from kvkernels.common.autograd import check_may_write
 from kvkernels.layout.cache import KVCache
 from kvkernels.layout.convert import Caches, as_caches, convert_caches
 from kvkernels.layout.layout import KVLayout

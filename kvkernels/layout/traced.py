@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvkernels import lazy_bits, schemas
-from kvkernels._library import LIBRARY
 from kvkernels.layout.cache import KVCache
 from kvkernels.layout.layout import KVLayout
+from kvkernels.registration import LIBRARY, lazy_bits, schemas
 
 
 def register(name: str, function: Callable[..., None]) -> Any:

@@ -125,7 +125,7 @@ void check_gpu_table() {
   moves[1].fragment_bytes = 511;
   expect(bulk_refusal(moves, {90, 90, 99, 99}) == "its fragments must have at least 512 bytes, and one has 511",
          "the shortest is named");
-  const GpuChoice refused = choose_on_gpu(Direction::kHostToDevice, 16, 1, {true, "its memory is pageable", false, 0});
+  const Choice refused = choose_on_gpu(Direction::kHostToDevice, 16, 1, {true, "its memory is pageable", false, 0});
   expect(refused.reason == "the kernel cannot: its memory is pageable", "the reason is told");
 }
 

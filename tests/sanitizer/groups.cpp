@@ -143,10 +143,6 @@ Work lower_host_ids(const Trial& trial, Direction direction, Executor executor, 
 KernelPlan launch_on_device_ids(Session& session, const Trial& trial, Direction direction, Executor executor,
                                 IdKind kind, const Mapping& mapping, const Buffer& ids, int sm_budget) {
   const Geometry& geometry = trial.geometry();
-  Work work = lower_device_ids(bind_runs(geometry.runs, trial.src_pools(), trial.dst_pools(), geometry.src.subblocks,
-                                         geometry.dst.subblocks, direction),
-                               static_cast<int64_t>(mapping.rows.size()), direction);
-  work.executor = executor;
   const int width = kind == IdKind::kDevice32 ? 4 : 8;
   DeviceIds device_ids{{ids.data(), 2 * width, width},
                        {ids.data() + width, 2 * width, width},
@@ -156,7 +152,11 @@ KernelPlan launch_on_device_ids(Session& session, const Trial& trial, Direction 
                        mapping.skip_negative,
                        kOp};
   if (kind == IdKind::kDeviceRows) device_ids.dst = {};
-  return session.launch(std::move(work), &device_ids, sm_budget);
+  Work work = lower_device_ids(bind_runs(geometry.runs, trial.src_pools(), trial.dst_pools(), geometry.src.subblocks,
+                                         geometry.dst.subblocks, direction),
+                               device_ids, direction);
+  work.executor = executor;
+  return session.launch(std::move(work), sm_budget);
 }
 
 // The path through the kernels that a geometry is there for.
@@ -167,7 +167,7 @@ struct Path {
 };
 constexpr Path kTiles{KernelVariant::kPage, 0};
 constexpr Path kTilesWithLoops{KernelVariant::kBytes, 0};
-const Path kShortBulk{KernelVariant::kBulk, static_cast<uint32_t>(bulk_tile_bytes(1024)), Executor::kBulk};
+const Path kShortBulk{KernelVariant::kBulk, 1024, Executor::kBulk};
 constexpr Path kLongBulk{KernelVariant::kBulk, kBulkTileBytes, Executor::kBulk};
 
 // Bytes are right whichever way they went: nothing else would notice that a case no longer is what it is there for.
@@ -196,10 +196,9 @@ KernelPlan run_kernel_case(Session& session, const std::string& name, const Geom
   // One CTA, so that each warp's ring of stages is used more than once.
   const int sm_budget = path.executor == Executor::kBulk ? 1 : 0;
   const Buffer ids = ids_on_device(mapping.rows, kind == IdKind::kDevice32 ? 4 : 8, session.stream());
-  KernelPlan plan =
-      kind == IdKind::kHost
-          ? session.launch(lower_host_ids(trial, direction, path.executor, mapping.rows), nullptr, sm_budget)
-          : launch_on_device_ids(session, trial, direction, path.executor, kind, mapping, ids, sm_budget);
+  KernelPlan plan = kind == IdKind::kHost
+                        ? session.launch(lower_host_ids(trial, direction, path.executor, mapping.rows), sm_budget)
+                        : launch_on_device_ids(session, trial, direction, path.executor, kind, mapping, ids, sm_budget);
   session.finish();
   const std::string full_name = text(name, ", ", name_of(direction), ", ", name_of(kind));
   expect_path(full_name, plan, path);
@@ -283,7 +282,7 @@ void run_addresses(Session& session) {
     std::vector<Work> works = addresses_as_ids(fragments_of(trial, pairs), direction);
     expect(works.size() == 1, "fragments of one size must do as one move");
     works.front().executor = Executor::kKernel;
-    const KernelPlan plan = session.launch_mapped(works.front(), nullptr, 0);
+    const KernelPlan plan = session.launch_mapped(works.front(), 0);
     expect(plan.parts.at(0).head.id_width == 8, "addresses must be ids of 64 bits");
     session.finish();
     session.judge(text("addresses, ", name_of(direction)), trial, pairs, std::nullopt);
@@ -316,7 +315,7 @@ void run_graphs(Session& session, const Fragments& fragments, Executor executor)
     Trial trial(geometry, src_memory(direction), dst_memory(direction), session.next_seed(), session.stream());
     const std::vector<Pair> pairs = pairs_of(geometry);
     run_in_graph(session, text("graph, ", name_of(direction)), trial, pairs, [&] {
-      const KernelPlan plan = session.launch(lower_host_ids(trial, direction, executor, pairs), nullptr, 0);
+      const KernelPlan plan = session.launch(lower_host_ids(trial, direction, executor, pairs), 0);
       expect(plan.launches > 1 && !plan.uploads, "tables of a captured call must be split, not uploaded");
     });
   }
@@ -403,12 +402,12 @@ const std::vector<Group>& groups() {
 void read_out_of_bounds(Session& session) {
   const Geometry geometry = lay_out(kPageFragments, 2);
   Trial trial(geometry, Memory::kDevice, Memory::kDevice, session.next_seed(), session.stream());
-  Work work =
-      lower_device_ids(bind_runs(geometry.runs, trial.src_pools(), trial.dst_pools(), 1, 1, Direction::kDeviceToDevice),
-                       1, Direction::kDeviceToDevice);
   const Buffer ids = ids_on_device({{kBlocks, 0}}, 8, session.stream());
   const DeviceIds lenient{{ids.data(), 16, 8}, {ids.data() + 8, 16, 8}, 1, kBlocks + 1, kBlocks, false, kOp};
-  session.launch(std::move(work), &lenient, 0);
+  Work work =
+      lower_device_ids(bind_runs(geometry.runs, trial.src_pools(), trial.dst_pools(), 1, 1, Direction::kDeviceToDevice),
+                       lenient, Direction::kDeviceToDevice);
+  session.launch(std::move(work), 0);
   session.finish();
 }
 

@@ -49,18 +49,18 @@ std::string Session::bulk_refusal() const {
   return kvkernels::bulk_refusal({move}, bulk_facts(limits_));
 }
 
-KernelPlan Session::launch(Work work, const DeviceIds* ids, int sm_budget) {
+KernelPlan Session::launch(Work work, int sm_budget) {
   PointerMap pointers;
-  map_for_device(work, ids, limits_, pointers);
-  return launch_mapped(work, ids, sm_budget);
+  map_for_device(work, limits_, pointers);
+  return launch_mapped(work, sm_budget);
 }
 
-KernelPlan Session::launch_mapped(const Work& work, const DeviceIds* ids, int sm_budget) {
+KernelPlan Session::launch_mapped(const Work& work, int sm_budget) {
   if (work.executor == Executor::kBulk) {
     const std::string refusal = kvkernels::bulk_refusal(work.moves, bulk_facts(limits_));
     if (!refusal.empty()) throw std::runtime_error("bulk: " + refusal);
   }
-  KernelPlan plan = plan_kernel(work, ids, sm_budget, limits_, is_capturing(stream_));
+  KernelPlan plan = plan_kernel(work, sm_budget, limits_, is_capturing(stream_));
   count_launches_as(work.direction);
   run_kernel(plan, upload(), stream_);
   return plan;

@@ -34,8 +34,8 @@ class Session {
 
   // Plans and launches the executors kernel and bulk, as the ops do: with the host's side at the device's addresses, or
   // with addresses that are the device's already.
-  KernelPlan launch(Work work, const DeviceIds* ids, int sm_budget);
-  KernelPlan launch_mapped(const Work& work, const DeviceIds* ids, int sm_budget);
+  KernelPlan launch(Work work, int sm_budget);
+  KernelPlan launch_mapped(const Work& work, int sm_budget);
 
   // Copies to device memory that lives until finish().
   Upload upload();

@@ -275,30 +275,28 @@ EXPORT int drive_kernel(const int64_t* moves, int64_t move_count, const int64_t*
                         const int64_t* ids, const int64_t* options, void* stream, int64_t* out) {
   return guarded([&] {
     message.clear();
-    DeviceIds device_ids;
+    Work work = read_work(moves, move_count, segments, segment_count, static_cast<int>(options[0]), ids ? ids[6] : 0);
+    work.executor = options[6] != 0 ? Executor::kBulk : Executor::kKernel;
     if (ids) {
+      DeviceIds& device_ids = work.device_ids.emplace();
       device_ids.src = {pointer(ids[0]), ids[1], static_cast<int>(ids[2])};
       device_ids.dst = {pointer(ids[3]), ids[4], static_cast<int>(ids[5])};
-      device_ids.n = ids[6];
+      device_ids.rows = ids[6];
       device_ids.src_limit = ids[7];
       device_ids.dst_limit = ids[8];
       device_ids.skip_negative = ids[9] != 0;
       device_ids.op = static_cast<uint32_t>(ids[10]);
     }
-    const DeviceIds* on_device = ids ? &device_ids : nullptr;
-    Work work =
-        read_work(moves, move_count, segments, segment_count, static_cast<int>(options[0]), ids ? device_ids.n : 0);
-    work.executor = options[6] != 0 ? Executor::kBulk : Executor::kKernel;
     DeviceLimits limits = device_limits(current_device());
     if (options[2] > 0) limits.max_items = options[2];
     limits.reads_pageable = fake::setting("pageable_access") != 0;
     limits.uses_host_page_tables = fake::setting("host_page_tables") != 0;
     PointerMap pointers;
     if (options[4] != 0) {
-      if (writes_read_only(work, on_device, pointers)) throw std::invalid_argument("dst is read-only for the device");
-      map_for_device(work, on_device, limits, pointers, {}, options[4] == 1);
+      if (writes_read_only(work, pointers)) throw std::invalid_argument("dst is read-only for the device");
+      map_for_device(work, limits, pointers, {}, options[4] == 1);
     }
-    const KernelPlan plan = plan_kernel(work, on_device, static_cast<int>(options[1]), limits, options[3] != 0);
+    const KernelPlan plan = plan_kernel(work, static_cast<int>(options[1]), limits, options[3] != 0);
     const int64_t planned[] = {plan.launches,    plan.ctas,        plan.threads,
                                plan.tiles,       plan.descriptors, plan.bytes,
                                plan.table_bytes, plan.uploads,     static_cast<int64_t>(plan.variant)};

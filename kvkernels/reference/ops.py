@@ -1,4 +1,4 @@
-"""The ops in plain torch: the oracle of the tests, and what runs where there is no compiled library."""
+"""The ops in plain torch: checked as the compiled library checks them, and moved by indexing on bytes."""
 
 from __future__ import annotations
 
@@ -10,11 +10,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kvkernels import autograd, checks, ledger
-from kvkernels.checks import Pool
-from kvkernels.overlap import Intervals, Steps, first_read_of_written, first_tensors_sharing, shares_bytes_with_itself
-from kvkernels.pairs import check_bytes_touched, host_ids, pairs_of_ids, pairs_of_mapping
-from kvkernels.runs import Run, check_runs, parse_runs, whole_page
+from kvkernels.common import autograd
+from kvkernels.reference import checks, ledger
+from kvkernels.reference.checks import Pool
+from kvkernels.reference.overlap import (
+    Intervals,
+    Steps,
+    first_read_of_written,
+    first_tensors_sharing,
+    shares_bytes_with_itself,
+)
+from kvkernels.reference.pairs import check_bytes_touched, host_ids, pairs_of_ids, pairs_of_mapping
+from kvkernels.reference.runs import Run, check_runs, parse_runs, whole_page
 
 _BYTES_AT_ONCE = 32 << 20
 _ADDRESS_MASK = (1 << 64) - 1

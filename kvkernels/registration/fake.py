@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kvkernels import checks, schemas
-from kvkernels._library import LIBRARY
+from kvkernels.reference import checks
+from kvkernels.registration import schemas
+from kvkernels.registration.library import LIBRARY
 
 
 def swap_blocks(src: Tensor, dst: Tensor, block_size_in_bytes: int, block_mapping: Tensor) -> None:

@@ -8,10 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kvkernels.checks import Pool
-from kvkernels.overlap import Intervals, Steps
+from kvkernels.common.arguments import INT64_MAX
+from kvkernels.reference.checks import Pool
+from kvkernels.reference.overlap import Intervals, Steps
 
-_INT64_MIN, _INT64_MAX = -(1 << 63), (1 << 63) - 1
+_INT64_MIN = -INT64_MAX - 1
 
 
 class Run(NamedTuple):
@@ -97,7 +98,7 @@ def _check_numbers(prefix: str, run: Run, src_pools: int, dst_pools: int) -> Non
 
 def _check_fits(prefix: str, steps: Steps) -> None:
     reach = [(extent - 1) * stride for extent, stride in steps.loops]
-    if any(not _INT64_MIN <= value <= _INT64_MAX for value in (*reach, *steps.hull())):
+    if any(not _INT64_MIN <= value <= INT64_MAX for value in (*reach, *steps.hull())):
         raise ValueError(f"{prefix} must fit in int64, got an offset that overflows")
 
 

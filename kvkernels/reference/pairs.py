@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kvkernels.checks import Pool
-from kvkernels.overlap import Intervals, Steps, first_read_of_written, intersecting
-from kvkernels.runs import Run, with_subblocks
+from kvkernels.reference.checks import Pool
+from kvkernels.reference.overlap import Intervals, Steps, first_read_of_written, intersecting
+from kvkernels.reference.runs import Run, with_subblocks
 
 
 def host_ids(t: Tensor) -> Tensor:

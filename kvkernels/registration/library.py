@@ -15,11 +15,14 @@ from urllib.parse import unquote, urlparse
 
 import torch
 
-from kvkernels import autograd, ledger, reference, schemas, triton
-from kvkernels._text import tensor_of
+from kvkernels import reference, triton
+from kvkernels.common import autograd
+from kvkernels.common.text import tensor_of
+from kvkernels.reference import ledger
+from kvkernels.registration import schemas
 
 FILE_NAME = "libkvkernels_ops.so"
-PACKAGE = Path(__file__).resolve().parent
+PACKAGE = Path(__file__).resolve().parents[1]
 
 _PYTHON_KERNELS: dict[str, Callable[..., Any]] = {
     "_copy_pages_reference": reference.copy_pages_checked,

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from kvkernels import schemas
-from kvkernels._library import LIBRARY
+from kvkernels.registration import schemas
+from kvkernels.registration.library import LIBRARY
 
 _KEYS = ("Conjugate", "Negative")
 _WRITTEN = re.compile(r"Tensor\(a!\)(?:\[\])? (\w+)")  # (b!) is of a source that is only said to be written

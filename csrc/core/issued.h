@@ -7,7 +7,7 @@ namespace kvkernels {
 
 struct Issued {
   int64_t launches = 0;     // kernels, or calls of a copy function
-  int64_t descriptors = 0;  // what those were told: copies for dma; table entries (moves and pairs) for kernel
+  int64_t descriptors = 0;  // what those were told: copies for cpu and dma; table entries (moves and pairs) for kernels
   int64_t bytes = 0;
 };
 

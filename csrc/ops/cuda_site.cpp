@@ -1,0 +1,160 @@
+#include "ops/cuda_site.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "core/cuda_driver.h"
+#include "cuda/bulk_kernel.h"
+#include "cuda/error.h"
+#include "cuda/fault.h"
+#include "cuda/pointers.h"
+#include "cuda/staging_ring.h"
+#include "ops/cuda_state.h"
+#include "ops/executors/room.h"
+
+namespace kvkernels {
+
+CudaSite::CudaSite(Job& job, bool only_explains)
+    : Site(job.device),
+      only_explains_(only_explains),
+      guard_(job.device),
+      stream_(static_cast<cudaStream_t>(current_stream(job.device))),
+      limits_(device_limits(job.device)),
+      is_capturing_(kvkernels::is_capturing(stream_)),
+      is_legacy_(kvkernels::is_legacy(stream_)) {
+  if (job.has_addresses) {
+    look_at_addresses(job);
+  } else if (job.work.bytes > 0) {
+    map_tensors(job);
+  }
+}
+
+bool CudaSite::allows_batches() const {
+  return !is_capturing_ && !is_legacy_ && driver_function("cuMemcpyBatchAsync", 12080) != nullptr;
+}
+
+BulkFacts CudaSite::bulk() const {
+  return {limits_.capability, limits_.code_capability, limits_.shared_bytes, kBulkSharedBytes};
+}
+
+std::string CudaSite::no_code() const {
+  if (limits_.code_capability > 0) return "";
+  return text("the library has no code for compute capability ", limits_.capability / 10, '.', limits_.capability % 10);
+}
+
+// Memory that would move is for who names the kernel, or has no other choice.
+void CudaSite::map_tensors(const Job& job) {
+  PointerMap pointers;
+  Work& work = mapped_.emplace_back(job.work);
+  if (writes_read_only(work, pointers)) {
+    value_error(job.op, ": ", job.dst_list,
+                " must be writable for the device, got host memory that is registered as read-only");
+  }
+  const bool may_migrate = job.asked != Executor::kAuto || work.device_ids;
+  try {
+    map_for_device(work, limits_, pointers, {job.src_list, job.dst_list}, may_migrate);
+  } catch (const std::invalid_argument& error) {
+    unreachable_ = error.what();
+  }
+}
+
+void CudaSite::look_at_addresses(Job& job) {
+  const AddressFacts facts = facts_of_addresses(job.op, job.listed);
+  if (facts.dst_is_read_only) {
+    value_error(job.op, ": dst_ptrs must be writable for the device, got host memory that is registered as read-only");
+  }
+  job.work.direction = facts.direction();
+  unreachable_ = facts.unreachable;
+  const bool migrates = job.asked == Executor::kAuto && !limits_.uses_host_page_tables;
+  if (unreachable_.empty() && facts.pageable != nullptr && !limits_.reads_pageable) {
+    unreachable_ = text(facts.pageable, " is in pageable host memory, which the device cannot read");
+  } else if (unreachable_.empty() && facts.pageable != nullptr && migrates) {
+    unreachable_ = text(facts.pageable,
+                        " is in pageable host memory, of which each page that a kernel touches moves to the device");
+  }
+  const int sizes = std::min(count_sizes(job.work.fragments), count_sizes(job.listed));
+  if (unreachable_.empty() && sizes > kMostSizes) {
+    unreachable_ = text("its fragments have more than ", kMostSizes, " sizes");
+  }
+}
+
+std::vector<Work>& CudaSite::mapped(const Job& job) {
+  if (mapped_.empty() && job.has_addresses) {
+    // Neighbours that became one are of many sizes where random pages are of one.
+    const bool takes_listed = count_sizes(job.listed) < count_sizes(job.work.fragments);
+    mapped_ = addresses_as_ids(takes_listed ? job.listed : job.work.fragments, job.work.direction);
+  }
+  return mapped_;
+}
+
+const Staging& CudaSite::staging(const Job& job) {
+  if (!staging_ && is_capturing_) {
+    staging_.emplace().refusal =
+        "its stream is captured, and its ring on the device serves other calls before a replay";
+  } else if (!staging_) {
+    staging_ = plan_staging(job.work);
+  }
+  return *staging_;
+}
+
+bool CudaSite::may_have_ring() {
+  if (!may_have_ring_) may_have_ring_ = ring_may_be_had(device(), !only_explains_);
+  return *may_have_ring_;
+}
+
+void CudaSite::note_no_ring() { may_have_ring_ = false; }
+
+std::string CudaSite::json() const {
+  return text("\"index\": ", device(), ", \"capturing\": ", is_capturing_ ? "true" : "false",
+              ", \"legacy_stream\": ", is_legacy_ ? "true" : "false");
+}
+
+Upload Uploads::function() {
+  return [this](const void* host, size_t bytes) {
+    tensors_.push_back(upload_bytes(host, bytes, device_));
+    return tensors_.back().const_data_ptr();
+  };
+}
+
+int grid_budget(int64_t sm_budget) { return static_cast<int>(std::min<int64_t>(sm_budget, 1 << 20)); }
+
+std::unique_ptr<Site> device_site(Job& job, bool only_explains) {
+  // Tensors are on a device and no CUDA driver is loaded: this torch is for another vendor's.
+  std::string why_not =
+      cuda_in_use() ? driver_refusal() : "this build's kernels are CUDA's, and no CUDA driver is in use";
+  if (!why_not.empty()) return std::make_unique<Site>(job.device, std::move(why_not));
+  return std::make_unique<CudaSite>(job, only_explains);
+}
+
+Choice CudaSite::choose(const Job& job) {
+  const auto refusal_of = [&](Executor executor) { return room_of(executor).refusal(job, *this); };
+  const std::string kernel_refusal = refusal_of(Executor::kKernel);
+  const std::string dma_refusal = refusal_of(Executor::kDma);
+  // No copy engine serves, so a kernel does: Triton's where the library has no code.
+  if (!dma_refusal.empty()) {
+    if (no_code().empty()) return {Executor::kKernel, dma_refusal};
+    return {Executor::kTriton, no_code()};
+  }
+  const bool is_inside = job.work.direction == Direction::kDeviceToDevice;
+  if (is_inside && !no_code().empty() && refusal_of(Executor::kTriton).empty()) {
+    return {Executor::kTriton, no_code()};
+  }
+  const Work& work = job.work;
+  GpuFacts facts{allows_batches(), kernel_refusal};
+  if (no_code().empty() && !job.has_addresses && staging_may_pay(work.direction, work.bytes, work.descriptors, facts) &&
+      may_have_ring()) {
+    facts.staged_bytes = staging(job).mean_copy_bytes();
+  }
+  return choose_on_gpu(work.direction, work.bytes, work.descriptors, facts);
+}
+
+void CudaSite::with_fault_word(const std::function<void(const void* word)>& body) {
+  FaultWord word(device());
+  body(word.get());
+  word.note_launches(stream_);
+}
+
+void begin_issuing() { begin_op(); }
+bool may_have_issued() { return may_have_moved(); }
+
+}  // namespace kvkernels

@@ -1,0 +1,35 @@
+// A call, checked and lowered, as the executors see it: ids on the host, ids on a device and raw addresses alike.
+#pragma once
+
+#include <functional>
+#include <span>
+#include <vector>
+
+#include "core/lower.h"
+#include "ops/stable_abi.h"
+
+namespace kvkernels {
+
+struct Job {
+  const char* op = "";
+  const char* src_list = "src";  // what errors call the two sides
+  const char* dst_list = "dst";
+  Executor asked = Executor::kAuto;
+  int64_t sm_budget = 0;
+  bool any_source_order = false;
+  int device = -1;  // that a side is on; -1 where both are on the host
+  Work work;        // for a job on a device lowered as a copy engine takes it; a kernel takes any order
+
+  // The tensors of the host's side; empty for raw addresses.
+  std::span<const Tensor> host_tensors;
+  // The same call on the reference; empty where an op cannot be asked for it.
+  std::function<void(const Job& job)> reference;
+
+  // Raw addresses: the copies as the caller listed them, of which work.fragments has neighbours as one.
+  bool has_addresses = false;
+  std::vector<Fragment> listed;
+  // None, while CUDA is in use: nobody can say where they are.
+  bool is_nowhere = false;
+};
+
+}  // namespace kvkernels

@@ -1,0 +1,37 @@
+#include "ops/site.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+#include "core/cuda_driver.h"
+#include "core/text.h"
+#include "ops/executors/room.h"
+
+namespace kvkernels {
+
+Choice Site::choose(const Job& job) {
+  if (is_host()) {
+    return {Executor::kCpu, job.has_addresses ? "no address is a cuda device's" : "both sides are in host memory"};
+  }
+  const std::string refusal = room_of(Executor::kTriton).refusal(job, *this);
+  if (refusal.empty()) return {Executor::kTriton, why_no_cuda_};
+  throw std::runtime_error(text("tensors on a cuda device need CUDA code or the triton kernels: ", why_no_cuda_,
+                                ", and executor 'triton' cannot serve this call: ", refusal));
+}
+
+std::string Site::unreachable(const Job& job) const {
+  const bool writes = job.work.direction == Direction::kDeviceToHost;
+  const char* const list = writes ? job.dst_list : job.src_list;
+  if (!std::all_of(job.host_tensors.begin(), job.host_tensors.end(), is_pinned)) {
+    return text(list, " must be in pinned memory");
+  }
+  for (const Tensor& tensor : job.host_tensors) {
+    const std::string why = host_address_refusal(tensor.const_data_ptr(), writes);
+    if (!why.empty()) {
+      return text(list, " must be pinned memory that a kernel can use at the host's address, got ", why);
+    }
+  }
+  return "";
+}
+
+}  // namespace kvkernels
