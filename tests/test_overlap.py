@@ -15,10 +15,12 @@ from kvkernels.reference.overlap import (
     Steps,
     first_read_of_written,
     first_tensors_sharing,
+    intersecting,
     shares_bytes_with_itself,
+    steps_of_tensor,
 )
 
-loops = st.lists(st.tuples(st.integers(1, 4), st.integers(-9, 9)), max_size=3).map(tuple)
+loops = st.lists(st.tuples(st.integers(1, 3), st.integers(-4, 4)), max_size=3).map(tuple)
 steps = st.builds(Steps, st.integers(0, 50), st.integers(1, 6), loops)
 
 
@@ -41,8 +43,9 @@ def test_steps_reach_their_bytes_and_no_further(steps):
 def test_folded_steps_touch_the_same_bytes_as_often(steps):
     folded = steps.folded()
     assert sorted(bytes_of_steps(folded)) == sorted(bytes_of_steps(steps))
-    assert all(extent > 1 for extent, _ in folded.loops) and not any(stride < 0 for _, stride in folded.loops)
-    assert not folded.loops or folded.loops[0][1] != folded.fragment_bytes
+    assert all(extent > 1 and stride >= 0 for extent, stride in folded.loops)
+    strides = [stride for _, stride in folded.loops]
+    assert strides == sorted(strides) and folded.fragment_bytes not in strides[:1]
 
 
 shapes = st.lists(st.tuples(st.integers(1, 4), st.integers(0, 13)), max_size=3)
@@ -84,6 +87,38 @@ def test_a_tensor_shares_bytes_with_itself_where_two_elements_do(t):
 )
 def test_the_last_byte_of_a_loop_counts(shape, strides, shares):
     assert shares_bytes_with_itself(STORAGE.as_strided(shape, strides)) == shares
+
+
+@pytest.mark.parametrize(("shape", "strides"), [((2, 2), (3, 2)), ((2, 2, 2), (9, 5, 2)), ((5, 4), (4, 1))])
+def test_strides_that_step_over_all_before_need_no_list_of_bytes(monkeypatch, shape, strides):
+    monkeypatch.setattr(Intervals, "of", None)
+    assert not shares_bytes_with_itself(STORAGE.as_strided(shape, strides))
+
+
+@given(tensors())
+def test_steps_of_a_tensor_are_its_bytes_from_its_first_one_on(t):
+    touched = bytes_of_tensor(t)
+    if touched:
+        begin = t.storage_offset() * t.element_size()
+        assert steps_of_tensor(t).hull() == (min(touched) - begin, max(touched) + 1 - begin)
+
+
+spans = st.lists(st.tuples(st.integers(0, 9), st.integers(1, 4)).map(lambda s: (s[0], s[0] + s[1])), max_size=5)
+
+
+@given(spans, spans)
+def test_spans_that_share_an_address(some, others):
+    shared = [[bool(set(range(*a)) & set(range(*b))) for b in others] for a in some]
+    assert intersecting(some, others).tolist() == shared
+
+
+@given(spans)
+def test_the_first_neighbours_that_share_a_byte(spans):
+    starts, ends = torch.tensor(sorted(spans), dtype=torch.int64).reshape(-1, 2).unbind(1)
+    found = Intervals(starts, ends, starts, starts).first_neighbours_sharing()
+    shared = (i for i in range(len(spans) - 1) if starts[i + 1] < ends[i])
+    first = next(shared, None)
+    assert found == (None if first is None else (first, first + 1))
 
 
 def apart(t: torch.Tensor) -> bool:

@@ -161,6 +161,15 @@ def test_expand_blocks():
             expand_blocks([3], blocks, skip, count)
 
 
+@pytest.mark.parametrize("blocks_per_chunk", [1, 2, 3, 7])
+def test_blocks_end_where_int64_does(blocks_per_chunk):
+    largest = (2**63 - 1) // blocks_per_chunk - 1
+    last = (largest + 1) * blocks_per_chunk - 1
+    assert expand_blocks([0, largest, 1], blocks_per_chunk, skip=2 * blocks_per_chunk - 1, count=1).tolist() == [last]
+    with pytest.raises(ValueError, match=f"chunk_ids must leave their blocks in int64, got {largest + 1}$"):
+        expand_blocks([0, largest + 1, 1], blocks_per_chunk)
+
+
 def test_whole_page_runs():
     pools = [torch.arange(12, dtype=torch.int16).reshape(3, 4), torch.arange(30, dtype=torch.uint8).reshape(3, 2, 5)]
     out = [torch.zeros(3, 8, dtype=torch.uint8), torch.zeros(3, 10, dtype=torch.uint8)]

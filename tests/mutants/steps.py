@@ -25,11 +25,21 @@ def _on_torch(names: str) -> tuple[str, ...]:
     return tuple(f"tests/torch_cuda/test_{name}.py" for name in names.split())
 
 
-def _ops(first: str, then: str = "") -> list[Step]:
+def _first(first: str, others: str) -> tuple[str, ...]:
+    return _files(" ".join(dict.fromkeys(f"{first} {others}".split())))
+
+
+def _ops(first: str) -> list[Step]:
     """For the file of an op: its own tests, then what holds for all."""
-    every = "errors explain refusals gather_scatter swap_blocks copy_pages concat batch autograd info"
-    names = [*first.split(), *(name for name in every.split() if name not in first.split()), *then.split()]
-    return [Step(CPU, _files(" ".join(names))), Step(STAND_IN, ON_A_DEVICE)]
+    return [Step(CPU, _first(first, OPS)), Step(STAND_IN, ON_A_DEVICE)]
+
+
+def _layouts(first: str) -> list[Step]:
+    return [Step(PYTHON, _first(first, LAYOUTS)), Step(PYTHON, (*_files("objects modes compile_layouts"), *DOCTESTS))]
+
+
+def _reference(first: str) -> list[Step]:
+    return [Step(PYTHON, _first(first, REFERENCE)), Step(PYTHON, _files("info modes refusals_random autograd"))]
 
 
 DOCTESTS = ("tests/test_info.py::test_examples_in_docstrings",)
@@ -37,8 +47,9 @@ CALLS = _files("errors explain swap_blocks batch concat gather_scatter copy_page
 CORE = Step(CPU, _files("core_cpp"))
 HOST = Step(SIMGPU, _files("cuda_host staged cuda_failures kernel_body"))
 ON_A_DEVICE = _on_torch("link_executors addresses host_memory rings memory graphs code triton old_driver devices")
-REFERENCE = _files("reference errors refusals copy_pages gather_scatter swap_blocks batch concat explain")
-LAYOUTS = _files("layout plan convert slots canonical copy_groups")
+OPS = "errors explain refusals gather_scatter swap_blocks copy_pages concat batch autograd info"
+REFERENCE = "reference errors refusals copy_pages gather_scatter swap_blocks batch concat explain"
+LAYOUTS = "layout plan convert slots canonical copy_groups page_mapping"
 
 PLANS = {
     "csrc/core": [Step(CPU, CALLS), HOST, CORE],
@@ -65,15 +76,28 @@ PLANS = {
     "csrc/ops/explain": _ops("explain"),
     "csrc/ops/fork": _ops("fork"),
     "csrc/ops/gather": _ops("gather_scatter"),
-    "csrc/ops/library": _ops("info", "compile"),
+    "csrc/ops/library": _ops("info compile"),
     "csrc/ops/swap": _ops("swap_blocks"),
     "csrc/ops/triton_table": [Step(STAND_IN, _on_torch("triton link_executors"))],
     "kvkernels": [Step(PYTHON, _files("info docs explain names"))],
     "kvkernels/common": [Step(PYTHON, _files("integers errors autograd info modes lazy_bits compile"))],
-    "kvkernels/layout": [Step(PYTHON, LAYOUTS), Step(PYTHON, (*_files("objects modes compile_layouts"), *DOCTESTS))],
+    "kvkernels/layout": _layouts(""),
+    "kvkernels/layout/blocks": _layouts("plan copy_groups slots integers"),
+    "kvkernels/layout/cache": _layouts("layout"),
+    "kvkernels/layout/canonical": _layouts("canonical page_mapping"),
+    "kvkernels/layout/convert": _layouts("convert"),
+    "kvkernels/layout/groups": _layouts("copy_groups"),
+    "kvkernels/layout/layout": _layouts("layout"),
+    "kvkernels/layout/mapping": _layouts("page_mapping canonical"),
+    "kvkernels/layout/memory": _layouts("layout canonical objects"),
+    "kvkernels/layout/plan": _layouts("plan convert"),
+    "kvkernels/layout/slots": _layouts("slots"),
+    "kvkernels/layout/specs": _layouts("canonical copy_groups"),
     "kvkernels/names": [Step(PYTHON, (*_files("names"), *DOCTESTS))],
-    "kvkernels/reference": [Step(PYTHON, REFERENCE), Step(PYTHON, _files("info modes refusals_random autograd"))],
-    "kvkernels/reference/checks": [Step(PYTHON, _files("errors refusals reference concat compile swap_blocks"))],
+    "kvkernels/reference": _reference(""),
+    "kvkernels/reference/checks": _reference("errors refusals swap_blocks concat compile"),
+    "kvkernels/reference/ledger": _reference("explain info"),
+    "kvkernels/reference/overlap": _reference("overlap"),
     "kvkernels/registration": [Step(PYTHON, _files("info compile lazy_bits errors modes"))],
     "kvkernels/triton": [Step(PYTHON, _files("triton triton_interpreter triton_ptx"))],
 }
