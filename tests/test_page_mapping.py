@@ -70,6 +70,8 @@ def test_a_plan_of_a_mapping_is_partial_where_a_byte_of_its_page_has_no_source()
     part = CanonicalPageMapping(96, 64, whole.runs, 1, 0, True)
     assert [plan_of_mapping(mapping).allow_partial for mapping in (whole, part)] == [False, True]
     assert [plan_of_mapping(mapping).inverse().allow_partial for mapping in (whole, part)] == [False, False]
+    assert "every byte of the destination's block is written once" in plan_of_mapping(whole).explain()
+    assert "bytes of the destination's block that no source holds" in plan_of_mapping(part).explain()
 
 
 def test_each_side_of_a_mapping_is_one_pool():

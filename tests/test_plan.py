@@ -71,6 +71,7 @@ def test_the_inverse_of_a_part_is_a_part():
     back = there.inverse()
     assert back.bytes == there.bytes == 3 * PAGE
     assert "stay untouched" in there.explain() and "every byte" in back.explain()
+    assert "every byte" in compile_plan(NHD, NHD, allow_partial=True).explain()
     replicas = [NHD.shard(rank, 8) for rank in range(8)]
     assert compile_plan(replicas, NHD).bytes == 6 * PAGE
     assert compile_plan(replicas, NHD).inverse().bytes == 12 * PAGE
