@@ -15,7 +15,6 @@ from kvkernels.layout import (
 )
 from kvkernels.layout.specs import MLA, KVCacheGroup, Mamba
 
-
 IDS = torch.tensor([3]), torch.tensor([1])
 PARTS = "must be the same caches or share no storage, got parts of one storage"
 
