@@ -22,14 +22,18 @@ from kvkernels.ops import (
     swap_blocks,
     swap_blocks_batch,
 )
+from kvkernels.prepared import BoundPools, PreparedCopy, bind, prepare
 from kvkernels.version import __version__
 
 __all__ = [
+    "BoundPools",
     "Explanation",
     "KVCache",
     "KVLayout",
     "Plan",
+    "PreparedCopy",
     "__version__",
+    "bind",
     "check_device",
     "compile_plan",
     "concat_tp_shards",
@@ -42,6 +46,7 @@ __all__ = [
     "explain",
     "gather_blocks",
     "info",
+    "prepare",
     "reset_counters",
     "scatter_blocks",
     "split_tp_shards",

@@ -170,13 +170,29 @@ std::vector<Move> bind_runs(const std::vector<Run>& runs, const std::vector<Pool
   return moves;
 }
 
+MoveSums sums_of(const std::vector<Move>& moves) {
+  MoveSums sums;
+  sums.shape = shape_of(moves);
+  for (const Move& move : moves) {
+    sums.bytes_per_pair += move.bytes_per_pair();
+    (move.merges ? sums.fragments_per_segment : sums.fragments_per_pair) += move.fragments_per_pair();
+  }
+  return sums;
+}
+
 Work lower(std::vector<Move> moves, PairList pairs, int64_t src_ids, Direction direction, const LowerOptions& options) {
+  const MoveSums sums = sums_of(moves);
+  return lower(std::move(moves), sums, std::move(pairs), src_ids, direction, options);
+}
+
+Work lower(std::vector<Move> moves, const MoveSums& sums, PairList pairs, int64_t src_ids, Direction direction,
+           const LowerOptions& options) {
   Work work;
   work.executor = options.executor;
   work.direction = direction;
-  work.shape = shape_of(moves);
+  work.shape = sums.shape;
   work.pairs = pairs.pairs;
-  for (const Move& move : moves) work.bytes += work.pairs * move.bytes_per_pair();
+  work.bytes = work.pairs * sums.bytes_per_pair;
   const int64_t page_bytes = moves.empty() ? 0 : moves.front().fragment_bytes;
   // A copy engine pays for each descriptor far more than a sort does; the CPU gains only where sources are pages apart.
   if (options.executor == Executor::kDma ||
@@ -184,9 +200,7 @@ Work lower(std::vector<Move> moves, PairList pairs, int64_t src_ids, Direction d
     sort_by_source(pairs, src_ids);
   }
   const auto segments = static_cast<int64_t>(pairs.segments.size());
-  for (const Move& move : moves) {
-    work.descriptors += move.merges ? segments : work.pairs * move.fragments_per_pair();
-  }
+  work.descriptors = work.pairs * sums.fragments_per_pair + segments * sums.fragments_per_segment;
   if (options.executor == Executor::kCpu) {
     work.lanes = cpu_policy().lanes_for(work.bytes, options.threads);
     work.streaming = cpu_policy().streams(work.bytes, options.soon_read);

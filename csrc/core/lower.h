@@ -98,7 +98,18 @@ struct LowerOptions {
   bool writes_rows = false;            // the CPU's streaming stores gain more from order than its loads
 };
 
+// What moves come to, whatever the pairs.
+struct MoveSums {
+  Shape shape = Shape::kPage;
+  int64_t bytes_per_pair = 0;
+  int64_t fragments_per_pair = 0;     // of the moves that do not merge
+  int64_t fragments_per_segment = 0;  // of those that do
+};
+MoveSums sums_of(const std::vector<Move>& moves);
+
 // Moves and checked pairs to a Work for one executor.
+Work lower(std::vector<Move> moves, const MoveSums& sums, PairList pairs, int64_t src_ids, Direction direction,
+           const LowerOptions& options);
 Work lower(std::vector<Move> moves, PairList pairs, int64_t src_ids, Direction direction, const LowerOptions& options);
 
 // Fragments as a caller listed them, already checked: those that continue each other become one.

@@ -2,9 +2,11 @@
 #pragma once
 
 #include <functional>
+#include <memory>
 #include <string>
 #include <vector>
 
+#include "core/bound.h"
 #include "core/lower.h"
 #include "core/pairs.h"
 #include "ops/arguments.h"
@@ -19,9 +21,11 @@ struct CopyCall {
   const char* dst_list = "dst";
   Pools src;
   Pools dst;
-  std::vector<Run> runs;  // verified
+  std::vector<Run> runs;                   // verified
+  std::shared_ptr<const BoundCopy> bound;  // instead of the pools and the runs, where they were bound before
   int64_t src_subblocks = 1;
   int64_t dst_subblocks = 1;
+  DeviceMoves* device_moves = nullptr;  // as in Job
   IdColumn src_ids;
   IdColumn dst_ids;
   int64_t rows = 0;
@@ -33,11 +37,26 @@ struct CopyCall {
   bool soon_read = false;  // the destination is a buffer that its caller reads next
   Executor executor = Executor::kAuto;
   int64_t sm_budget = 0;
+  // A mapping of two columns, checked.
+  void take_mapping(const char* argument, const Tensor& mapping);
+  void take_ids(const Ids& ids);
+
   std::function<void(const Job&)>
       reference;  // the same call on the reference; empty where an op has no executor argument
 };
 
 void carry_out(CopyCall call);
+
+// copy_pages' arguments, checked and verified; `mapping` is null where it comes later.
+CopyCall checked_copy(const char* op, const std::vector<Tensor>& src, const std::vector<Tensor>& dst,
+                      const Tensor* mapping, const Tensor& runs, int64_t src_subblocks, int64_t dst_subblocks,
+                      const std::string& executor, int64_t sm_budget);
+
+// Binds the pools and the runs of a call, which are verified.
+void bind_now(CopyCall& call);
+
+// The call's pools and runs as bound before, or null: then they are to be verified, and carry_out() binds them.
+std::shared_ptr<const BoundCopy> bound_before(CopyCall& call);
 
 // A call's ids on the device, with its limits.
 DeviceIds device_ids_of(const CopyCall& call);

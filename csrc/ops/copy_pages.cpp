@@ -56,36 +56,41 @@ PageSizes page_sizes(const CopyCall& call) {
 
 }  // namespace
 
-void copy_pages(const std::vector<Tensor>& src, const std::vector<Tensor>& dst, const Tensor& mapping,
-                const Tensor& runs, int64_t src_subblocks_per_block, int64_t dst_subblocks_per_block,
-                bool skip_negative, StrArgument executor, int64_t sm_budget) {
-  const char* op = "copy_pages";
+CopyCall checked_copy(const char* op, const std::vector<Tensor>& src, const std::vector<Tensor>& dst,
+                      const Tensor* mapping, const Tensor& runs, int64_t src_subblocks, int64_t dst_subblocks,
+                      const std::string& executor, int64_t sm_budget) {
   CopyCall call;
   call.op = op;
-  call.executor = checked_executor(op, executor.take());
+  call.executor = checked_executor(op, executor);
   check_sm_budget(op, sm_budget);
   call.sm_budget = sm_budget;
   call.src = checked_pools(op, "src", src, false);
   call.dst = checked_pools(op, "dst", dst, true);
   reread_addresses(call.src, src);
   check_one_device(op, call.src.place, call.dst.place);
-  const Ids ids = checked_ids(op, "mapping", mapping, 2);
-  check_ids_device(op, "mapping", ids, call.src.place, call.dst.place);
-  check_subblocks(op, "src_subblocks_per_block", "src", src_subblocks_per_block, call.src);
-  check_subblocks(op, "dst_subblocks_per_block", "dst", dst_subblocks_per_block, call.dst);
-  call.src_subblocks = src_subblocks_per_block;
-  call.dst_subblocks = dst_subblocks_per_block;
+  if (mapping != nullptr) call.take_mapping("mapping", *mapping);
+  check_subblocks(op, "src_subblocks_per_block", "src", src_subblocks, call.src);
+  check_subblocks(op, "dst_subblocks_per_block", "dst", dst_subblocks, call.dst);
+  call.src_subblocks = src_subblocks;
+  call.dst_subblocks = dst_subblocks;
+  call.src_limit = limit_of("src", call.src.pools, src_subblocks);
+  call.dst_limit = limit_of("dst", call.dst.pools, dst_subblocks);
   call.runs = read_runs(op, runs);
-  verify_runs(op, call.runs.data(), static_cast<int64_t>(call.runs.size()), page_sizes(call));
-  call.src_ids = ids.columns[0];
-  call.dst_ids = ids.columns[1];
-  call.rows = ids.rows;
-  call.ids_on_device = ids.on_device;
+  call.bound = bound_before(call);
+  if (!call.bound) verify_runs(op, call.runs.data(), static_cast<int64_t>(call.runs.size()), page_sizes(call));
+  return call;
+}
+
+void copy_pages(const std::vector<Tensor>& src, const std::vector<Tensor>& dst, const Tensor& mapping,
+                const Tensor& runs, int64_t src_subblocks_per_block, int64_t dst_subblocks_per_block,
+                bool skip_negative, StrArgument executor, int64_t sm_budget) {
+  const char* op = "copy_pages";
+  CopyCall call = checked_copy(op, src, dst, &mapping, runs, src_subblocks_per_block, dst_subblocks_per_block,
+                               executor.take(), sm_budget);
   call.skip_negative = skip_negative;
-  call.src_limit = limit_of("src", call.src.pools, src_subblocks_per_block);
-  call.dst_limit = limit_of("dst", call.dst.pools, dst_subblocks_per_block);
   if (call.executor == Executor::kReference) {
-    if (ids.on_device) value_error(op, ": executor 'reference' cannot serve this call: its ids must be on the cpu");
+    if (call.ids_on_device)
+      value_error(op, ": executor 'reference' cannot serve this call: its ids must be on the cpu");
     call.reference = [&](const Job&) {
       call_reference(src, dst, mapping, runs, src_subblocks_per_block, dst_subblocks_per_block, skip_negative);
     };

@@ -42,20 +42,39 @@ std::string CudaSite::no_code() const {
   return text("the library has no code for compute capability ", limits_.capability / 10, '.', limits_.capability % 10);
 }
 
-// Memory that would move is for who names the kernel, or has no other choice.
+// The job's moves for the device, of prepared copies found once, for any ids.
 void CudaSite::map_tensors(const Job& job) {
-  PointerMap pointers;
   Work& work = mapped_.emplace_back(job.work);
+  if (job.device_moves == nullptr) {
+    unreachable_ = map_work(job, work);
+    return;
+  }
+  DeviceMoves& found = *job.device_moves;
+  const std::lock_guard lock(found.mutex);
+  if (!found.is_known) {
+    Work any_ids = lower_device_ids(job.work.moves, job.any_ids, job.work.direction);
+    found.unreachable = map_work(job, any_ids);
+    found.moves = std::move(any_ids.moves);
+    found.is_known = true;
+  }
+  unreachable_ = found.unreachable;
+  work.moves = found.moves;
+}
+
+// Memory that would move is for who names the kernel, or has no other choice.
+std::string CudaSite::map_work(const Job& job, Work& work) const {
+  PointerMap pointers;
   if (writes_read_only(work, pointers)) {
     value_error(job.op, ": ", job.dst_list,
                 " must be writable for the device, got host memory that is registered as read-only");
   }
-  const bool may_migrate = job.asked != Executor::kAuto || work.device_ids;
+  const bool may_migrate = job.asked != Executor::kAuto || job.work.device_ids;
   try {
     map_for_device(work, limits_, pointers, {job.src_list, job.dst_list}, may_migrate);
   } catch (const std::invalid_argument& error) {
-    unreachable_ = error.what();
+    return error.what();
   }
+  return "";
 }
 
 void CudaSite::look_at_addresses(Job& job) {

@@ -51,6 +51,7 @@ class CudaSite : public Site {
 
  private:
   void map_tensors(const Job& job);
+  std::string map_work(const Job& job, Work& work) const;
   void look_at_addresses(Job& job);
 
   const bool only_explains_;

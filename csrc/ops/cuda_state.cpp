@@ -1,10 +1,9 @@
 #include "ops/cuda_state.h"
 
-#include <cuda_runtime_api.h>
-
 #include <optional>
 
 #include "core/cuda_driver.h"
+#include "cuda/error.h"
 #include "cuda/fault.h"
 #include "ops/fault_ops.h"
 #include "ops/json.h"

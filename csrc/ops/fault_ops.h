@@ -8,7 +8,7 @@
 
 namespace kvkernels {
 
-constexpr std::array<const char*, 4> kFaultOps{"", "gather_blocks", "scatter_blocks", "copy_pages"};
+constexpr std::array<const char*, 5> kFaultOps{"", "gather_blocks", "scatter_blocks", "copy_pages", "PreparedCopy.run"};
 
 inline uint32_t fault_code(std::string_view op) {
   const auto found = std::find(kFaultOps.begin(), kFaultOps.end(), op);

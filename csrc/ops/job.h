@@ -2,13 +2,23 @@
 #pragma once
 
 #include <functional>
+#include <mutex>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "core/lower.h"
 #include "ops/stable_abi.h"
 
 namespace kvkernels {
+
+// Moves by the device's addresses, for any ids of their pools.
+struct DeviceMoves {
+  std::mutex mutex;
+  bool is_known = false;
+  std::vector<Move> moves;
+  std::string unreachable;  // why no kernel can reach them; empty where one can
+};
 
 struct Job {
   const char* op = "";
@@ -24,6 +34,10 @@ struct Job {
   std::span<const Tensor> host_tensors;
   // The same call on the reference; empty where an op cannot be asked for it.
   std::function<void(const Job& job)> reference;
+
+  // Where the work's moves are for the device, as found for a job before with the same memory; filled in by the first.
+  DeviceMoves* device_moves = nullptr;
+  DeviceIds any_ids;  // with the pools' limits
 
   // Raw addresses: the copies as the caller listed them, of which work.fragments has neighbours as one.
   bool has_addresses = false;

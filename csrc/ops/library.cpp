@@ -16,6 +16,9 @@ copy_pages(Tensor(b!)[] src, Tensor(a!)[] dst, Tensor mapping, Tensor runs, int 
 concat_tp_shards(Tensor[] shards, int dim) -> Tensor
 concat_tp_shards_out(Tensor[] shards, int dim, Tensor(a!) out) -> ()
 split_tp_shards(Tensor input, int dim, Tensor(a!)[] out) -> ()
+_prepare(Tensor[] src, Tensor[] dst, Tensor runs, int src_subblocks_per_block, int dst_subblocks_per_block, bool skip_negative, str executor, int sm_budget) -> int
+_run_prepared(int prepared, Tensor mapping) -> ()
+_release_prepared(int prepared) -> ()
 _copy_pages_reference(Tensor[] src, Tensor(a!)[] dst, Tensor mapping, Tensor runs, int src_subblocks_per_block, int dst_subblocks_per_block, bool skip_negative) -> ()
 _swap_blocks_batch_reference(Tensor copies) -> ()
 _first_requiring_grad(Tensor[] tensors) -> int
@@ -51,6 +54,9 @@ STABLE_TORCH_LIBRARY_IMPL(kvkernels, CompositeExplicitAutograd, m) {
   m.impl("concat_tp_shards", TORCH_BOX(&kvkernels::concat_tp_shards));
   m.impl("concat_tp_shards_out", TORCH_BOX(&kvkernels::concat_tp_shards_out));
   m.impl("split_tp_shards", TORCH_BOX(&kvkernels::split_tp_shards));
+  m.impl("_prepare", TORCH_BOX(&kvkernels::prepare));
+  m.impl("_run_prepared", TORCH_BOX(&kvkernels::run_prepared));
+  m.impl("_release_prepared", TORCH_BOX(&kvkernels::release_prepared));
   m.impl("_explain_begin", TORCH_BOX(&kvkernels::explain_begin));
   m.impl("_explain_end", TORCH_BOX(&as_tensor<&kvkernels::explain_end>));
   m.impl("_counters", TORCH_BOX(&as_tensor<&kvkernels::counters_json>));

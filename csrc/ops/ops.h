@@ -21,6 +21,12 @@ void copy_pages(const std::vector<Tensor>& src, const std::vector<Tensor>& dst, 
                 const Tensor& runs, int64_t src_subblocks_per_block, int64_t dst_subblocks_per_block,
                 bool skip_negative, StrArgument executor, int64_t sm_budget);
 
+int64_t prepare(const std::vector<Tensor>& src, const std::vector<Tensor>& dst, const Tensor& runs,
+                int64_t src_subblocks_per_block, int64_t dst_subblocks_per_block, bool skip_negative,
+                StrArgument executor, int64_t sm_budget);
+void run_prepared(int64_t prepared, const Tensor& mapping);
+void release_prepared(int64_t prepared);
+
 Tensor concat_tp_shards(const std::vector<Tensor>& shards, int64_t dim);
 void concat_tp_shards_out(const std::vector<Tensor>& shards, int64_t dim, const Tensor& out);
 void split_tp_shards(const Tensor& input, int64_t dim, const std::vector<Tensor>& out);

@@ -57,7 +57,7 @@ void issuing_errors(const char* op, Body&& body) {
 
 }  // namespace
 
-void carry_out(Job job) {
+bool carry_out(Job job) {
   const bool only_explains = explaining();
   if (job.device < 0 || job.asked == Executor::kReference) {
     Site host;
@@ -67,6 +67,7 @@ void carry_out(Job job) {
   }
   recycle(std::move(job.work.segments));
   recycle(std::move(job.work.fragments));
+  return !only_explains;
 }
 
 }  // namespace kvkernels

@@ -5,7 +5,7 @@
 
 namespace kvkernels {
 
-// Raises where the executor that the caller named cannot serve the job.
-void carry_out(Job job);
+// Raises where the executor that the caller named cannot serve the job. False where it was only explained.
+bool carry_out(Job job);
 
 }  // namespace kvkernels

@@ -11,10 +11,6 @@
 namespace kvkernels {
 namespace {
 
-std::vector<int64_t> copy_of(const torch::headeronly::IntHeaderOnlyArrayRef& values) {
-  return {values.begin(), values.end()};
-}
-
 // Raises torch's own words where it keeps them, which it does from 2.13 on; before, it prints them.
 void check_torch(AOTITorchError code, const char* call) {
   if (code == AOTI_TORCH_SUCCESS) return;
@@ -67,7 +63,19 @@ Tensor text_tensor(const std::string& value) {
   return tensor;
 }
 
-TensorFacts::TensorFacts(const Tensor& tensor) : sizes_(copy_of(tensor.sizes())) {
+Extents::Extents(const torch::headeronly::IntHeaderOnlyArrayRef& values) : count_(std::ssize(values)) {
+  if (count_ > kInside) {
+    outside_.assign(values.begin(), values.end());
+  } else {
+    std::copy(values.begin(), values.end(), inside_);
+  }
+}
+
+std::vector<int64_t> Extents::list() const {
+  return count_ > kInside ? outside_ : std::vector<int64_t>(inside_, inside_ + count_);
+}
+
+TensorFacts::TensorFacts(const Tensor& tensor) : sizes_(tensor.sizes()) {
   const AtenTensorHandle handle = tensor.get();
   check_torch(aoti_torch_get_device_type(handle, &device_type_), "aoti_torch_get_device_type");
   check_torch(aoti_torch_get_device_index(handle, &device_index_), "aoti_torch_get_device_index");
@@ -75,9 +83,15 @@ TensorFacts::TensorFacts(const Tensor& tensor) : sizes_(copy_of(tensor.sizes()))
   check_torch(aoti_torch_get_layout(handle, &layout_), "aoti_torch_get_layout");
   element_bytes_ = static_cast<int64_t>(aoti_torch_dtype_element_size(dtype_));
   if (!is_strided()) return;
-  strides_ = copy_of(tensor.strides());
+  strides_ = Extents(tensor.strides());
   storage_offset_ = tensor.storage_offset();
-  check_torch(aoti_torch_get_storage_size(handle, &storage_bytes_), "aoti_torch_get_storage_size");
+  storage_bytes_ = storage_bytes(tensor);
+}
+
+int64_t storage_bytes(const Tensor& tensor) {
+  int64_t bytes = 0;
+  check_torch(aoti_torch_get_storage_size(tensor.get(), &bytes), "aoti_torch_get_storage_size");
+  return bytes;
 }
 
 int64_t saturating_product(int64_t a, int64_t b) {
@@ -93,12 +107,13 @@ int64_t saturating_sum(int64_t a, int64_t b) {
 int64_t TensorFacts::numel() const {
   if (is_empty_from(0)) return 0;
   int64_t elements = 1;
-  for (const int64_t size : sizes_) elements *= size;
+  for (int64_t i = 0; i < dim(); ++i) elements *= size(i);
   return elements;
 }
 
 bool TensorFacts::is_empty_from(int64_t dim) const {
-  return std::find(sizes_.begin() + dim, sizes_.end(), 0) != sizes_.end();
+  while (dim < this->dim() && size(dim) != 0) ++dim;
+  return dim < this->dim();
 }
 
 bool TensorFacts::is_contiguous_from(int64_t dim) const {

@@ -37,6 +37,24 @@ struct StrArgument {
 // What an op returns instead of a string: its bytes, uint8 on the CPU. torch before 2.14 never frees a returned string.
 Tensor text_tensor(const std::string& value);
 
+// The sizes or the strides of a tensor. A call reads those of hundreds of pools, and a vector for each would take
+// longer than everything else that is asked about a pool.
+class Extents {
+ public:
+  Extents() = default;
+  explicit Extents(const torch::headeronly::IntHeaderOnlyArrayRef& values);
+
+  int64_t count() const { return count_; }
+  int64_t operator[](int64_t i) const { return count_ <= kInside ? inside_[i] : outside_[static_cast<size_t>(i)]; }
+  std::vector<int64_t> list() const;
+
+ private:
+  static constexpr int64_t kInside = 6;
+  int64_t count_ = 0;
+  int64_t inside_[kInside];
+  std::vector<int64_t> outside_;
+};
+
 // A tensor's metadata, read once. Errors are ours to word: STD_TORCH_CHECK would make each a RuntimeError that shows
 // the build's paths, typed data pointers throw with a header's path, and a failing shim call prints a backtrace, so
 // nothing here may fail for a strided tensor.
@@ -51,11 +69,10 @@ class TensorFacts {
   int device_index() const { return device_index_; }
   int32_t dtype() const { return dtype_; }
   int64_t element_bytes() const { return element_bytes_; }
-  int64_t dim() const { return static_cast<int64_t>(sizes_.size()); }
-  int64_t size(int64_t dim) const { return sizes_[static_cast<size_t>(dim)]; }
-  int64_t stride(int64_t dim) const { return strides_[static_cast<size_t>(dim)]; }
-  const std::vector<int64_t>& sizes() const { return sizes_; }
-  const std::vector<int64_t>& strides() const { return strides_; }
+  int64_t dim() const { return sizes_.count(); }
+  int64_t size(int64_t dim) const { return sizes_[dim]; }
+  int64_t stride(int64_t dim) const { return strides_[dim]; }
+  std::vector<int64_t> sizes() const { return sizes_.list(); }
   int64_t numel() const;
   bool is_empty_from(int64_t dim) const;       // some size, from dimension dim inwards, is 0
   bool is_contiguous_from(int64_t dim) const;  // dimensions dim and inwards, sizes of 1 aside
@@ -66,8 +83,8 @@ class TensorFacts {
   std::string device_text() const;
   std::string dtype_text() const;
   std::string layout_text() const;
-  std::string shape_text() const { return list_text(sizes_); }
-  std::string strides_text() const { return list_text(strides_); }
+  std::string shape_text() const { return list_text(sizes_.list()); }
+  std::string strides_text() const { return list_text(strides_.list()); }
 
  private:
   int32_t device_type_ = 0;
@@ -77,9 +94,11 @@ class TensorFacts {
   int64_t element_bytes_ = 0;
   int64_t storage_offset_ = 0;
   int64_t storage_bytes_ = 0;
-  std::vector<int64_t> sizes_;
-  std::vector<int64_t> strides_;
+  Extents sizes_;
+  Extents strides_;
 };
+
+int64_t storage_bytes(const Tensor& tensor);
 
 // A tensor without elements may claim any sizes: what they come to is INT64_MAX where it does not fit.
 int64_t saturating_product(int64_t a, int64_t b);

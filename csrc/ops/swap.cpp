@@ -55,10 +55,8 @@ void swap_blocks(const Tensor& src, const Tensor& dst, int64_t block_size_in_byt
   call.src.tensors = {&src, 1};
   call.dst.tensors = {&dst, 1};
   call.dst_is_list = false;
+  call.take_ids(ids);
   call.runs = {{0, 0, 0, 0, block_size_in_bytes, 0, 0, {{1, 0, 0}, {1, 0, 0}, {1, 0, 0}}}};
-  call.src_ids = ids.columns[0];
-  call.dst_ids = ids.columns[1];
-  call.rows = ids.rows;
   call.src_limit = limit_of("src", call.src.pools, 1, false);
   call.dst_limit = limit_of("dst", call.dst.pools, 1, false);
   carry_out(std::move(call));

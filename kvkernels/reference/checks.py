@@ -296,20 +296,22 @@ def check_scatter_blocks(
 def check_copy_pages(
     src: Sequence[Tensor],
     dst: Sequence[Tensor],
-    mapping: Tensor,
+    mapping: Tensor | None,
     runs: Tensor,
     src_subblocks_per_block: int,
     dst_subblocks_per_block: int,
     executor: str,
     sm_budget: int,
+    op: str = "copy_pages",
 ) -> tuple[list[Pool], list[Pool]]:
-    op = "copy_pages"
+    """``mapping`` is None where it comes later."""
     check_executor(op, executor, sm_budget)
     check_list(op, "src", src)
     check_list(op, "dst", dst)
     src_pools, dst_pools = pools_of(op, "src", src), pools_of(op, "dst", dst)
     check_one_cuda_device(op, (*src, *dst))
-    check_ids(op, "mapping", mapping, 2, (*src, *dst))
+    if mapping is not None:
+        check_ids(op, "mapping", mapping, 2, (*src, *dst))
     _check_subblocks(op, "src", src_subblocks_per_block, src_pools)
     _check_subblocks(op, "dst", dst_subblocks_per_block, dst_pools)
     require(

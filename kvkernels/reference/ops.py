@@ -242,15 +242,52 @@ def copy_pages(
     executor: str = "auto",
     sm_budget: int = 0,
 ) -> None:
-    op = "copy_pages"
     subblocks = src_subblocks_per_block, dst_subblocks_per_block
-    src_pools, dst_pools = checks.check_copy_pages(src, dst, mapping, runs, *subblocks, executor, sm_budget)
+    _copy_pages("copy_pages", src, dst, mapping, runs, subblocks, skip_negative, executor, sm_budget)
+
+
+def _copy_pages(
+    op: str, src: Sequence[Tensor], dst: Sequence[Tensor], mapping: Tensor, runs: Tensor, subblocks: tuple[int, int],
+    skip_negative: bool, executor: str, sm_budget: int,
+) -> None:  # fmt: skip
+    src_pools, dst_pools = checks.check_copy_pages(src, dst, mapping, runs, *subblocks, executor, sm_budget, op)
     _check_servable(op, executor)
     plan = parse_runs(runs)
     check_runs(op, plan, src_pools, dst_pools, *subblocks)
     pairs = pairs_of_mapping(op, "mapping", mapping, src_pools, dst_pools, *subblocks, skip_negative)
     check_bytes_touched(op, "mapping", "dst", src_pools, dst_pools, plan, pairs, *subblocks)
     _copy_pairs(_Written(op, "dst", True, dst), src_pools, dst_pools, plan, pairs, *subblocks)
+
+
+class PreparedCopy:
+    """All of a call of copy_pages but its mapping, checked; the tensors must stay where they are."""
+
+    def __init__(
+        self, src: Sequence[Tensor], dst: Sequence[Tensor], runs: Tensor, src_subblocks_per_block: int,
+        dst_subblocks_per_block: int, skip_negative: bool, executor: str, sm_budget: int,
+    ) -> None:  # fmt: skip
+        subblocks = src_subblocks_per_block, dst_subblocks_per_block
+        pools = checks.check_copy_pages(src, dst, None, runs, *subblocks, executor, sm_budget, "prepare")
+        _check_servable("prepare", executor)
+        check_runs("prepare", parse_runs(runs), *pools, *subblocks)
+        self._sides = {"dst": list(dst), "src": list(src)}
+        self._memory = {name: [_memory_of(t) for t in side] for name, side in self._sides.items()}
+        self._rest = (runs.clone(), subblocks, skip_negative, executor, sm_budget)
+
+    def run(self, mapping: Tensor) -> None:
+        op = "PreparedCopy.run"
+        for name, side in self._sides.items():
+            for i, tensor in enumerate(side):
+                if _memory_of(tensor) != self._memory[name][i]:
+                    raise ValueError(
+                        f"{op}: {name}[{i}] must be in the memory that it had when the copy was prepared, got a "
+                        "storage that was resized, freed or moved since; bind the pools again"
+                    )
+        _copy_pages(op, self._sides["src"], self._sides["dst"], mapping, *self._rest)
+
+
+def _memory_of(tensor: Tensor) -> tuple[int, int]:
+    return tensor.data_ptr(), tensor.untyped_storage().nbytes()
 
 
 def copy_pages_checked(

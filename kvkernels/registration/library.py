@@ -18,7 +18,7 @@ import torch
 from kvkernels import reference, triton
 from kvkernels.common import autograd
 from kvkernels.common.text import tensor_of
-from kvkernels.reference import ledger
+from kvkernels.reference import ledger, prepared
 from kvkernels.registration import schemas
 
 FILE_NAME = "libkvkernels_ops.so"
@@ -109,6 +109,9 @@ def _define(kernels: Mapping[str, Callable[..., Any]]) -> torch.library.Library:
 def _reference_kernels() -> dict[str, Callable[..., Any]]:
     return {
         **{op: getattr(reference, op) for op in schemas.PUBLIC},
+        "_prepare": prepared.prepare,
+        "_run_prepared": prepared.run_prepared,
+        "_release_prepared": prepared.release_prepared,
         "_explain_begin": ledger.explain_begin,
         "_explain_end": lambda: tensor_of(ledger.explain_end()),
         "_counters": lambda: tensor_of(ledger.counters()),

@@ -38,6 +38,12 @@ PRIVATE = {
     "_reset_counters": "() -> ()",
     "_build_info": "() -> Tensor",
     "_check_device": "(int device) -> Tensor",
+    "_prepare": (
+        "(Tensor[] src, Tensor[] dst, Tensor runs, int src_subblocks_per_block, int dst_subblocks_per_block, "
+        "bool skip_negative, str executor, int sm_budget) -> int"
+    ),
+    "_run_prepared": "(int prepared, Tensor mapping) -> ()",
+    "_release_prepared": "(int prepared) -> ()",
     "_copy_pages_reference": (
         "(Tensor[] src, Tensor(a!)[] dst, Tensor mapping, Tensor runs, int src_subblocks_per_block, "
         "int dst_subblocks_per_block, bool skip_negative) -> ()"

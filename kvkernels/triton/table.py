@@ -14,7 +14,7 @@ TILE_LANES = 256  # a tile is so many elements of the call's width
 LINE_BYTES = 128  # tiles begin on cache lines
 
 # The ops that take ids on a device, by the code in a fault word.
-FAULT_OPS = ("", "gather_blocks", "scatter_blocks", "copy_pages")
+FAULT_OPS = ("", "gather_blocks", "scatter_blocks", "copy_pages", "PreparedCopy.run")
 
 HEAD_COLUMNS = 32
 

@@ -29,8 +29,10 @@ class ReferencePlan : public Plan {
   Issued issued_;
 };
 
-// The path has it on the host, whatever the tensors are on.
-std::string refusal(const Job&, Site&) { return ""; }
+// The path has it on the host, whatever tensors are on; the addresses of a device mean nothing there.
+std::string refusal(const Job& job, Site&) {
+  return job.has_addresses && job.device >= 0 ? "it takes tensors, and got addresses" : "";
+}
 
 std::unique_ptr<Plan> plan(const Job& job, Site&) { return std::make_unique<ReferencePlan>(job); }
 

@@ -1,0 +1,147 @@
+// Copies that are prepared once and run for one mapping after the other: pools, runs and what follows from them are
+// kept, and a run checks its mapping, that the pools are where they were, and nothing else.
+#include <atomic>
+#include <memory>
+#include <shared_mutex>
+#include <string>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include "ops/copy_call.h"
+#include "ops/ops.h"
+
+namespace kvkernels {
+namespace {
+
+constexpr const char* kOp = "PreparedCopy.run";
+
+// Where a tensor's memory was.
+struct Memory {
+  const void* data;
+  int64_t storage_bytes;
+
+  bool operator==(const Memory&) const = default;
+};
+
+// Opening a destination gives a copy-on-write storage that was shared since memory of its own: it moves.
+Memory memory_of(const Tensor& tensor, bool written) {
+  return {written ? tensor.mutable_data_ptr() : tensor.const_data_ptr(), storage_bytes(tensor)};
+}
+
+// The caller's own tensors: what becomes of them is seen, and they are not freed.
+struct Held {
+  const char* list;
+  bool written;
+  std::vector<Tensor> tensors;
+  std::vector<Memory> memory;
+
+  Held(const char* list, bool written, const std::vector<Tensor>& tensors)
+      : list(list), written(written), tensors(tensors) {
+    for (const Tensor& tensor : tensors) memory.push_back(memory_of(tensor, written));
+  }
+
+  void check() const {
+    for (size_t i = 0; i < tensors.size(); ++i) {
+      if (memory_of(tensors[i], written) == memory[i]) [[likely]]
+        continue;
+      value_error(
+          kOp, ": ", Name{list, static_cast<int64_t>(i)},
+          " must be in the memory that it had when the copy was prepared, got a storage that was resized, freed "
+          "or moved since; bind the pools again");
+    }
+  }
+};
+
+class PreparedCopy {
+ public:
+  PreparedCopy(const std::vector<Tensor>& src, const std::vector<Tensor>& dst, Tensor runs, CopyCall call)
+      : dst_("dst", true, dst), src_("src", false, src), runs_(std::move(runs)), call_(std::move(call)) {
+    call_.op = kOp;
+    call_.src.tensors = src_.tensors;
+    call_.dst.tensors = dst_.tensors;
+  }
+
+  void run(const Tensor& mapping) {
+    // The destinations first: opening one may move a source that is a view of it.
+    dst_.check();
+    src_.check();
+    CopyCall call = call_;
+    call.take_mapping("mapping", mapping);
+    call.device_moves = call.ids_on_device ? &moves_for_device_ids_ : &moves_for_host_ids_;
+    if (call.executor == Executor::kReference) {
+      if (call.ids_on_device) {
+        value_error(kOp, ": executor 'reference' cannot serve this call: its ids must be on the cpu");
+      }
+      call.reference = [this, &mapping](const Job&) {
+        call_reference(src_.tensors, dst_.tensors, mapping, runs_, call_.src_subblocks, call_.dst_subblocks,
+                       call_.skip_negative);
+      };
+    }
+    carry_out(std::move(call));
+  }
+
+ private:
+  const Held dst_;
+  const Held src_;
+  const Tensor runs_;
+  CopyCall call_;  // all of it but the ids
+  // Apart, because with ids on the device any memory will do that a kernel can reach.
+  DeviceMoves moves_for_host_ids_;
+  DeviceMoves moves_for_device_ids_;
+};
+
+// By handle. Whoever runs one keeps it, whatever is released meanwhile.
+class Registry {
+ public:
+  int64_t add(std::shared_ptr<PreparedCopy> copy) {
+    const std::unique_lock lock(mutex_);
+    copies_.emplace(++last_, std::move(copy));
+    return last_;
+  }
+
+  std::shared_ptr<PreparedCopy> find(int64_t handle) {
+    const std::shared_lock lock(mutex_);
+    const auto found = copies_.find(handle);
+    if (found == copies_.end()) value_error(kOp, ": the copy must be prepared, got a released handle");
+    return found->second;
+  }
+
+  void remove(int64_t handle) {
+    std::shared_ptr<PreparedCopy> last;  // freed without the lock: its tensors may run anything
+    const std::unique_lock lock(mutex_);
+    const auto found = copies_.find(handle);
+    if (found == copies_.end()) return;
+    last = std::move(found->second);
+    copies_.erase(found);
+  }
+
+ private:
+  std::shared_mutex mutex_;
+  std::unordered_map<int64_t, std::shared_ptr<PreparedCopy>> copies_;
+  int64_t last_ = 0;
+};
+
+Registry& registry() {
+  // Never destroyed: other threads may still be in an op when the process's statics go.
+  static Registry& registry = *new Registry;
+  return registry;
+}
+
+}  // namespace
+
+int64_t prepare(const std::vector<Tensor>& src, const std::vector<Tensor>& dst, const Tensor& runs,
+                int64_t src_subblocks_per_block, int64_t dst_subblocks_per_block, bool skip_negative,
+                StrArgument executor, int64_t sm_budget) {
+  CopyCall call = checked_copy("prepare", src, dst, nullptr, runs, src_subblocks_per_block, dst_subblocks_per_block,
+                               executor.take(), sm_budget);
+  call.skip_negative = skip_negative;
+  bind_now(call);
+  return registry().add(std::make_shared<PreparedCopy>(src, dst, runs, std::move(call)));
+}
+
+void run_prepared(int64_t prepared, const Tensor& mapping) { registry().find(prepared)->run(mapping); }
+
+void release_prepared(int64_t prepared) { registry().remove(prepared); }
+
+}  // namespace kvkernels
