@@ -171,7 +171,8 @@ e2e: build $(ENGINE)/.requirements
 torches: build
 	$(BIN)/python tests/torches/run.py $(ARGS)
 
-mutants: build $(VENV)/.requirements-dev
+# Edits of csrc/ops are tested under torch's CUDA build, too.
+mutants: build $(VENV)/.requirements-dev $(STAND_IN)/.requirements
 	$(BIN)/python tests/mutants/run.py $(ARGS)
 
 lint: $(VENV)/.requirements-dev

@@ -15,6 +15,9 @@ from kvkernels.layout import (
 )
 from kvkernels.layout.specs import MLA, KVCacheGroup, Mamba
 
+IDS = torch.tensor([3]), torch.tensor([1])
+PARTS = "must be the same caches or share no storage, got parts of one storage"
+
 
 def _refs(canonical):
     return [[(ref.tensor_idx, ref.page_size_bytes) for ref in refs] for refs in canonical.group_data_refs]
@@ -35,8 +38,8 @@ def _engine(blocks: int = 12):
     return canonicalize(caches, groups)
 
 
-@pytest.mark.parametrize("ratio", [1, 3])
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("ratio", [1, 2, 3])
+@pytest.mark.parametrize("seed", range(20))
 def test_transfers_of_groups(seed, ratio):
     """Engine to host and back, groups empty or not, beginning and ending anywhere in a host block."""
     rng = np.random.default_rng(seed)
@@ -93,6 +96,7 @@ def test_transfers_of_groups(seed, ratio):
         ([0, 1], [0, 9], [1, 0, 1], {}, IndexError, "dst_block_ids has 9 in group 2, of 9 blocks"),
         ([0, -1], [0, 1], [1, 1, 0], {}, IndexError, "src_block_ids has -1 in group 1"),
         ([0, 1], [4, 4], [1, 1, 0], {}, ValueError, "dst_block_ids must name a block once, got 4 of tensor 0 twice"),
+        (range(5), [1, 3, 3], [4, 1, 0], {"first_blocks": [2, 0, 0]}, ValueError, "got 3 of tensor 0 twice"),
     ],
 )  # fmt: skip
 def test_bad_transfers_move_nothing(src, dst, sizes, options, error, match):
@@ -100,11 +104,63 @@ def test_bad_transfers_move_nothing(src, dst, sizes, options, error, match):
     host = empty_host_caches(engine, 9, blocks_per_host_block=3)
     before = [one.tensor.clone() for one in host.tensors]
     with pytest.raises(error, match=f"^copy_groups: .*{match}"):
-        copy_groups(engine, host, torch.tensor(src), torch.tensor(dst), sizes, **options)
+        copy_groups(engine, host, torch.tensor(list(src)), torch.tensor(dst), sizes, **options)
     assert all(torch.equal(one.tensor, b) for one, b in zip(host.tensors, before, strict=True))
 
 
-# Tensor parallelism.
+@pytest.mark.parametrize("to_host", [True, False])
+def test_a_page_that_is_longer_than_its_tensors_is_refused(to_host):
+    """Not only where the larger blocks of the other side have room for it."""
+    engine = _engine()
+    refs = [[replace(ref, page_size_bytes=65) for ref in group] for group in engine.group_data_refs]
+    engine = replace(engine, group_data_refs=refs)
+    host = empty_host_caches(engine, 4, blocks_per_host_block=2)
+    sides = (engine, host) if to_host else (host, engine)
+    with pytest.raises(ValueError, match=r"^whole_page_runs: page_bytes must be at most the pools'"):
+        copy_groups(*sides, torch.tensor([0]), torch.tensor([1]), [1, 0, 0])
+
+
+def test_the_tensor_with_the_fewest_blocks_limits_a_group():
+    spec = MLA(block_size=4, head_size=8, dtype=torch.float16)
+    caches = {name: torch.zeros(6, 4, 8, dtype=torch.float16) for name in "ab"}
+    engine = canonicalize(caches, [KVCacheGroup(["a", "b"], spec)])
+    host = empty_host_caches(engine, 5, blocks_per_host_block=2)
+    fewer = replace(host.tensors[1], tensor=host.tensors[1].tensor[:3])
+    host = replace(host, tensors=[host.tensors[0], fewer])
+    assert copy_groups(engine, host, torch.tensor([0]), torch.tensor([2]), [1]) == 2 * 64
+    with pytest.raises(IndexError, match=r"^copy_groups: dst_block_ids has 3 in group 0, of 3 blocks$"):
+        copy_groups(engine, host, torch.tensor([0]), torch.tensor([3]), [1])
+
+
+def test_a_group_of_no_blocks_is_not_looked_at():
+    """Its tensor may lie in the other side's memory, and the others' be copied."""
+    engine = _engine()
+    host = empty_host_caches(engine, 4)
+    inside = replace(host.tensors[1], tensor=engine.tensors[1].tensor[2:])
+    shared = replace(host, tensors=[host.tensors[0], inside])
+    assert copy_groups(engine, shared, torch.tensor([3]), torch.tensor([1]), [1, 0, 0]) == 64
+    with pytest.raises(ValueError, match=PARTS):
+        copy_groups(engine, shared, torch.tensor([3]), torch.tensor([1]), [0, 0, 1])
+
+
+def test_sides_that_are_parts_of_one_storage_are_refused():
+    """Where the same ids do not name the same bytes."""
+    engine = _engine()
+    shifted = replace(engine.tensors[1], tensor=engine.tensors[1].tensor[2:])
+    with pytest.raises(ValueError, match=PARTS):
+        copy_groups(engine, replace(engine, tensors=[engine.tensors[0], shifted]), *IDS, [0, 0, 1])
+    larger = [
+        replace(one, tensor=one.tensor.view(6, -1), page_size_bytes=2 * one.page_size_bytes) for one in engine.tensors
+    ]
+    with pytest.raises(ValueError, match=PARTS):
+        copy_groups(engine, replace(engine, tensors=larger), *IDS, [0, 0, 1])
+    assert copy_groups(engine, engine, *IDS, [0, 0, 1]) == 24
+
+
+def test_host_caches_may_have_no_blocks():
+    assert [one.tensor.shape for one in empty_host_caches(_engine(), 0).tensors] == [(0, 64), (0, 24)]
+    with pytest.raises(ValueError, match="counted from 0, and from 1 in a host block, got num_blocks -1"):
+        empty_host_caches(_engine(), -1)
 
 
 def test_layers_that_share_a_tensor_in_one_group_are_copied_once():

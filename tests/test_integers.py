@@ -10,6 +10,7 @@ import torch
 
 import kvkernels
 from kvkernels import KVCache, KVLayout, compile_plan, convert_blocks, copy_slots, expand_blocks, whole_page_runs
+from kvkernels.common.arguments import integer
 from kvkernels.layout import TensorParallel, canonicalize, copy_groups, empty_host_caches, opaque_mapping
 from kvkernels.layout.specs import MLA, KVCacheGroup
 from kvkernels.names import BufferName, add_prefix, pair_names, select
@@ -75,6 +76,18 @@ def test_what_is_no_integer(call, value):
     with pytest.raises((ValueError, IndexError), match=r"must (be|fit|name)") as caught:
         CALLS[call](value)
     assert "set_int_max_str_digits" not in str(caught.value)
+
+
+def test_the_ends_of_int64():
+    """All but the lowest number, which has no opposite."""
+    most = 2**63 - 1
+    assert [integer("it", n) for n in (most, -most, 0)] == [most, -most, 0]
+    for n in (most + 1, -most - 1):
+        with pytest.raises(ValueError, match=r"^it must fit in int64, got a number of 64 bits$"):
+            integer("it", n)
+    assert integer("it", 3, "from 3 on", least=3) == 3
+    with pytest.raises(ValueError, match=r"^it must be from 3 on, got 2$"):
+        integer("it", 2, "from 3 on", least=3)
 
 
 def test_a_device_is_an_integer_or_a_name():

@@ -71,6 +71,7 @@ def test_the_inverse_of_a_part_is_a_part():
     back = there.inverse()
     assert back.bytes == there.bytes == 3 * PAGE
     assert "stay untouched" in there.explain() and "every byte" in back.explain()
+    assert "every byte" in compile_plan(NHD, NHD, allow_partial=True).explain()
     replicas = [NHD.shard(rank, 8) for rank in range(8)]
     assert compile_plan(replicas, NHD).bytes == 6 * PAGE
     assert compile_plan(replicas, NHD).inverse().bytes == 12 * PAGE
@@ -159,6 +160,15 @@ def test_expand_blocks():
     for blocks, skip, count in ((0, 0, None), (-1, 0, None), (2, 3, None), (2, -1, None), (2, 1, 2), (2, 0, -1)):
         with pytest.raises(ValueError, match=r"^expand_blocks: "):
             expand_blocks([3], blocks, skip, count)
+
+
+@pytest.mark.parametrize("blocks_per_chunk", [1, 2, 3, 7])
+def test_blocks_end_where_int64_does(blocks_per_chunk):
+    largest = (2**63 - 1) // blocks_per_chunk - 1
+    last = (largest + 1) * blocks_per_chunk - 1
+    assert expand_blocks([0, largest, 1], blocks_per_chunk, skip=2 * blocks_per_chunk - 1, count=1).tolist() == [last]
+    with pytest.raises(ValueError, match=f"chunk_ids must leave their blocks in int64, got {largest + 1}$"):
+        expand_blocks([0, largest + 1, 1], blocks_per_chunk)
 
 
 def test_whole_page_runs():

@@ -318,7 +318,7 @@ def test_ids_on_the_device(on_simulator, seed, shape, dtype, skip_negative, has_
     launch = DeviceIdsLaunch(
         "sm_80", fault, src_ids=ids.data_ptr() + width, dst_ids=ids.data_ptr() + 2 * width, src_ids_stride_bytes=stride,
         dst_ids_stride_bytes=stride, src_ids_width=width, dst_ids_width=width, src_limit=limits[0],
-        dst_limit=limits[1], skips_negative=int(skip_negative),
+        dst_limit=limits[1], skips_negative=int(skip_negative), fault_op=FAULT_OPS.index("copy_pages"),
     )  # fmt: skip
     kernels.launch = launch
     memory = ids.view(torch.uint8).view(-1)

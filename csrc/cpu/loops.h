@@ -14,7 +14,8 @@ constexpr int64_t kLineBytes = 64;
 // Where hardware prefetchers stop: lanes are cut at multiples of it.
 constexpr int64_t kPieceBytes = 4096;
 
-// Shorter pieces are copied one by one, with loops of their own for the usual sizes.
+// Shorter pieces are copied one by one, with loops of their own for the usual sizes; in rows the tuning may interleave
+// shorter ones, too.
 constexpr int64_t kInterleaveMinBytes = 2048;
 
 // How many pieces past the ones to be copied a loop may look at, to prefetch their sources.
@@ -27,7 +28,7 @@ struct Loops {
   // Copies pieces[0, count); pieces[count, known) are only prefetched. With `streaming`, stores bypass the caches
   // and the caller fences.
   void (*copy_pieces)(const Fragment* pieces, int64_t count, int64_t known, bool streaming, const Tuning& tuning);
-  // The same for pieces that follow each other in memory on one side: one after the other.
+  // The same for pieces that follow each other in memory on one side: one after the other, or some at once, by size.
   void (*copy_in_order)(const Fragment* pieces, int64_t count, int64_t known, bool streaming, const Tuning& tuning);
   // For short fragments at regular distances, where a record each would cost more than the bytes.
   void (*copy_strips)(const Strip* strips, int64_t count, bool streaming, const Tuning& tuning);

@@ -24,6 +24,8 @@ struct Tuning {
   // Whether rows of the destination are better written whole, by moves in turns if need be, than rows of the source
   // read whole.
   bool writes_rows;
+  // From which size on the pieces of such rows, too, are copied so many at once; below it they are copied one by one.
+  int64_t rows_interleave_from_bytes;
 };
 
 // The first row of the table that is for this processor and these instructions.

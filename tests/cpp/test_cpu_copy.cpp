@@ -348,7 +348,15 @@ std::string describe(const Case& test, cpu::Isa isa) {
 // What no processor's row of the table says, too.
 cpu::Tuning random_tuning(Random& random, cpu::Isa isa) {
   const auto any = [&] { return random.once_in(2); };
-  return {"", isa, false, any() ? 2 : 4, random.of<int64_t>({4096, 16 << 10, 1 << 20}), any(), any(), any()};
+  return {"",
+          isa,
+          false,
+          any() ? 2 : 4,
+          random.of<int64_t>({4096, 16 << 10, 1 << 20}),
+          any(),
+          any(),
+          any(),
+          random.of<int64_t>({1024, 2048, 8192})};
 }
 
 void run_case(Random& random, Case test) {

@@ -146,23 +146,41 @@ int64_t begun_with_the_first(Copy copy, std::byte* middle, int64_t bytes) {
   });
 }
 
+constexpr int64_t kSizes[] = {512, 1023, 1024, 1984, 2047, 2048, 2049, 4096};
+
 void long_pieces_take_turns() {
   const HalfReadOnly dst;
   for_each_isa([&](const cpu::Loops& loops, cpu::Isa isa, const std::string& name) {
     for (const int interleave : {2, 4}) {
       for (const bool within : {false, true}) {
-        const cpu::Tuning tuning{"", isa, false, interleave, 4096, within, true, true};
-        for (const int64_t bytes : {512, 1984, 2047, 2048, 2049, 4096}) {
+        const cpu::Tuning tuning{"", isa, false, interleave, 4096, within, true, true, 1024};
+        for (const int64_t bytes : kSizes) {
           for (const bool streaming : {false, true}) {
-            const int64_t in_turns = begun_with_the_first(
+            const int64_t begun = begun_with_the_first(
                 [&](const Fragment* pieces, int64_t n) { loops.copy_pieces(pieces, n, n, streaming, tuning); },
                 dst.middle(), bytes);
-            const int64_t in_order = begun_with_the_first(
+            expect(begun == (bytes < 2048 ? 0 : interleave - 1),
+                   text(name, ", ", interleave, " at once, ", bytes, " bytes: ", begun));
+          }
+        }
+      }
+    }
+  });
+}
+
+void pieces_of_rows_take_turns_where_the_table_says_so() {
+  const HalfReadOnly dst;
+  for_each_isa([&](const cpu::Loops& loops, cpu::Isa isa, const std::string& name) {
+    for (const int64_t from_bytes : {1024, 2048, 8192}) {
+      for (const int interleave : {2, 4}) {
+        const cpu::Tuning tuning{"", isa, false, interleave, 4096, false, true, true, from_bytes};
+        for (const int64_t bytes : kSizes) {
+          for (const bool streaming : {false, true}) {
+            const int64_t begun = begun_with_the_first(
                 [&](const Fragment* pieces, int64_t n) { loops.copy_in_order(pieces, n, n, streaming, tuning); },
                 dst.middle(), bytes);
-            const std::string what = text(name, ", ", interleave, " at once, ", bytes, " bytes: ");
-            expect(in_turns == (bytes < 2048 ? 0 : interleave - 1), text(what, in_turns));
-            expect(in_order == 0, text(what, in_order, " in order"));
+            expect(begun == (bytes < from_bytes ? 0 : interleave - 1),
+                   text(name, ", ", interleave, " from ", from_bytes, " on, ", bytes, " bytes: ", begun));
           }
         }
       }
@@ -174,6 +192,7 @@ const Tests kTests{
     {"pieces_stream_where_asked", pieces_stream_where_asked},
     {"strips_stream_where_asked", strips_stream_where_asked},
     {"long_pieces_take_turns", long_pieces_take_turns},
+    {"pieces_of_rows_take_turns_where_the_table_says_so", pieces_of_rows_take_turns_where_the_table_says_so},
 };
 
 }  // namespace

@@ -6,7 +6,8 @@
 Each worker has a copy of the tree under build/mutants. An edit is killed if a test fails or runs far too long,
 stillborn if it does not compile, and survives otherwise. Survivors are read by a person: survivors.txt
 says why they survive. Those that change nothing anyone could notice are counted apart; those that change how long a
-copy takes are survivors, since no test is allowed to depend on time.
+copy takes are survivors, since no test is allowed to depend on time. An entry of survivors.txt for an edit that the
+sources no longer allow ends the run before it begins.
 """
 
 from __future__ import annotations
@@ -15,184 +16,28 @@ import argparse
 import json
 import os
 import platform
-import shutil
-import signal
 import statistics
-import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from mutate import FOLDERS, Mutant, choose
+from mutate import Mutant, candidates, choose
+from steps import STAND_IN, plan_of
+from worker import Outcome, Worker
 
 ROOT = Path(__file__).resolve().parents[2]
 OUTCOMES = ROOT / "build" / "mutants" / "outcomes.jsonl"
 SURVIVORS = Path(__file__).with_name("survivors.txt")
 TIME_ONLY = "Time only: "
-
-
-def _files(*names: str) -> list[str]:
-    return [f"tests/test_{name}.py" for name in names]
-
-
-CPU_TESTS = _files(
-    "errors", "explain", "swap_blocks", "batch", "concat", "gather_scatter", "copy_pages", "refusals", "threads",
-    "large_offsets",
-)  # fmt: skip
-CORE_TESTS = _files("core_cpp")
-HOST_TESTS = _files("cuda_host", "staged", "cuda_failures", "kernel_body")
-# By path: what is built, and the tests that are run on it, one step after the other: those that kill most edits first.
-PLANS = {
-    "csrc/core/cuda_driver": [("gpu", HOST_TESTS), ("cpu", CORE_TESTS)],
-    "csrc/core/gpu_policy": [("gpu", HOST_TESTS), ("cpu", CORE_TESTS)],
-    "csrc/core/staged": [("gpu", HOST_TESTS), ("cpu", CORE_TESTS)],
-    "csrc/core": [("cpu", CPU_TESTS), ("gpu", HOST_TESTS), ("cpu", CORE_TESTS)],
-    "csrc/cpu": [("cpu", CPU_TESTS), ("cpu", [*CORE_TESTS, *_files("streaming")])],
-    "csrc/cuda": [("gpu", HOST_TESTS), ("gpu", _files("cuda_time", "ptx_bulk", "ptx_kernels"))],
-    "kvkernels/triton": [("", _files("triton", "triton_ptx"))],
-}
-# One architecture's PTX, which needs no ptxas; and of the core's own tests those that are quick to build.
-PTX_ONLY = "90-virtual"
-LEFT_OUT = "not sm_80 and not sm_100 and not core_bytes and not without_races"
-BUILD_SECONDS = 900
-STEP_SECONDS = 900
-TEST_SECONDS = 150  # of one test, the endless ones being what is meant
-
-
-def plan_of(path: str) -> list[tuple[str, list[str]]]:
-    """The steps for a file: those of the longest beginning of its path."""
-    return PLANS[max((start for start in PLANS if path.startswith(start)), key=len)]
-
-
-@dataclass
-class Outcome:
-    mutant: Mutant
-    result: str  # killed, survived, stillborn
-    by: str = ""
-    elapsed_s: float = 0
-
-
-class Worker:
-    """A copy of the tree, built once; each edit is built on top of it and taken back."""
-
-    def __init__(self, number: int) -> None:
-        self.tree = ROOT / "build" / "mutants" / f"worker-{number}"
-        self.bin = Path(sys.executable).parent
-        self.environment = {
-            **os.environ,
-            "PATH": f"{self.bin}{os.pathsep}{os.environ['PATH']}",
-            "PYTHONPATH": str(self.tree),
-            "PYTHONDONTWRITEBYTECODE": "1",
-        }
-
-    def prepare(self) -> None:
-        """Builds the unchanged tree."""
-        shutil.rmtree(self.tree, ignore_errors=True)
-        self.tree.mkdir(parents=True)
-        listed = subprocess.run(
-            ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-            cwd=ROOT, capture_output=True, check=True,
-        )  # fmt: skip
-        for name in listed.stdout.decode().split("\0"):
-            if name and (ROOT / name).exists():
-                (self.tree / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(ROOT / name, self.tree / name)
-        python = f"-DPython_EXECUTABLE={sys.executable}"
-        self._must(["cmake", "--preset", "release", python, "-DKVKERNELS_CUDA=OFF"])
-        self._must(["cmake", "--preset", "simgpu", python, f"-DCMAKE_CUDA_ARCHITECTURES={PTX_ONLY}"])
-        for kind in ("cpu", "gpu"):
-            built = self._build(kind)
-            if built.returncode:
-                raise SystemExit(f"the unchanged tree does not build:\n{built.stdout[-3000:]}")
-
-    def see_tests_pass(self, mutants: list[Mutant]) -> None:
-        """Runs the tests of these edits on the unchanged tree."""
-        steps = {(kind, tuple(tests)) for mutant in mutants for kind, tests in plan_of(mutant.path)}
-        for kind, tests in sorted(steps):
-            begin = time.monotonic()
-            failed = self._test(kind, list(tests))
-            if failed:
-                raise SystemExit(f"the tests fail on the unchanged tree: {failed}")
-            print(f"{kind or 'Python'}: {len(tests)} files: {time.monotonic() - begin:.0f} s", flush=True)
-
-    def _run(self, command: list[str], limit_s: float) -> subprocess.CompletedProcess[str]:
-        """Leaves no process behind: a broken kernel may never end, and would run beside all later edits. Such a process
-        may also hold its output open, so that goes to a file."""
-        with tempfile.TemporaryFile("w+") as output:
-            process = subprocess.Popen(
-                command, cwd=self.tree, env=self.environment, stdout=output, stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )  # fmt: skip
-            try:
-                process.wait(limit_s)
-            finally:
-                with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-            output.seek(0)
-            return subprocess.CompletedProcess(command, process.returncode, output.read())
-
-    def _must(self, command: list[str]) -> None:
-        done = self._run(command, BUILD_SECONDS)
-        if done.returncode:
-            raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout[-3000:]}")
-
-    def _build(self, kind: str) -> subprocess.CompletedProcess[str]:
-        preset = "simgpu" if kind == "gpu" else "release"
-        done = self._run(["cmake", "--build", "--preset", preset], BUILD_SECONDS)
-        if done.returncode or kind == "gpu":
-            return done
-        return self._run(["cmake", "--install", "build/release", "--prefix", "kvkernels"], 60)
-
-    def _test(self, kind: str, tests: list[str]) -> str:
-        """What failed first, or ""."""
-        command = [str(self.bin / "pytest"), "-x", "-q", "-p", "no:cacheprovider", "--no-header", "-k", LEFT_OUT]
-        command += ["-o", f"timeout={TEST_SECONDS}", "-o", "timeout_method=thread", *tests]
-        try:
-            done = self._run(command, STEP_SECONDS)
-        except subprocess.TimeoutExpired:
-            return "ran too long"
-        if done.returncode == 0:
-            return ""
-        failed = [line for line in done.stdout.split("\n") if line.startswith(("FAILED", "ERROR"))]
-        return failed[0].split(" - ")[0] if failed else f"pytest ended with {done.returncode}"
-
-    def try_out(self, mutant: Mutant) -> Outcome:
-        target = self.tree / mutant.path
-        before = target.read_text()
-        begin = time.monotonic()
-        mutant.apply(self.tree)
-
-        def outcome(result: str, by: str = "") -> Outcome:
-            return Outcome(mutant, result, by, time.monotonic() - begin)
-
-        try:
-            built: set[str] = set()
-            for kind, tests in plan_of(mutant.path):
-                if kind and kind not in built and self._breaks_build(kind):
-                    return outcome("stillborn")
-                built.add(kind)
-                failed = self._test(kind, tests)
-                if failed:
-                    return outcome("killed", failed)
-            return outcome("survived")
-        finally:
-            target.write_text(before)
-
-    def _breaks_build(self, kind: str) -> bool:
-        try:
-            return self._build(kind).returncode != 0
-        except subprocess.TimeoutExpired:
-            return True
-
 
 PREFACE = """# Whether the tests notice
 
@@ -218,13 +63,17 @@ def known_survivors() -> dict[str, str]:
     return known
 
 
-def key(mutant: Mutant) -> str:
-    """Does not change when lines above it do."""
-    return f"{mutant.path}: {mutant.before.strip()}  ->  {mutant.after.strip()}"
+def stale_survivors() -> list[str]:
+    """Entries for edits that the sources do not allow, or not any more."""
+    return sorted(set(known_survivors()) - {mutant.key() for mutant in candidates(ROOT)})
 
 
 def is_equivalent(reason: str) -> bool:
     return not reason.startswith(TIME_ONLY)
+
+
+def folder_of(outcome: Outcome) -> str:
+    return str(Path(outcome.mutant.path).parent)
 
 
 def report(outcomes: list[Outcome], seed: int) -> str:
@@ -232,9 +81,9 @@ def report(outcomes: list[Outcome], seed: int) -> str:
     rows = ["| folder | edits | stillborn | equivalent | killed | survived | share killed |"]
     rows.append("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     survivors = [o for o in outcomes if o.result == "survived"]
-    silent = [o for o in survivors if is_equivalent(reasons.get(key(o.mutant), TIME_ONLY))]
-    for folder in (*FOLDERS, ""):
-        mine = [o for o in outcomes if o.mutant.path.startswith(folder)]
+    silent = [o for o in survivors if is_equivalent(reasons.get(o.mutant.key(), TIME_ONLY))]
+    for folder in (*sorted({folder_of(o) for o in outcomes}), ""):
+        mine = [o for o in outcomes if folder in ("", folder_of(o))]
         count = Counter(o.result for o in mine)
         same = sum(o in silent for o in mine)
         alive = count["survived"] - same
@@ -248,7 +97,7 @@ def report(outcomes: list[Outcome], seed: int) -> str:
     text = "\n".join(rows)
     text += f"\n\nSeed {seed}; on {machine}, where half of the edits took over {middle_s:.0f} s each.\n"
     for title, some in (("Survivors", [o for o in survivors if o not in silent]), ("Equivalent", silent)):
-        lines = [f"- `{o.mutant}`: {reasons.get(key(o.mutant), 'not looked at yet')}\n" for o in some]
+        lines = [f"- `{o.mutant}`: {reasons.get(o.mutant.key(), 'not looked at yet')}\n" for o in some]
         text += f"\n{title}:\n\n{''.join(lines)}" if lines else ""
     return PREFACE + text
 
@@ -266,7 +115,7 @@ def still_known(outcomes: list[Outcome], mutants: list[Mutant]) -> list[Outcome]
     kept: dict[str, Outcome] = {}
     for outcome in outcomes:
         mutant = outcome.mutant.moved(ROOT)
-        alive = outcome.result == "survived" and key(outcome.mutant) not in reasons
+        alive = outcome.result == "survived" and outcome.mutant.key() not in reasons
         if mutant is None or alive or wanted[mutant.path] == 0 or str(mutant) in kept:
             continue
         wanted[mutant.path] -= 1
@@ -277,7 +126,7 @@ def still_known(outcomes: list[Outcome], mutants: list[Mutant]) -> list[Outcome]
 def to_try_again(outcomes: list[Outcome]) -> list[Mutant]:
     """Those that survived for no known reason."""
     reasons = known_survivors()
-    alive = [o.mutant.moved(ROOT) for o in outcomes if o.result == "survived" and key(o.mutant) not in reasons]
+    alive = [o.mutant.moved(ROOT) for o in outcomes if o.result == "survived" and o.mutant.key() not in reasons]
     return [mutant for mutant in alive if mutant is not None]
 
 
@@ -295,21 +144,54 @@ def not_tried(mutants: list[Mutant], first: list[Mutant], outcomes: list[Outcome
     return left
 
 
+class Workers:
+    """Some of them, each of which does one thing at a time."""
+
+    def __init__(self, count: int) -> None:
+        self._all = [Worker(ROOT, number) for number in range(count)]
+        self._free: SimpleQueue[Worker] = SimpleQueue()
+        for worker in self._all:
+            self._free.put(worker)
+        self._pool = ThreadPoolExecutor(count)
+
+    def each(self, job: Callable[[Worker], None]) -> None:
+        list(self._pool.map(job, self._all))
+
+    def share(self, jobs: Iterable[Any], done_by: Callable[[Worker, Any], None]) -> None:
+        def one(job: Any) -> None:
+            worker = self._free.get()
+            try:
+                done_by(worker, job)
+            finally:
+                self._free.put(worker)
+
+        list(self._pool.map(one, jobs))
+
+
+def tests_by_kind(mutants: Sequence[Mutant]) -> dict[str, list[str]]:
+    found: dict[str, dict[str, None]] = {}
+    for step in (step for mutant in mutants for step in plan_of(mutant.path)):
+        found.setdefault(step.kind, {}).update(dict.fromkeys(step.tests))
+    return {kind: list(tests) for kind, tests in found.items()}
+
+
+def see_tests_pass(worker: Worker, kind_and_tests: tuple[str, Sequence[str]]) -> None:
+    """On the unchanged tree."""
+    kind, tests = kind_and_tests
+    begin = time.monotonic()
+    failed = worker.failing(kind, tests)
+    if failed:
+        raise SystemExit(f"the tests fail on the unchanged tree: {failed}")
+    print(f"{kind}: {len(tests)} files: {time.monotonic() - begin:.0f} s", flush=True)
+
+
 def try_all(mutants: list[Mutant], worker_count: int, outcomes: list[Outcome]) -> None:
     """Adds to the outcomes, and to their file as they come."""
-    workers = [Worker(i) for i in range(worker_count)]
-    free = list(workers)
     lock = threading.Lock()
     total = len(outcomes) + len(mutants)
 
-    def one(mutant: Mutant) -> None:
-        with lock:
-            worker = free.pop()
-        try:
-            outcome = worker.try_out(mutant)
-        finally:
-            with lock:
-                free.append(worker)
+    def try_out(worker: Worker, mutant: Mutant) -> None:
+        outcome = worker.try_out(mutant)
         with lock:
             outcomes.append(outcome)
             with OUTCOMES.open("a") as file:
@@ -318,11 +200,20 @@ def try_all(mutants: list[Mutant], worker_count: int, outcomes: list[Outcome]) -
             text = f"[{len(outcomes)}/{total}] {outcome.result}{by} ({outcome.elapsed_s:.0f} s): {mutant}"
             print(text, flush=True)
 
-    with ThreadPoolExecutor(worker_count) as pool:
-        list(pool.map(Worker.prepare, workers))
-        if not outcomes:
-            workers[0].see_tests_pass(mutants)
-        list(pool.map(one, mutants))
+    workers = Workers(worker_count)
+    tests = tests_by_kind(mutants)
+    workers.each(lambda worker: worker.prepare(tests))
+    if not outcomes:
+        workers.share(tests.items(), see_tests_pass)
+    workers.share(mutants, try_out)
+
+
+def refuse_what_cannot_run(mutants: Sequence[Mutant]) -> None:
+    stale = stale_survivors()
+    if stale:
+        raise SystemExit("survivors.txt has edits that the sources do not allow:\n" + "\n".join(stale))
+    if STAND_IN in tests_by_kind(mutants) and not (ROOT / ".venv-simgpu" / "bin" / "python").exists():
+        raise SystemExit("edits of csrc/ops need .venv-simgpu, which make simgpu makes")
 
 
 def main() -> int:
@@ -337,6 +228,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="writes the table there as well")
     asked = parser.parse_args()
     mutants = choose(ROOT, asked.count, asked.seed, asked.only)
+    refuse_what_cannot_run(mutants)
     earlier = read_outcomes() if asked.resume else []
     outcomes = still_known(earlier, mutants)
     left = not_tried(mutants, to_try_again(earlier), outcomes)

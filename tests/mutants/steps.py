@@ -1,0 +1,108 @@
+"""What is built for an edit of a file and which tests are run on it, by path: those that kill most edits first."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+PYTHON = "Python"  # no build; the library is there as it is
+CPU = "cpu"  # the library without CUDA code
+SIMGPU = "simgpu"  # the CUDA code on a stand-in for CUDA, without torch
+STAND_IN = "stand-in"  # the same library with torch's CUDA build
+
+
+class Step(NamedTuple):
+    """One build and one call of pytest."""
+
+    kind: str
+    tests: tuple[str, ...]
+
+
+def _files(names: str) -> tuple[str, ...]:
+    return tuple(f"tests/test_{name}.py" for name in names.split())
+
+
+def _on_torch(names: str) -> tuple[str, ...]:
+    return tuple(f"tests/torch_cuda/test_{name}.py" for name in names.split())
+
+
+def _first(first: str, others: str) -> tuple[str, ...]:
+    return _files(" ".join(dict.fromkeys(f"{first} {others}".split())))
+
+
+def _ops(first: str) -> list[Step]:
+    """For the file of an op: its own tests, then what holds for all."""
+    return [Step(CPU, _first(first, OPS)), Step(STAND_IN, ON_A_DEVICE)]
+
+
+def _layouts(first: str) -> list[Step]:
+    return [Step(PYTHON, _first(first, LAYOUTS)), Step(PYTHON, (*_files("objects modes compile_layouts"), *DOCTESTS))]
+
+
+def _reference(first: str) -> list[Step]:
+    return [Step(PYTHON, _first(first, REFERENCE)), Step(PYTHON, _files("info modes refusals_random autograd"))]
+
+
+DOCTESTS = ("tests/test_info.py::test_examples_in_docstrings",)
+CALLS = _files("errors explain swap_blocks batch concat gather_scatter copy_pages refusals threads large_offsets")
+CORE = Step(CPU, _files("core_cpp"))
+HOST = Step(SIMGPU, _files("cuda_host staged cuda_failures kernel_body"))
+ON_A_DEVICE = _on_torch("link_executors addresses host_memory rings memory graphs code triton old_driver devices")
+OPS = "errors explain refusals gather_scatter swap_blocks copy_pages concat batch autograd info"
+REFERENCE = "reference errors refusals copy_pages gather_scatter swap_blocks batch concat explain"
+LAYOUTS = "layout plan convert slots canonical copy_groups page_mapping"
+
+PLANS = {
+    "csrc/core": [Step(CPU, CALLS), HOST, CORE],
+    "csrc/core/cuda_driver": [HOST, CORE],
+    "csrc/core/gpu_policy": [HOST, CORE],
+    "csrc/core/staged": [HOST, CORE],
+    "csrc/cpu": [Step(CPU, CALLS), Step(CPU, (*CORE.tests, *_files("streaming")))],
+    "csrc/cuda": [HOST, Step(SIMGPU, _files("cuda_time ptx_bulk ptx_kernels"))],
+    "csrc/ops": _ops("errors refusals"),
+    "csrc/ops/address_facts": [
+        Step(STAND_IN, _on_torch("addresses old_driver devices")),
+        Step(STAND_IN, _files("batch")),
+    ],
+    "csrc/ops/autograd": _ops("autograd"),
+    "csrc/ops/batch": _ops("batch"),
+    "csrc/ops/build_info": _ops("info"),
+    "csrc/ops/concat": _ops("concat"),
+    "csrc/ops/copy_pages": _ops("copy_pages"),
+    "csrc/ops/counters": _ops("explain threads"),
+    "csrc/ops/cuda_": [Step(STAND_IN, ON_A_DEVICE)],
+    "csrc/ops/executors": [Step(STAND_IN, ON_A_DEVICE), Step(CPU, CALLS)],
+    "csrc/ops/executors/cpu": _ops("explain"),
+    "csrc/ops/executors/reference": _ops("explain"),
+    "csrc/ops/explain": _ops("explain"),
+    "csrc/ops/fork": _ops("fork"),
+    "csrc/ops/gather": _ops("gather_scatter"),
+    "csrc/ops/library": _ops("info compile"),
+    "csrc/ops/swap": _ops("swap_blocks"),
+    "csrc/ops/triton_table": [Step(STAND_IN, _on_torch("triton link_executors"))],
+    "kvkernels": [Step(PYTHON, _files("info docs explain names"))],
+    "kvkernels/common": [Step(PYTHON, _files("integers errors autograd info modes lazy_bits compile"))],
+    "kvkernels/layout": _layouts(""),
+    "kvkernels/layout/blocks": _layouts("plan copy_groups slots integers"),
+    "kvkernels/layout/cache": _layouts("layout"),
+    "kvkernels/layout/canonical": _layouts("canonical page_mapping"),
+    "kvkernels/layout/convert": _layouts("convert"),
+    "kvkernels/layout/groups": _layouts("copy_groups"),
+    "kvkernels/layout/layout": _layouts("layout"),
+    "kvkernels/layout/mapping": _layouts("page_mapping canonical"),
+    "kvkernels/layout/memory": _layouts("layout canonical objects"),
+    "kvkernels/layout/plan": _layouts("plan convert"),
+    "kvkernels/layout/slots": _layouts("slots"),
+    "kvkernels/layout/specs": _layouts("canonical copy_groups"),
+    "kvkernels/names": [Step(PYTHON, (*_files("names"), *DOCTESTS))],
+    "kvkernels/reference": _reference(""),
+    "kvkernels/reference/checks": _reference("errors refusals swap_blocks concat compile"),
+    "kvkernels/reference/ledger": _reference("explain info"),
+    "kvkernels/reference/overlap": _reference("overlap"),
+    "kvkernels/registration": [Step(PYTHON, _files("info compile lazy_bits errors modes"))],
+    "kvkernels/triton": [Step(PYTHON, _files("triton triton_interpreter triton_ptx"))],
+}
+
+
+def plan_of(path: str) -> list[Step]:
+    """The steps for a file: those of the longest beginning of its path."""
+    return PLANS[max((start for start in PLANS if path.startswith(start)), key=len)]
