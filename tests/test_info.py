@@ -104,7 +104,7 @@ def test_version_is_the_projects():
     assert re.search(r'^version = "(.+)"$', project.read_text(), re.M)[1] == kvkernels.__version__
 
 
-@pytest.mark.parametrize("module", ["ops", "explain", "info"])
+@pytest.mark.parametrize("module", ["ops", "explain", "info", "policy"])
 def test_examples_in_docstrings(module):
     result = doctest.testmod(importlib.import_module(f"kvkernels.{module}"))
     assert result.attempted > 0 and result.failed == 0

@@ -127,25 +127,15 @@ std::unique_ptr<Site> device_site(Job& job, bool only_explains) {
 }
 
 Choice CudaSite::choose(const Job& job) {
-  const auto refusal_of = [&](Executor executor) { return room_of(executor).refusal(job, *this); };
-  const std::string kernel_refusal = refusal_of(Executor::kKernel);
-  const std::string dma_refusal = refusal_of(Executor::kDma);
-  // No copy engine serves, so a kernel does: Triton's where the library has no code.
-  if (!dma_refusal.empty()) {
-    if (no_code().empty()) return {Executor::kKernel, dma_refusal};
-    return {Executor::kTriton, no_code()};
-  }
-  const bool is_inside = job.work.direction == Direction::kDeviceToDevice;
-  if (is_inside && !no_code().empty() && refusal_of(Executor::kTriton).empty()) {
-    return {Executor::kTriton, no_code()};
-  }
-  const Work& work = job.work;
-  GpuFacts facts{allows_batches(), kernel_refusal};
-  if (no_code().empty() && !job.has_addresses && staging_may_pay(work.direction, work.bytes, work.descriptors, facts) &&
-      may_have_ring()) {
-    facts.staged_bytes = staging(job).mean_copy_bytes();
-  }
-  return choose_on_gpu(work.direction, work.bytes, work.descriptors, facts);
+  const GpuCall call{job.work.direction, limits_.uses_host_page_tables ? Link::kCoherent : Link::kPcie,
+                     limits_.capability, allows_batches() ? Copies::kBatched : Copies::kOneByOne,
+                     job.work.bytes,     job.work.descriptors};
+  const GpuAnswers answers{[&](Executor executor) { return room_of(executor).refusal(job, *this); },
+                           [&] { return job.work.bytes > 0 ? staging(job).mean_copy_bytes() : 0; }};
+  const std::optional<Choice> choice = choose_on_gpu(*gpu_policy(), call, answers);
+  if (choice) return *choice;
+  // Its refusal is then the call's error.
+  return {no_code().empty() ? Executor::kKernel : Executor::kTriton, ""};
 }
 
 void CudaSite::with_fault_word(const std::function<void(const void* word)>& body) {

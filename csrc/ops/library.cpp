@@ -6,6 +6,7 @@
 // arguments.
 #include "ops/counters.h"
 #include "ops/ops.h"
+#include "ops/policy_ops.h"
 
 extern "C" __attribute__((visibility("default"))) const char* kvkernels_schemas() {
   return R"schemas(swap_blocks(Tensor(b!) src, Tensor(a!) dst, int block_size_in_bytes, Tensor block_mapping) -> ()
@@ -28,6 +29,8 @@ _counters() -> Tensor
 _reset_counters() -> ()
 _build_info() -> Tensor
 _check_device(int device) -> Tensor
+_policy(bool is_default) -> Tensor
+_set_policy(Tensor rows) -> ()
 )schemas";
 }
 
@@ -57,4 +60,6 @@ STABLE_TORCH_LIBRARY_IMPL(kvkernels, CompositeExplicitAutograd, m) {
   m.impl("_reset_counters", TORCH_BOX(&kvkernels::reset_counters));
   m.impl("_build_info", TORCH_BOX(&as_tensor<&kvkernels::build_info>));
   m.impl("_check_device", TORCH_BOX((&as_tensor<&kvkernels::check_device, int64_t>)));
+  m.impl("_policy", TORCH_BOX((&as_tensor<&kvkernels::policy_json, bool>)));
+  m.impl("_set_policy", TORCH_BOX(&kvkernels::set_policy));
 }

@@ -115,6 +115,8 @@ def _reference_kernels() -> dict[str, Callable[..., Any]]:
         "_reset_counters": ledger.reset_counters,
         "_build_info": lambda: tensor_of(json.dumps(build_record())),
         "_check_device": lambda device: tensor_of("{}"),  # the reference checks ids before it moves anything
+        "_policy": lambda is_default: tensor_of("[]"),  # there is nothing to choose from
+        "_set_policy": lambda rows: None,
         **_PYTHON_KERNELS,
     }
 

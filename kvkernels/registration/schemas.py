@@ -38,6 +38,8 @@ PRIVATE = {
     "_reset_counters": "() -> ()",
     "_build_info": "() -> Tensor",
     "_check_device": "(int device) -> Tensor",
+    "_policy": "(bool is_default) -> Tensor",
+    "_set_policy": "(Tensor rows) -> ()",
     "_copy_pages_reference": (
         "(Tensor[] src, Tensor(a!)[] dst, Tensor mapping, Tensor runs, int src_subblocks_per_block, "
         "int dst_subblocks_per_block, bool skip_negative) -> ()"
