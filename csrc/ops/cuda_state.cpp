@@ -1,7 +1,5 @@
 #include "ops/cuda_state.h"
 
-#include <cuda_runtime_api.h>
-
 #include <optional>
 
 #include "core/cuda_driver.h"
