@@ -20,7 +20,6 @@ from kvkernels.registration import LIBRARY, build_record, schemas
 from kvkernels.version import __version__
 
 _PLACES = ("cpu to cpu", "cpu to cuda", "cuda to cpu", "cuda to cuda")
-_TAKES_EXECUTOR = frozenset({"swap_blocks_batch", "gather_blocks", "scatter_blocks", "copy_pages"})
 
 
 def info() -> dict[str, Any]:
@@ -31,8 +30,8 @@ def info() -> dict[str, Any]:
     dict
         Only what JSON has. ``compiled`` and ``why`` say whether the compiled library is loaded; ``ops`` has, for each
         op and each combination of devices, the ``executors`` that can serve it, the one that ``auto`` takes, and why.
-        ``cuda`` has the ``policy`` by which ``auto`` goes there: its ``source``, its ``rows`` (``kvkernels.policy`` says
-        what they mean), and ``KVKERNELS_KERNEL_BELOW_BYTES`` where that is set.
+        ``cuda`` has the ``policy`` by which ``auto`` goes on a GPU: its ``source``, its ``rows``, whose meaning
+        ``kvkernels.policy`` has, and ``kernel_below_bytes``, the variable of that name where it is set.
 
     Notes
     -----
@@ -90,27 +89,22 @@ def _service(op: str, place: str, cuda: Mapping[str, Any]) -> dict[str, Any]:
     """Executors that can serve an op between two kinds of memory."""
     if place == "cpu to cpu":
         explanation = _explain_small(op)
-        named = [explanation.executor, "reference"] if op in _TAKES_EXECUTOR else [explanation.executor]
-        return _entry(list(dict.fromkeys(named)), explanation.executor, explanation.reason)
+        named = dict.fromkeys([explanation.executor, "reference"])
+        return _entry(list(named), explanation.executor, explanation.reason)
     if op == "swap_blocks_batch":
         return _service_of_addresses(cuda)
     if not LIBRARY.compiled:
         return _entry(["reference"], "reference", NO_LIBRARY)
-    reference = ["reference"] if op in _TAKES_EXECUTOR else []
     if not cuda["built"] or cuda["driver_refusal"]:
         why = cuda["driver_refusal"] or "the library was built without CUDA code"
         if not triton.is_installed():
-            return _entry(reference, None, why)
-        return _entry(["triton", *reference], "triton", why)
-    named = ["triton"] if op in _TAKES_EXECUTOR and triton.is_installed() else []
+            return _entry(["reference"], None, why)
+        return _entry(["triton", "reference"], "triton", why)
+    python = ["triton", "reference"] if triton.is_installed() else ["reference"]
     if place == "cuda to cuda":
-        return _entry(
-            ["kernel", "bulk", "dma", *named, *reference] if op in _TAKES_EXECUTOR else ["kernel"],
-            "kernel",
-            "one launch for all pools and pairs",
-        )
+        return _entry(["kernel", "bulk", "dma", *python], "kernel", "one launch for all pools and pairs")
     return _entry(
-        ["kernel", "bulk", "dma", "staged", *named, *reference],
+        ["kernel", "bulk", "dma", "staged", *python],
         "kernel, dma or staged",
         "by the policy: kvkernels.explain says which row",
     )

@@ -19,7 +19,14 @@ _concat_tp_shards_out = torch.ops.kvkernels.concat_tp_shards_out.default
 _split_tp_shards = torch.ops.kvkernels.split_tp_shards.default
 
 
-def swap_blocks(src: Tensor, dst: Tensor, block_size_in_bytes: int, block_mapping: Tensor) -> None:
+def swap_blocks(
+    src: Tensor,
+    dst: Tensor,
+    block_size_in_bytes: int,
+    block_mapping: Tensor,
+    executor: str = "auto",
+    sm_budget: int = 0,
+) -> None:
     """Copy blocks from one cache to another: vLLM's call, on CPU tensors too.
 
     Parameters
@@ -34,13 +41,18 @@ def swap_blocks(src: Tensor, dst: Tensor, block_size_in_bytes: int, block_mappin
         Bytes of one block, positive.
     block_mapping : Tensor
         int64 or int32, shape ``[n, 2]``, on the CPU, any strides: (source block, destination block).
+    executor : {'auto', 'cpu', 'kernel', 'bulk', 'dma', 'staged', 'triton', 'reference'}
+        What carries the copy out. A named one that cannot serve the call raises; another is never run instead.
+    sm_budget : int
+        The most SMs that ``kernel``, ``bulk``, ``staged`` and ``triton`` may use; 0 for the policy's default.
 
     Raises
     ------
     IndexError
         A block id is out of range; the message names its row, column and limit.
     ValueError
-        A wrong shape, dtype, layout or device; one destination from two sources; a block both read and written.
+        A wrong shape, dtype, layout, device or executor; one destination from two sources; a block both read and
+        written.
     RuntimeError
         CUDA failed; the message has CUDA's name for it, and the destination is undefined.
 
@@ -66,7 +78,7 @@ def swap_blocks(src: Tensor, dst: Tensor, block_size_in_bytes: int, block_mappin
     >>> dst.tolist()
     [[6, 7], [0, 0], [0, 1], [0, 0]]
     """
-    _swap_blocks(src, dst, block_size_in_bytes, block_mapping)
+    _swap_blocks(src, dst, block_size_in_bytes, block_mapping, executor, sm_budget)
 
 
 def swap_blocks_batch(
@@ -326,7 +338,7 @@ def copy_pages(
     )
 
 
-def concat_tp_shards(shards: Sequence[Tensor], dim: int) -> Tensor:
+def concat_tp_shards(shards: Sequence[Tensor], dim: int, executor: str = "auto", sm_budget: int = 0) -> Tensor:
     """Join tensor-parallel shards along a dimension into a new tensor.
 
     Parameters
@@ -336,6 +348,10 @@ def concat_tp_shards(shards: Sequence[Tensor], dim: int) -> Tensor:
         device, any strides, equal in every dimension but ``dim``.
     dim : int
         The dimension of the shards, from ``-ndim`` to ``ndim - 1``.
+    executor : {'auto', 'cpu', 'kernel', 'bulk', 'dma', 'staged', 'triton', 'reference'}
+        What carries the copy out. A named one that cannot serve the call raises; another is never run instead.
+    sm_budget : int
+        The most SMs that ``kernel``, ``bulk``, ``staged`` and ``triton`` may use; 0 for the policy's default.
 
     Returns
     -------
@@ -345,7 +361,7 @@ def concat_tp_shards(shards: Sequence[Tensor], dim: int) -> Tensor:
     Raises
     ------
     ValueError
-        No shards, or shards that do not fit together.
+        No shards, shards that do not fit together, or a wrong executor.
     RuntimeError
         CUDA failed; the message has CUDA's name for it.
 
@@ -360,11 +376,13 @@ def concat_tp_shards(shards: Sequence[Tensor], dim: int) -> Tensor:
     >>> kvkernels.concat_tp_shards([torch.tensor([[1], [2]]), torch.tensor([[3, 4], [5, 6]])], 1).tolist()
     [[1, 3, 4], [2, 5, 6]]
     """
-    result: Tensor = _concat_tp_shards(shards, dim)
+    result: Tensor = _concat_tp_shards(shards, dim, executor, sm_budget)
     return result
 
 
-def concat_tp_shards_out(shards: Sequence[Tensor], dim: int, out: Tensor) -> None:
+def concat_tp_shards_out(
+    shards: Sequence[Tensor], dim: int, out: Tensor, executor: str = "auto", sm_budget: int = 0
+) -> None:
     """Join tensor-parallel shards along a dimension into a given tensor.
 
     Parameters
@@ -376,12 +394,17 @@ def concat_tp_shards_out(shards: Sequence[Tensor], dim: int, out: Tensor) -> Non
         The dimension of the shards, from ``-ndim`` to ``ndim - 1``.
     out : Tensor
         Of the shards' dtype and of the joined shape, any strides that do not overlap; may be a view.
+    executor : {'auto', 'cpu', 'kernel', 'bulk', 'dma', 'staged', 'triton', 'reference'}
+        What carries the copy out. A named one that cannot serve the call raises; another is never run instead.
+    sm_budget : int
+        The most SMs that ``kernel``, ``bulk``, ``staged`` and ``triton`` may use; 0 for the policy's default.
 
     Raises
     ------
     ValueError
-        No shards, shards that do not fit together or into ``out``, or ``out`` sharing bytes with itself or with a
-        shard; in a compiled graph also where only a clone in the graph keeps them apart, which inductor may drop.
+        No shards, shards that do not fit together or into ``out``, a wrong executor, or ``out`` sharing bytes with
+        itself or with a shard; in a compiled graph also where only a clone in the graph keeps them apart, which inductor
+        may drop.
     RuntimeError
         CUDA failed; the message has CUDA's name for it, and ``out`` is undefined.
 
@@ -399,10 +422,10 @@ def concat_tp_shards_out(shards: Sequence[Tensor], dim: int, out: Tensor) -> Non
     >>> out.tolist()
     [[1, 3, 4], [2, 5, 6]]
     """
-    _concat_tp_shards_out(shards, dim, out)
+    _concat_tp_shards_out(shards, dim, out, executor, sm_budget)
 
 
-def split_tp_shards(input: Tensor, dim: int, out: Sequence[Tensor]) -> None:
+def split_tp_shards(input: Tensor, dim: int, out: Sequence[Tensor], executor: str = "auto", sm_budget: int = 0) -> None:
     """Cut a tensor along a dimension into given tensor-parallel shards: the inverse of ``concat_tp_shards_out``.
 
     Parameters
@@ -414,12 +437,17 @@ def split_tp_shards(input: Tensor, dim: int, out: Sequence[Tensor]) -> None:
     out : sequence of Tensor
         At least one, of ``input``'s dtype, on one device, any strides that do not overlap; sizes equal ``input``'s but
         for ``dim``, where they add up to it. May be views.
+    executor : {'auto', 'cpu', 'kernel', 'bulk', 'dma', 'staged', 'triton', 'reference'}
+        What carries the copy out. A named one that cannot serve the call raises; another is never run instead.
+    sm_budget : int
+        The most SMs that ``kernel``, ``bulk``, ``staged`` and ``triton`` may use; 0 for the policy's default.
 
     Raises
     ------
     ValueError
-        No shards, shards that do not fit ``input``, or shards that share bytes with each other or with ``input``; in a
-        compiled graph also where only a clone in the graph keeps them apart, which inductor may drop.
+        No shards, shards that do not fit ``input``, a wrong executor, or shards that share bytes with each other or
+        with ``input``; in a compiled graph also where only a clone in the graph keeps them apart, which inductor may
+        drop.
     RuntimeError
         CUDA failed; the message has CUDA's name for it, and ``out`` is undefined.
 
@@ -437,4 +465,4 @@ def split_tp_shards(input: Tensor, dim: int, out: Sequence[Tensor]) -> None:
     >>> left.tolist(), right.tolist()
     ([[1], [2]], [[3, 4], [5, 6]])
     """
-    _split_tp_shards(input, dim, out)
+    _split_tp_shards(input, dim, out, executor, sm_budget)

@@ -33,8 +33,7 @@ struct CopyCall {
   bool soon_read = false;  // the destination is a buffer that its caller reads next
   Executor executor = Executor::kAuto;
   int64_t sm_budget = 0;
-  std::function<void(const Job&)>
-      reference;  // the same call on the reference; empty where an op has no executor argument
+  std::function<void(const Job&)> reference;  // the same call on the reference; empty where nobody named it
 };
 
 void carry_out(CopyCall call);

@@ -22,7 +22,7 @@ struct Job {
 
   // The tensors of the host's side; empty for raw addresses.
   std::span<const Tensor> host_tensors;
-  // The same call on the reference; empty where an op cannot be asked for it.
+  // The same call on the reference; empty where nobody named it.
   std::function<void(const Job& job)> reference;
 
   // Raw addresses: the copies as the caller listed them, of which work.fragments has neighbours as one.

@@ -9,16 +9,19 @@
 #include "ops/policy_ops.h"
 
 extern "C" __attribute__((visibility("default"))) const char* kvkernels_schemas() {
-  return R"schemas(swap_blocks(Tensor(b!) src, Tensor(a!) dst, int block_size_in_bytes, Tensor block_mapping) -> ()
+  return R"schemas(swap_blocks(Tensor(b!) src, Tensor(a!) dst, int block_size_in_bytes, Tensor block_mapping, str executor="auto", int sm_budget=0) -> ()
 swap_blocks_batch(Tensor src_ptrs, Tensor(a!) dst_ptrs, Tensor sizes, bool is_src_access_order_any=False, str executor="auto", int sm_budget=0) -> ()
 gather_blocks(Tensor(b!)[] pools, Tensor block_ids, Tensor(a!) out, str executor="auto", int sm_budget=0) -> ()
 scatter_blocks(Tensor(b!) buffer, Tensor block_ids, Tensor(a!)[] pools, str executor="auto", int sm_budget=0) -> ()
 copy_pages(Tensor(b!)[] src, Tensor(a!)[] dst, Tensor mapping, Tensor runs, int src_subblocks_per_block=1, int dst_subblocks_per_block=1, bool skip_negative=False, str executor="auto", int sm_budget=0) -> ()
-concat_tp_shards(Tensor[] shards, int dim) -> Tensor
-concat_tp_shards_out(Tensor[] shards, int dim, Tensor(a!) out) -> ()
-split_tp_shards(Tensor input, int dim, Tensor(a!)[] out) -> ()
+concat_tp_shards(Tensor[] shards, int dim, str executor="auto", int sm_budget=0) -> Tensor
+concat_tp_shards_out(Tensor[] shards, int dim, Tensor(a!) out, str executor="auto", int sm_budget=0) -> ()
+split_tp_shards(Tensor input, int dim, Tensor(a!)[] out, str executor="auto", int sm_budget=0) -> ()
 _copy_pages_reference(Tensor[] src, Tensor(a!)[] dst, Tensor mapping, Tensor runs, int src_subblocks_per_block, int dst_subblocks_per_block, bool skip_negative) -> ()
+_swap_blocks_reference(Tensor src, Tensor(a!) dst, int block_size_in_bytes, Tensor block_mapping) -> ()
 _swap_blocks_batch_reference(Tensor copies) -> ()
+_concat_tp_shards_reference(Tensor[] shards, int dim, Tensor(a!) out) -> ()
+_split_tp_shards_reference(Tensor input, int dim, Tensor(a!)[] out) -> ()
 _first_requiring_grad(Tensor[] tensors) -> int
 _note_writes(Tensor[] tensors) -> ()
 _triton_refusal(int device) -> Tensor

@@ -236,6 +236,24 @@ void call_reference(const std::vector<Tensor>& src, const std::vector<Tensor>& d
   call_dispatcher("kvkernels::_copy_pages_reference", stack);
 }
 
+void call_swap_reference(const Tensor& src, const Tensor& dst, int64_t block_bytes, const Tensor& mapping) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 4> stack{from(src), from(dst), from(block_bytes), from(mapping)};
+  call_dispatcher("kvkernels::_swap_blocks_reference", stack);
+}
+
+void call_concat_reference(const std::vector<Tensor>& shards, int64_t dim, const Tensor& out) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 3> stack{from(shards), from(dim), from(out)};
+  call_dispatcher("kvkernels::_concat_tp_shards_reference", stack);
+}
+
+void call_split_reference(const Tensor& input, int64_t dim, const std::vector<Tensor>& out) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 3> stack{from(input), from(dim), from(out)};
+  call_dispatcher("kvkernels::_split_tp_shards_reference", stack);
+}
+
 void call_batch_reference(const Tensor& copies) {
   std::array<StableIValue, 1> stack{torch::stable::detail::from(copies)};
   call_dispatcher("kvkernels::_swap_blocks_batch_reference", stack);

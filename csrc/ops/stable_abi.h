@@ -92,6 +92,11 @@ void parallel_lanes(int lanes, void* context, void (*body)(void* context, int la
 void call_reference(const std::vector<Tensor>& src, const std::vector<Tensor>& dst, const Tensor& mapping,
                     const Tensor& runs, int64_t src_subblocks, int64_t dst_subblocks, bool skip_negative);
 
+// The same for those of other ops, kvkernels::_swap_blocks_reference and so on, with these ops' own arguments.
+void call_swap_reference(const Tensor& src, const Tensor& dst, int64_t block_bytes, const Tensor& mapping);
+void call_concat_reference(const std::vector<Tensor>& shards, int64_t dim, const Tensor& out);
+void call_split_reference(const Tensor& input, int64_t dim, const std::vector<Tensor>& out);
+
 // The same for kvkernels::_swap_blocks_batch_reference: a row of int64 a copy, source and destination address, bytes.
 void call_batch_reference(const Tensor& copies);
 

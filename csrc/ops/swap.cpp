@@ -36,13 +36,17 @@ Pool block_pool(const Name& name, const Tensor& tensor, const TensorFacts& facts
 
 }  // namespace
 
-void swap_blocks(const Tensor& src, const Tensor& dst, int64_t block_size_in_bytes, const Tensor& block_mapping) {
+void swap_blocks(const Tensor& src, const Tensor& dst, int64_t block_size_in_bytes, const Tensor& block_mapping,
+                 StrArgument executor, int64_t sm_budget) {
   const char* op = "swap_blocks";
+  CopyCall call;
+  call.op = op;
+  call.executor = checked_executor(op, executor.take());
+  call.sm_budget = sm_budget;
+  check_sm_budget(op, sm_budget);
   if (block_size_in_bytes <= 0) value_error(op, ": block_size_in_bytes must be positive, got ", block_size_in_bytes);
   const TensorFacts src_facts = checked_tensor(op, Name{"src"}, src);
   const TensorFacts dst_facts = checked_tensor(op, Name{"dst"}, dst);
-  CopyCall call;
-  call.op = op;
   call.ids_name = "block_mapping";
   merge_place(op, "src", src_facts, true, call.src.place);
   merge_place(op, "dst", dst_facts, true, call.dst.place);
@@ -61,6 +65,9 @@ void swap_blocks(const Tensor& src, const Tensor& dst, int64_t block_size_in_byt
   call.rows = ids.rows;
   call.src_limit = limit_of("src", call.src.pools, 1, false);
   call.dst_limit = limit_of("dst", call.dst.pools, 1, false);
+  if (call.executor == Executor::kReference) {
+    call.reference = [&](const Job&) { call_swap_reference(src, dst, block_size_in_bytes, block_mapping); };
+  }
   carry_out(std::move(call));
 }
 

@@ -192,7 +192,7 @@ def pools_of(op: str, name: str, tensors: Sequence[Tensor]) -> list[Pool]:
     return pools
 
 
-def _blocks_of_bytes(op: str, name: str, t: Tensor, block_bytes: int) -> Pool:
+def blocks_of_bytes(op: str, name: str, t: Tensor, block_bytes: int) -> Pool:
     """swap_blocks' view of a tensor: a row of blocks where contiguous, one block a padded row otherwise."""
     row_bytes = _row_elements(t) * t.element_size()
     # Head-first memory is often shown as token-first: what counts inside a row is that its bytes are dense.
@@ -215,8 +215,11 @@ def _blocks_of_bytes(op: str, name: str, t: Tensor, block_bytes: int) -> Pool:
     return Pool(name, t, t.shape[0], stride_bytes, block_bytes)
 
 
-def check_swap_blocks(src: Tensor, dst: Tensor, block_size_in_bytes: int, block_mapping: Tensor) -> tuple[Pool, Pool]:
+def check_swap_blocks(
+    src: Tensor, dst: Tensor, block_size_in_bytes: int, block_mapping: Tensor, executor: str, sm_budget: int
+) -> tuple[Pool, Pool]:
     op = "swap_blocks"
+    check_executor(op, executor, sm_budget)
     require(
         block_size_in_bytes > 0,
         lambda: f"{op}: block_size_in_bytes must be positive, got {block_size_in_bytes}",
@@ -225,10 +228,7 @@ def check_swap_blocks(src: Tensor, dst: Tensor, block_size_in_bytes: int, block_
     check_tensor(op, "dst", dst)
     check_one_cuda_device(op, (src, dst))
     check_ids(op, "block_mapping", block_mapping, 2, None)
-    return (
-        _blocks_of_bytes(op, "src", src, block_size_in_bytes),
-        _blocks_of_bytes(op, "dst", dst, block_size_in_bytes),
-    )
+    return blocks_of_bytes(op, "src", src, block_size_in_bytes), blocks_of_bytes(op, "dst", dst, block_size_in_bytes)
 
 
 def check_swap_blocks_batch(src_ptrs: Tensor, dst_ptrs: Tensor, sizes: Tensor, executor: str, sm_budget: int) -> None:
@@ -388,8 +388,11 @@ def _check_shards(op: str, name: str, shards: Sequence[Tensor], dim: int) -> tup
     return dim, tuple(shape)
 
 
-def check_concat_tp_shards(shards: Sequence[Tensor], dim: int) -> tuple[int, tuple[int, ...]]:
+def check_concat_tp_shards(
+    shards: Sequence[Tensor], dim: int, executor: str, sm_budget: int
+) -> tuple[int, tuple[int, ...]]:
     op = "concat_tp_shards"
+    check_executor(op, executor, sm_budget)
     result = _check_shards(op, "shards", shards, dim)
     require(
         not shards[0].is_quantized,
@@ -401,8 +404,9 @@ def check_concat_tp_shards(shards: Sequence[Tensor], dim: int) -> tuple[int, tup
     return result
 
 
-def check_concat_tp_shards_out(shards: Sequence[Tensor], dim: int, out: Tensor) -> int:
+def check_concat_tp_shards_out(shards: Sequence[Tensor], dim: int, out: Tensor, executor: str, sm_budget: int) -> int:
     op = "concat_tp_shards_out"
+    check_executor(op, executor, sm_budget)
     dim, shape = _check_shards(op, "shards", shards, dim)
     check_tensor(op, "out", out)
     _check_exact_shape(op, "out", out, shape)
@@ -412,8 +416,9 @@ def check_concat_tp_shards_out(shards: Sequence[Tensor], dim: int, out: Tensor) 
     return dim
 
 
-def check_split_tp_shards(input: Tensor, dim: int, out: Sequence[Tensor]) -> int:
+def check_split_tp_shards(input: Tensor, dim: int, out: Sequence[Tensor], executor: str, sm_budget: int) -> int:
     op = "split_tp_shards"
+    check_executor(op, executor, sm_budget)
     dim, shape = _check_shards(op, "out", out, dim)
     check_tensor(op, "input", input)
     _check_like(op, "input", input, out[0], dim)

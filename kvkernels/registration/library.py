@@ -26,7 +26,10 @@ PACKAGE = Path(__file__).resolve().parents[1]
 
 _PYTHON_KERNELS: dict[str, Callable[..., Any]] = {
     "_copy_pages_reference": reference.copy_pages_checked,
+    "_swap_blocks_reference": reference.swap_blocks_checked,
     "_swap_blocks_batch_reference": reference.swap_blocks_batch_checked,
+    "_concat_tp_shards_reference": reference.concat_tp_shards_checked,
+    "_split_tp_shards_reference": reference.split_tp_shards_checked,
     "_first_requiring_grad": autograd.first_requiring_grad,
     "_note_writes": autograd.note_writes,
     "_triton_refusal": lambda device: tensor_of(triton.refusal(device)),
