@@ -32,7 +32,7 @@ def swap_blocks(
     Parameters
     ----------
     src, dst : Tensor
-        Any dtype, on the CPU or on one CUDA device. A contiguous tensor of any shape is a row of blocks of
+        Any dtype, on the CPU or on a CUDA device. A contiguous tensor of any shape is a row of blocks of
         ``block_size_in_bytes``, which must divide its bytes. A tensor whose rows are padded steps by the stride of
         dimension 0, and its row must be exactly ``block_size_in_bytes``. Inside dimension 0 the others may be in any
         order, such as head-first memory that is shown as token-first, where their bytes are dense; elsewhere
@@ -64,6 +64,10 @@ def swap_blocks(
     With a tensor on a CUDA device the copy is ordered on that device's current stream and the call does not wait for
     it: keep both tensors alive, ``src`` unwritten and ``dst`` unread, until the stream has passed. From the CPU to the
     CPU the copy is done when the call returns and is ordered with no stream.
+
+    From one CUDA device to another the copy runs on the source's device, in its current stream, if that device can
+    access the other's memory (else ValueError). It begins after what the destination's current stream had to do, and
+    what follows there waits for it, as with torch's own copies. Not yet run on hardware.
 
     A CUDA graph may capture the call and then repeats it with the ids of the capture: they are frozen. The op has the
     tag ``cudagraph_unsafe``, so inductor does not capture it by itself. The schema says of ``src``, too, that it is
@@ -131,6 +135,10 @@ def swap_blocks_batch(
     host they are done when it returns. A CUDA graph that captures the call repeats it with the addresses of the
     capture. The op has the tag ``cudagraph_unsafe``.
 
+    From one CUDA device to another the copy runs on the source's device, in its current stream, if that device can
+    access the other's memory (else ValueError). It begins after what the destination's current stream had to do, and
+    what follows there waits for it, as with torch's own copies. Not yet run on hardware.
+
     Examples
     --------
     >>> import torch, kvkernels
@@ -155,7 +163,8 @@ def gather_blocks(
         Any dtypes, on one device. Dimension 0 is the block id; a row must be contiguous, and the stride of dimension 0
         may exceed it. Pools may differ in page and in number of blocks, and may share memory.
     block_ids : Tensor
-        int64 or int32, shape ``[n]``, any stride, on the CPU or on the pools' or ``out``'s CUDA device.
+        int64 or int32, shape ``[n]``, any stride, on the CPU or on the CUDA device of the pools,
+        or else of ``out``.
     out : Tensor
         uint8, shape ``[n, sum of page bytes]``; its rows may be padded. Pool t's page starts at the sum of the pages
         before.
@@ -179,6 +188,10 @@ def gather_blocks(
 
     With a tensor on a CUDA device the copy is ordered on that device's current stream and the call does not wait for
     it. From the CPU to the CPU it is done when the call returns.
+
+    From one CUDA device to another the copy runs on the source's device, in its current stream, if that device can
+    access the other's memory (else ValueError). It begins after what the destination's current stream had to do, and
+    what follows there waits for it, as with torch's own copies. Not yet run on hardware.
 
     Ids on a CUDA device are checked there: a row with an id out of range is skipped and recorded, and
     ``kvkernels.check_device`` raises. That ``out`` overlaps no pool is then the caller's promise. A CUDA graph that
@@ -209,7 +222,8 @@ def scatter_blocks(
         uint8, shape ``[n, sum of page bytes]``; its rows may be padded. Pool t's page starts at the sum of the pages
         before.
     block_ids : Tensor
-        int64 or int32, shape ``[n]``, any stride, on the CPU or on the pools' or ``buffer``'s CUDA device.
+        int64 or int32, shape ``[n]``, any stride, on the CPU or on the CUDA device of ``buffer``, or
+        else of the pools.
     pools : sequence of Tensor
         Any dtypes, on one device. Dimension 0 is the block id; a row must be contiguous, and the stride of dimension 0
         may exceed it.
@@ -234,6 +248,10 @@ def scatter_blocks(
 
     With a tensor on a CUDA device the copy is ordered on that device's current stream and the call does not wait for
     it. From the CPU to the CPU it is done when the call returns.
+
+    From one CUDA device to another the copy runs on the source's device, in its current stream, if that device can
+    access the other's memory (else ValueError). It begins after what the destination's current stream had to do, and
+    what follows there waits for it, as with torch's own copies. Not yet run on hardware.
 
     Ids on a CUDA device are checked there: a row with an id out of range is skipped and recorded, and
     ``kvkernels.check_device`` raises. That no id comes twice and no memory overlaps is then the caller's promise. A
@@ -273,8 +291,9 @@ def copy_pages(
         Pools of any dtypes, each list on one device. Dimension 0 is the block id; a row (page) must be contiguous, and
         the stride of dimension 0 may exceed it.
     mapping : Tensor
-        int64 or int32, shape ``[n, 2]``, any strides, on the CPU or on the pools' CUDA device: (source id, destination
-        id). An id is that of a sub-block: block ``id // subblocks``, sub-block ``id % subblocks``.
+        int64 or int32, shape ``[n, 2]``, any strides, on the CPU or on the CUDA device of ``src``, or else of ``dst``:
+        (source id, destination id). An id is that of a sub-block: block ``id // subblocks``, sub-block
+        ``id % subblocks``.
     runs : Tensor
         int64, shape ``[r, 16]``, on the CPU. In bytes: ``src_pool, dst_pool, src_offset, dst_offset, fragment_bytes,
         src_subblock_stride, dst_subblock_stride``, then three loops ``extent, src_stride, dst_stride``, outermost
@@ -307,6 +326,10 @@ def copy_pages(
 
     With a tensor on a CUDA device the copy is ordered on that device's current stream and the call does not wait for
     it. From the CPU to the CPU it is done when the call returns.
+
+    From one CUDA device to another the copy runs on the source's device, in its current stream, if that device can
+    access the other's memory (else ValueError). It begins after what the destination's current stream had to do, and
+    what follows there waits for it, as with torch's own copies. Not yet run on hardware.
 
     Ids on a CUDA device are checked there: a pair with an id out of range is skipped and recorded, and
     ``kvkernels.check_device`` raises. That no destination comes twice and no memory overlaps is then the caller's
@@ -403,8 +426,8 @@ def concat_tp_shards_out(
     ------
     ValueError
         No shards, shards that do not fit together or into ``out``, a wrong executor, or ``out`` sharing bytes with
-        itself or with a shard; in a compiled graph also where only a clone in the graph keeps them apart, which inductor
-        may drop.
+        itself or with a shard; in a compiled graph also where only a clone in the graph keeps them apart, which
+        inductor may drop.
     RuntimeError
         CUDA failed; the message has CUDA's name for it, and ``out`` is undefined.
 
@@ -413,6 +436,10 @@ def concat_tp_shards_out(
     Bytes are copied, not values: NaN payloads are kept. Nothing is written by a call that raises ValueError. With a
     tensor on a CUDA device the copy is ordered on that device's current stream, the call does not wait for it, and a
     CUDA graph may capture it. From the CPU to the CPU it is done when the call returns.
+
+    From one CUDA device to another the copy runs on the source's device, in its current stream, if that device can
+    access the other's memory (else ValueError). It begins after what the destination's current stream had to do, and
+    what follows there waits for it, as with torch's own copies. Not yet run on hardware.
 
     Examples
     --------
@@ -456,6 +483,10 @@ def split_tp_shards(input: Tensor, dim: int, out: Sequence[Tensor], executor: st
     Bytes are copied, not values: NaN payloads are kept. Nothing is written by a call that raises ValueError. With a
     tensor on a CUDA device the copy is ordered on that device's current stream, the call does not wait for it, and a
     CUDA graph may capture it. From the CPU to the CPU it is done when the call returns.
+
+    From one CUDA device to another the copy runs on the source's device, in its current stream, if that device can
+    access the other's memory (else ValueError). It begins after what the destination's current stream had to do, and
+    what follows there waits for it, as with torch's own copies. Not yet run on hardware.
 
     Examples
     --------

@@ -52,7 +52,6 @@ Work lower_call(const CopyCall& call, std::vector<Move> moves, PairList list, Di
 }
 
 void check_and_copy(CopyCall call) {
-  check_one_device(call.op, call.src.place, call.dst.place);
   const Direction direction = direction_of(call.src.place, call.dst.place);
   PairList list;
   if (!call.ids_on_device) {
@@ -70,6 +69,7 @@ void check_and_copy(CopyCall call) {
   job.asked = call.executor;
   job.sm_budget = call.sm_budget;
   job.device = call.src.place.on_device ? call.src.place.device : call.dst.place.device;
+  if (direction == Direction::kDeviceToDevice && call.dst.place.device != job.device) job.peer = call.dst.place.device;
   job.work = lower_call(call, std::move(moves), std::move(list), direction);
   if (direction == Direction::kHostToDevice) job.host_tensors = call.src.tensors;
   if (direction == Direction::kDeviceToHost) job.host_tensors = call.dst.tensors;

@@ -68,7 +68,6 @@ void copy_pages(const std::vector<Tensor>& src, const std::vector<Tensor>& dst, 
   call.src = checked_pools(op, "src", src, false);
   call.dst = checked_pools(op, "dst", dst, true);
   reread_addresses(call.src, src);
-  check_one_device(op, call.src.place, call.dst.place);
   const Ids ids = checked_ids(op, "mapping", mapping, 2);
   check_ids_device(op, "mapping", ids, call.src.place, call.dst.place);
   check_subblocks(op, "src_subblocks_per_block", "src", src_subblocks_per_block, call.src);

@@ -24,6 +24,7 @@ _concat_tp_shards_reference(Tensor[] shards, int dim, Tensor(a!) out) -> ()
 _split_tp_shards_reference(Tensor input, int dim, Tensor(a!)[] out) -> ()
 _first_requiring_grad(Tensor[] tensors) -> int
 _note_writes(Tensor[] tensors) -> ()
+_peer_refusal(int device, int peer, bool enables) -> Tensor
 _triton_refusal(int device) -> Tensor
 _triton_copy(Tensor table, int[] head) -> ()
 _explain_begin() -> ()

@@ -41,6 +41,11 @@ void call_dispatcher(const char* op, std::array<StableIValue, N>& stack) {
   check_torch(torch_call_dispatcher(op, "", stack.data(), TORCH_ABI_VERSION), op);
 }
 
+std::string text_of(const StableIValue& value) {
+  const auto bytes = torch::stable::detail::to<Tensor>(value);
+  return {static_cast<const char*>(bytes.const_data_ptr()), static_cast<size_t>(bytes.numel())};
+}
+
 }  // namespace
 
 void* torch_symbol(const char* library, const char* name) {
@@ -270,11 +275,17 @@ void call_note_writes(const std::vector<Tensor>& tensors) {
   call_dispatcher("kvkernels::_note_writes", stack);
 }
 
+std::string call_peer_refusal(int64_t device, int64_t peer, bool enables) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 3> stack{from(device), from(peer), from(enables)};
+  call_dispatcher("kvkernels::_peer_refusal", stack);
+  return text_of(stack[0]);
+}
+
 std::string call_triton_refusal(int64_t device) {
   std::array<StableIValue, 1> stack{torch::stable::detail::from(device)};
   call_dispatcher("kvkernels::_triton_refusal", stack);
-  const auto refusal = torch::stable::detail::to<Tensor>(stack[0]);
-  return {static_cast<const char*>(refusal.const_data_ptr()), static_cast<size_t>(refusal.numel())};
+  return text_of(stack[0]);
 }
 
 void call_triton_copy(const Tensor& table, const std::vector<int64_t>& head) {

@@ -105,6 +105,10 @@ void call_batch_reference(const Tensor& copies);
 int64_t call_first_requiring_grad(const std::vector<Tensor>& tensors);
 void call_note_writes(const std::vector<Tensor>& tensors);
 
+// kvkernels::_peer_refusal, which Python registers: why kernels on `device` cannot reach the memory of `peer`, and
+// empty where they can, from then on if it `enables`.
+std::string call_peer_refusal(int64_t device, int64_t peer, bool enables);
+
 // kvkernels::_triton_refusal and kvkernels::_triton_copy, which Python registers, too.
 std::string call_triton_refusal(int64_t device);
 void call_triton_copy(const Tensor& table, const std::vector<int64_t>& head);

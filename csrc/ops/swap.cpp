@@ -50,7 +50,6 @@ void swap_blocks(const Tensor& src, const Tensor& dst, int64_t block_size_in_byt
   call.ids_name = "block_mapping";
   merge_place(op, "src", src_facts, true, call.src.place);
   merge_place(op, "dst", dst_facts, true, call.dst.place);
-  check_one_device(op, call.src.place, call.dst.place);
   const Ids ids = checked_ids(op, "block_mapping", block_mapping, 2);
   if (ids.on_device) value_error(op, ": block_mapping must be on the cpu, got cuda:", ids.device);
   call.src.pools = {block_pool(Name{"src"}, src, src_facts, block_size_in_bytes, false)};

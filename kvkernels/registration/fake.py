@@ -114,6 +114,11 @@ def _note_writes(tensors: Sequence[Tensor]) -> None:
     """Only C++ calls it."""
 
 
+def _peer_refusal(device: int, peer: int, enables: bool) -> Tensor:
+    """Only C++ calls it."""
+    return torch.empty(0, dtype=torch.uint8, device="cpu")
+
+
 def _triton_refusal(device: int) -> Tensor:
     """Only C++ calls it."""
     return torch.empty(0, dtype=torch.uint8, device="cpu")

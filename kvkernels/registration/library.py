@@ -16,7 +16,7 @@ from urllib.parse import unquote, urlparse
 import torch
 
 from kvkernels import reference, triton
-from kvkernels.common import autograd
+from kvkernels.common import autograd, peers
 from kvkernels.common.text import tensor_of
 from kvkernels.reference import ledger
 from kvkernels.registration import schemas
@@ -32,6 +32,7 @@ _PYTHON_KERNELS: dict[str, Callable[..., Any]] = {
     "_split_tp_shards_reference": reference.split_tp_shards_checked,
     "_first_requiring_grad": autograd.first_requiring_grad,
     "_note_writes": autograd.note_writes,
+    "_peer_refusal": lambda device, peer, enables: tensor_of(peers.refusal(device, peer, enables)),
     "_triton_refusal": lambda device: tensor_of(triton.refusal(device)),
     "_triton_copy": triton.copy,
 }

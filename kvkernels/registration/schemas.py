@@ -53,6 +53,7 @@ PRIVATE = {
     "_split_tp_shards_reference": "(Tensor input, int dim, Tensor(a!)[] out) -> ()",
     "_first_requiring_grad": "(Tensor[] tensors) -> int",
     "_note_writes": "(Tensor[] tensors) -> ()",
+    "_peer_refusal": "(int device, int peer, bool enables) -> Tensor",
     "_triton_refusal": "(int device) -> Tensor",
     "_triton_copy": "(Tensor table, int[] head) -> ()",
 }
@@ -86,6 +87,7 @@ PYTHON_KERNELS = (
     "_split_tp_shards_reference",
     "_first_requiring_grad",
     "_note_writes",
+    "_peer_refusal",
     "_triton_refusal",
     "_triton_copy",
 )
