@@ -1,12 +1,16 @@
-"""The command line: ``python -m kvkernels info [--json]``."""
+"""The command line: ``python -m kvkernels info [--json]`` and ``python -m kvkernels policy [--default]``."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+from kvkernels import policy
 from kvkernels.info import info, info_text
+from kvkernels.registration import LIBRARY
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -15,7 +19,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     show = commands.add_parser("info", help="which executors serve which op here, and why")
     show.add_argument("--json", action="store_true", help="print JSON")
+    table = commands.add_parser("policy", help="the table by which auto goes on a GPU, as JSON for KVKERNELS_POLICY")
+    table.add_argument("--default", action="store_true", help="the one that is compiled in")
     options = parser.parse_args(arguments)
+    if options.command == "policy":
+        return _print_policy(policy.default() if options.default else policy.in_force())
     found = info()
     print(json.dumps(found, indent=2) if options.json else info_text(found))
+    return 0
+
+
+def _print_policy(table: Mapping[str, Any]) -> int:
+    if not LIBRARY.compiled:
+        print(f"there is no policy: {LIBRARY.why}", file=sys.stderr)
+        return 1
+    print(policy.text_of(table))
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import platform
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from kvkernels import triton
+from kvkernels import policy, triton
 from kvkernels.common.text import ask
 from kvkernels.explain import explain
 from kvkernels.reference import NO_LIBRARY
@@ -19,7 +20,6 @@ from kvkernels.registration import LIBRARY, build_record, schemas
 from kvkernels.version import __version__
 
 _PLACES = ("cpu to cpu", "cpu to cuda", "cuda to cpu", "cuda to cuda")
-_TAKES_EXECUTOR = frozenset({"swap_blocks_batch", "gather_blocks", "scatter_blocks", "copy_pages"})
 
 
 def info() -> dict[str, Any]:
@@ -30,6 +30,8 @@ def info() -> dict[str, Any]:
     dict
         Only what JSON has. ``compiled`` and ``why`` say whether the compiled library is loaded; ``ops`` has, for each
         op and each combination of devices, the ``executors`` that can serve it, the one that ``auto`` takes, and why.
+        ``cuda`` has the ``policy`` by which ``auto`` goes on a GPU: its ``source``, its ``rows``, whose meaning
+        ``kvkernels.policy`` has, and ``kernel_below_bytes``, the variable of that name where it is set.
 
     Notes
     -----
@@ -50,6 +52,7 @@ def info() -> dict[str, Any]:
         "architectures": architectures,
         "available": available,
         "driver_refusal": build.get("driver_refusal") or None,
+        "policy": {**policy.in_force(), "kernel_below_bytes": os.environ.get("KVKERNELS_KERNEL_BELOW_BYTES")},
     }
     return {
         "version": __version__,
@@ -86,29 +89,24 @@ def _service(op: str, place: str, cuda: Mapping[str, Any]) -> dict[str, Any]:
     """Executors that can serve an op between two kinds of memory."""
     if place == "cpu to cpu":
         explanation = _explain_small(op)
-        named = [explanation.executor, "reference"] if op in _TAKES_EXECUTOR else [explanation.executor]
-        return _entry(list(dict.fromkeys(named)), explanation.executor, explanation.reason)
+        named = dict.fromkeys([explanation.executor, "reference"])
+        return _entry(list(named), explanation.executor, explanation.reason)
     if op == "swap_blocks_batch":
         return _service_of_addresses(cuda)
     if not LIBRARY.compiled:
         return _entry(["reference"], "reference", NO_LIBRARY)
-    reference = ["reference"] if op in _TAKES_EXECUTOR else []
     if not cuda["built"] or cuda["driver_refusal"]:
         why = cuda["driver_refusal"] or "the library was built without CUDA code"
         if not triton.is_installed():
-            return _entry(reference, None, why)
-        return _entry(["triton", *reference], "triton", why)
-    named = ["triton"] if op in _TAKES_EXECUTOR and triton.is_installed() else []
+            return _entry(["reference"], None, why)
+        return _entry(["triton", "reference"], "triton", why)
+    python = ["triton", "reference"] if triton.is_installed() else ["reference"]
     if place == "cuda to cuda":
-        return _entry(
-            ["kernel", "bulk", "dma", *named, *reference] if op in _TAKES_EXECUTOR else ["kernel"],
-            "kernel",
-            "one launch for all pools and pairs",
-        )
+        return _entry(["kernel", "bulk", "dma", *python], "kernel", "one launch for all pools and pairs")
     return _entry(
-        ["kernel", "bulk", "dma", "staged", *named, *reference],
-        "kernel, bulk, dma or staged",
-        "by fragment bytes, their number and the direction: kvkernels.explain says which",
+        ["kernel", "bulk", "dma", "staged", *python],
+        "kernel, dma or staged",
+        "by the policy: kvkernels.explain says which row",
     )
 
 
@@ -120,8 +118,8 @@ def _service_of_addresses(cuda: Mapping[str, Any]) -> dict[str, Any]:
         return _entry([], None, cuda["driver_refusal"] or "the library was built without CUDA code")
     return _entry(
         ["kernel", "bulk", "dma"],
-        "kernel, bulk or dma",
-        "by fragment bytes, their sizes and number, and the direction: kvkernels.explain says which",
+        "kernel or dma",
+        "by the policy: kvkernels.explain says which row",
     )
 
 
@@ -155,12 +153,14 @@ def info_text(found: Mapping[str, Any]) -> str:
     """The same for a terminal."""
     cuda, cpu = found["cuda"], found["cpu"]
     code = f"CUDA {cuda['version']} code for {', '.join(cuda['architectures'])}" if cuda["built"] else "no CUDA code"
+    below = f", below {cuda['policy']['kernel_below_bytes']} bytes" if cuda["policy"]["kernel_below_bytes"] else ""
     lines = [
         f"kvkernels {found['version']}, torch {found['torch']}, Python {found['python']}, {found['machine']}",
         f"compiled: {'yes' if found['compiled'] else 'no'} ({found['why']})",
         f"library:  {found['library'] or 'none'}",
         f"cuda:     {code}; torch finds {'a' if cuda['available'] else 'no'} CUDA device",
         *([f"driver:   {cuda['driver_refusal']}"] if cuda["driver_refusal"] else []),
+        f"policy:   {cuda['policy']['source']}, {len(cuda['policy']['rows'])} rows{below}",
         f"cpu:      {cpu['instruction_set'] or 'torch decides'}, tuned for: {cpu['tuning'] or 'nothing'}, "
         f"{cpu['torch_threads']} threads",
         "",

@@ -19,13 +19,20 @@ _concat_tp_shards_out = torch.ops.kvkernels.concat_tp_shards_out.default
 _split_tp_shards = torch.ops.kvkernels.split_tp_shards.default
 
 
-def swap_blocks(src: Tensor, dst: Tensor, block_size_in_bytes: int, block_mapping: Tensor) -> None:
+def swap_blocks(
+    src: Tensor,
+    dst: Tensor,
+    block_size_in_bytes: int,
+    block_mapping: Tensor,
+    executor: str = "auto",
+    sm_budget: int = 0,
+) -> None:
     """Copy blocks from one cache to another: vLLM's call, on CPU tensors too.
 
     Parameters
     ----------
     src, dst : Tensor
-        Any dtype, on the CPU or on one CUDA device. A contiguous tensor of any shape is a row of blocks of
+        Any dtype, on the CPU or on a CUDA device. A contiguous tensor of any shape is a row of blocks of
         ``block_size_in_bytes``, which must divide its bytes. A tensor whose rows are padded steps by the stride of
         dimension 0, and its row must be exactly ``block_size_in_bytes``. Inside dimension 0 the others may be in any
         order, such as head-first memory that is shown as token-first, where their bytes are dense; elsewhere
@@ -34,13 +41,18 @@ def swap_blocks(src: Tensor, dst: Tensor, block_size_in_bytes: int, block_mappin
         Bytes of one block, positive.
     block_mapping : Tensor
         int64 or int32, shape ``[n, 2]``, on the CPU, any strides: (source block, destination block).
+    executor : {'auto', 'cpu', 'kernel', 'bulk', 'dma', 'staged', 'triton', 'reference'}
+        What carries the copy out. A named one that cannot serve the call raises; another is never run instead.
+    sm_budget : int
+        The most SMs that ``kernel``, ``bulk``, ``staged`` and ``triton`` may use; 0 for the policy's default.
 
     Raises
     ------
     IndexError
         A block id is out of range; the message names its row, column and limit.
     ValueError
-        A wrong shape, dtype, layout or device; one destination from two sources; a block both read and written.
+        A wrong shape, dtype, layout, device or executor; one destination from two sources; a block both read and
+        written.
     RuntimeError
         CUDA failed; the message has CUDA's name for it, and the destination is undefined.
 
@@ -52,6 +64,10 @@ def swap_blocks(src: Tensor, dst: Tensor, block_size_in_bytes: int, block_mappin
     With a tensor on a CUDA device the copy is ordered on that device's current stream and the call does not wait for
     it: keep both tensors alive, ``src`` unwritten and ``dst`` unread, until the stream has passed. From the CPU to the
     CPU the copy is done when the call returns and is ordered with no stream.
+
+    From one CUDA device to another the copy runs on the source's device, in its current stream, if that device can
+    access the other's memory (else ValueError). It begins after what the destination's current stream had to do, and
+    what follows there waits for it, as with torch's own copies. Not yet run on hardware.
 
     A CUDA graph may capture the call and then repeats it with the ids of the capture: they are frozen. The op has the
     tag ``cudagraph_unsafe``, so inductor does not capture it by itself. The schema says of ``src``, too, that it is
@@ -66,7 +82,7 @@ def swap_blocks(src: Tensor, dst: Tensor, block_size_in_bytes: int, block_mappin
     >>> dst.tolist()
     [[6, 7], [0, 0], [0, 1], [0, 0]]
     """
-    _swap_blocks(src, dst, block_size_in_bytes, block_mapping)
+    _swap_blocks(src, dst, block_size_in_bytes, block_mapping, executor, sm_budget)
 
 
 def swap_blocks_batch(
@@ -119,6 +135,10 @@ def swap_blocks_batch(
     host they are done when it returns. A CUDA graph that captures the call repeats it with the addresses of the
     capture. The op has the tag ``cudagraph_unsafe``.
 
+    From one CUDA device to another the copy runs on the source's device, in its current stream, if that device can
+    access the other's memory (else ValueError). It begins after what the destination's current stream had to do, and
+    what follows there waits for it, as with torch's own copies. Not yet run on hardware.
+
     Examples
     --------
     >>> import torch, kvkernels
@@ -143,7 +163,8 @@ def gather_blocks(
         Any dtypes, on one device. Dimension 0 is the block id; a row must be contiguous, and the stride of dimension 0
         may exceed it. Pools may differ in page and in number of blocks, and may share memory.
     block_ids : Tensor
-        int64 or int32, shape ``[n]``, any stride, on the CPU or on the pools' or ``out``'s CUDA device.
+        int64 or int32, shape ``[n]``, any stride, on the CPU or on the CUDA device of the pools,
+        or else of ``out``.
     out : Tensor
         uint8, shape ``[n, sum of page bytes]``; its rows may be padded. Pool t's page starts at the sum of the pages
         before.
@@ -167,6 +188,10 @@ def gather_blocks(
 
     With a tensor on a CUDA device the copy is ordered on that device's current stream and the call does not wait for
     it. From the CPU to the CPU it is done when the call returns.
+
+    From one CUDA device to another the copy runs on the source's device, in its current stream, if that device can
+    access the other's memory (else ValueError). It begins after what the destination's current stream had to do, and
+    what follows there waits for it, as with torch's own copies. Not yet run on hardware.
 
     Ids on a CUDA device are checked there: a row with an id out of range is skipped and recorded, and
     ``kvkernels.check_device`` raises. That ``out`` overlaps no pool is then the caller's promise. A CUDA graph that
@@ -197,7 +222,8 @@ def scatter_blocks(
         uint8, shape ``[n, sum of page bytes]``; its rows may be padded. Pool t's page starts at the sum of the pages
         before.
     block_ids : Tensor
-        int64 or int32, shape ``[n]``, any stride, on the CPU or on the pools' or ``buffer``'s CUDA device.
+        int64 or int32, shape ``[n]``, any stride, on the CPU or on the CUDA device of ``buffer``, or
+        else of the pools.
     pools : sequence of Tensor
         Any dtypes, on one device. Dimension 0 is the block id; a row must be contiguous, and the stride of dimension 0
         may exceed it.
@@ -222,6 +248,10 @@ def scatter_blocks(
 
     With a tensor on a CUDA device the copy is ordered on that device's current stream and the call does not wait for
     it. From the CPU to the CPU it is done when the call returns.
+
+    From one CUDA device to another the copy runs on the source's device, in its current stream, if that device can
+    access the other's memory (else ValueError). It begins after what the destination's current stream had to do, and
+    what follows there waits for it, as with torch's own copies. Not yet run on hardware.
 
     Ids on a CUDA device are checked there: a row with an id out of range is skipped and recorded, and
     ``kvkernels.check_device`` raises. That no id comes twice and no memory overlaps is then the caller's promise. A
@@ -261,8 +291,9 @@ def copy_pages(
         Pools of any dtypes, each list on one device. Dimension 0 is the block id; a row (page) must be contiguous, and
         the stride of dimension 0 may exceed it.
     mapping : Tensor
-        int64 or int32, shape ``[n, 2]``, any strides, on the CPU or on the pools' CUDA device: (source id, destination
-        id). An id is that of a sub-block: block ``id // subblocks``, sub-block ``id % subblocks``.
+        int64 or int32, shape ``[n, 2]``, any strides, on the CPU or on the CUDA device of ``src``, or else of ``dst``:
+        (source id, destination id). An id is that of a sub-block: block ``id // subblocks``, sub-block
+        ``id % subblocks``.
     runs : Tensor
         int64, shape ``[r, 16]``, on the CPU. In bytes: ``src_pool, dst_pool, src_offset, dst_offset, fragment_bytes,
         src_subblock_stride, dst_subblock_stride``, then three loops ``extent, src_stride, dst_stride``, outermost
@@ -296,6 +327,10 @@ def copy_pages(
     With a tensor on a CUDA device the copy is ordered on that device's current stream and the call does not wait for
     it. From the CPU to the CPU it is done when the call returns.
 
+    From one CUDA device to another the copy runs on the source's device, in its current stream, if that device can
+    access the other's memory (else ValueError). It begins after what the destination's current stream had to do, and
+    what follows there waits for it, as with torch's own copies. Not yet run on hardware.
+
     Ids on a CUDA device are checked there: a pair with an id out of range is skipped and recorded, and
     ``kvkernels.check_device`` raises. That no destination comes twice and no memory overlaps is then the caller's
     promise. A CUDA graph that captures the call freezes ids that are on the CPU and reads ids that are on the device
@@ -326,7 +361,7 @@ def copy_pages(
     )
 
 
-def concat_tp_shards(shards: Sequence[Tensor], dim: int) -> Tensor:
+def concat_tp_shards(shards: Sequence[Tensor], dim: int, executor: str = "auto", sm_budget: int = 0) -> Tensor:
     """Join tensor-parallel shards along a dimension into a new tensor.
 
     Parameters
@@ -336,6 +371,10 @@ def concat_tp_shards(shards: Sequence[Tensor], dim: int) -> Tensor:
         device, any strides, equal in every dimension but ``dim``.
     dim : int
         The dimension of the shards, from ``-ndim`` to ``ndim - 1``.
+    executor : {'auto', 'cpu', 'kernel', 'bulk', 'dma', 'staged', 'triton', 'reference'}
+        What carries the copy out. A named one that cannot serve the call raises; another is never run instead.
+    sm_budget : int
+        The most SMs that ``kernel``, ``bulk``, ``staged`` and ``triton`` may use; 0 for the policy's default.
 
     Returns
     -------
@@ -345,7 +384,7 @@ def concat_tp_shards(shards: Sequence[Tensor], dim: int) -> Tensor:
     Raises
     ------
     ValueError
-        No shards, or shards that do not fit together.
+        No shards, shards that do not fit together, or a wrong executor.
     RuntimeError
         CUDA failed; the message has CUDA's name for it.
 
@@ -360,11 +399,13 @@ def concat_tp_shards(shards: Sequence[Tensor], dim: int) -> Tensor:
     >>> kvkernels.concat_tp_shards([torch.tensor([[1], [2]]), torch.tensor([[3, 4], [5, 6]])], 1).tolist()
     [[1, 3, 4], [2, 5, 6]]
     """
-    result: Tensor = _concat_tp_shards(shards, dim)
+    result: Tensor = _concat_tp_shards(shards, dim, executor, sm_budget)
     return result
 
 
-def concat_tp_shards_out(shards: Sequence[Tensor], dim: int, out: Tensor) -> None:
+def concat_tp_shards_out(
+    shards: Sequence[Tensor], dim: int, out: Tensor, executor: str = "auto", sm_budget: int = 0
+) -> None:
     """Join tensor-parallel shards along a dimension into a given tensor.
 
     Parameters
@@ -376,12 +417,17 @@ def concat_tp_shards_out(shards: Sequence[Tensor], dim: int, out: Tensor) -> Non
         The dimension of the shards, from ``-ndim`` to ``ndim - 1``.
     out : Tensor
         Of the shards' dtype and of the joined shape, any strides that do not overlap; may be a view.
+    executor : {'auto', 'cpu', 'kernel', 'bulk', 'dma', 'staged', 'triton', 'reference'}
+        What carries the copy out. A named one that cannot serve the call raises; another is never run instead.
+    sm_budget : int
+        The most SMs that ``kernel``, ``bulk``, ``staged`` and ``triton`` may use; 0 for the policy's default.
 
     Raises
     ------
     ValueError
-        No shards, shards that do not fit together or into ``out``, or ``out`` sharing bytes with itself or with a
-        shard; in a compiled graph also where only a clone in the graph keeps them apart, which inductor may drop.
+        No shards, shards that do not fit together or into ``out``, a wrong executor, or ``out`` sharing bytes with
+        itself or with a shard; in a compiled graph also where only a clone in the graph keeps them apart, which
+        inductor may drop.
     RuntimeError
         CUDA failed; the message has CUDA's name for it, and ``out`` is undefined.
 
@@ -391,6 +437,10 @@ def concat_tp_shards_out(shards: Sequence[Tensor], dim: int, out: Tensor) -> Non
     tensor on a CUDA device the copy is ordered on that device's current stream, the call does not wait for it, and a
     CUDA graph may capture it. From the CPU to the CPU it is done when the call returns.
 
+    From one CUDA device to another the copy runs on the source's device, in its current stream, if that device can
+    access the other's memory (else ValueError). It begins after what the destination's current stream had to do, and
+    what follows there waits for it, as with torch's own copies. Not yet run on hardware.
+
     Examples
     --------
     >>> import torch, kvkernels
@@ -399,10 +449,10 @@ def concat_tp_shards_out(shards: Sequence[Tensor], dim: int, out: Tensor) -> Non
     >>> out.tolist()
     [[1, 3, 4], [2, 5, 6]]
     """
-    _concat_tp_shards_out(shards, dim, out)
+    _concat_tp_shards_out(shards, dim, out, executor, sm_budget)
 
 
-def split_tp_shards(input: Tensor, dim: int, out: Sequence[Tensor]) -> None:
+def split_tp_shards(input: Tensor, dim: int, out: Sequence[Tensor], executor: str = "auto", sm_budget: int = 0) -> None:
     """Cut a tensor along a dimension into given tensor-parallel shards: the inverse of ``concat_tp_shards_out``.
 
     Parameters
@@ -414,12 +464,17 @@ def split_tp_shards(input: Tensor, dim: int, out: Sequence[Tensor]) -> None:
     out : sequence of Tensor
         At least one, of ``input``'s dtype, on one device, any strides that do not overlap; sizes equal ``input``'s but
         for ``dim``, where they add up to it. May be views.
+    executor : {'auto', 'cpu', 'kernel', 'bulk', 'dma', 'staged', 'triton', 'reference'}
+        What carries the copy out. A named one that cannot serve the call raises; another is never run instead.
+    sm_budget : int
+        The most SMs that ``kernel``, ``bulk``, ``staged`` and ``triton`` may use; 0 for the policy's default.
 
     Raises
     ------
     ValueError
-        No shards, shards that do not fit ``input``, or shards that share bytes with each other or with ``input``; in a
-        compiled graph also where only a clone in the graph keeps them apart, which inductor may drop.
+        No shards, shards that do not fit ``input``, a wrong executor, or shards that share bytes with each other or
+        with ``input``; in a compiled graph also where only a clone in the graph keeps them apart, which inductor may
+        drop.
     RuntimeError
         CUDA failed; the message has CUDA's name for it, and ``out`` is undefined.
 
@@ -429,6 +484,10 @@ def split_tp_shards(input: Tensor, dim: int, out: Sequence[Tensor]) -> None:
     tensor on a CUDA device the copy is ordered on that device's current stream, the call does not wait for it, and a
     CUDA graph may capture it. From the CPU to the CPU it is done when the call returns.
 
+    From one CUDA device to another the copy runs on the source's device, in its current stream, if that device can
+    access the other's memory (else ValueError). It begins after what the destination's current stream had to do, and
+    what follows there waits for it, as with torch's own copies. Not yet run on hardware.
+
     Examples
     --------
     >>> import torch, kvkernels
@@ -437,4 +496,4 @@ def split_tp_shards(input: Tensor, dim: int, out: Sequence[Tensor]) -> None:
     >>> left.tolist(), right.tolist()
     ([[1], [2]], [[3, 4], [5, 6]])
     """
-    _split_tp_shards(input, dim, out)
+    _split_tp_shards(input, dim, out, executor, sm_budget)

@@ -29,7 +29,7 @@ GUARD_BYTES = 64
 MAX_OFFSET_BYTES = 16
 _CASE_BYTES = 1 << 20
 
-# The ops that take an executor, and ids on a device: where those stand among the arguments.
+# The ops that take ids on a device: where those stand among the arguments.
 IDS_AT = {"gather_blocks": 1, "scatter_blocks": 1, "copy_pages": 2}
 # (placement, whether host memory is pinned): the combinations that need a GPU.
 DEVICE_PLACEMENTS = [("h2d", True), ("h2d", False), ("d2h", True), ("d2h", False), ("d2d", False)]
@@ -124,8 +124,8 @@ class Case:
         return "both" not in self.sides or placement in ("h2h", "d2d")
 
     def executors(self, placement: str, pinned: bool) -> tuple[str, ...]:
-        if self.op not in IDS_AT:
-            return ("auto",)
+        if self.op == "concat_tp_shards":
+            placement = f"{placement[0]}2{placement[0]}"  # its result is where the shards are
         if placement == "h2h":
             return ("auto", "cpu", *TRITON_ON_HOST, "reference")
         reference = () if ON_STAND_IN else ("reference",)
@@ -153,7 +153,9 @@ def check(case: Case, placement: str = "h2h", pinned: bool = False) -> None:
     expected = [b.clone() for b in before]
     result = getattr(reference, case.op)(*case.arguments_on(expected), **case.options)
     for executor in case.executors(placement, pinned):
-        takes_device_ids = executor in ("bulk", "kernel") or (executor == "triton" and placement != "h2h")
+        takes_device_ids = case.op in IDS_AT and (
+            executor in ("bulk", "kernel") or (executor == "triton" and placement != "h2h")
+        )
         ids_places = ("cpu", "cuda") if takes_device_ids else ("cpu",)
         for ids_place in ids_places:
             actual = _placed(case, before, placement, pinned)

@@ -80,8 +80,6 @@ VALID: dict[str, Callable[[], Arguments]] = {
     "concat_tp_shards_out": concat_out_arguments,
     "split_tp_shards": split_arguments,
 }
-TAKES_EXECUTOR = ("swap_blocks_batch", "gather_blocks", "scatter_blocks", "copy_pages")
-
 Path = tuple[str, int | None]
 
 

@@ -40,6 +40,8 @@ SAMPLES = {
         lambda: ((_pages(6, 8, pad=8), _pages(5, 8, pad=1), 32, _pairs((0, 0), dtype=torch.int32)), {}),
         lambda: ((torch.randn(2, 3, 4), torch.randn(24), 16, _pairs()), {}),
         lambda: ((_pages(6, 8, dtype=torch.int8), _pages(5, 4, dtype=torch.bfloat16), 8, _pairs((5, 0))), {}),
+        lambda: ((_pages(6, 8), _pages(5, 8), 32, _pairs((5, 0))), {"executor": "cpu", "sm_budget": 1}),
+        lambda: ((_pages(6, 8), _pages(5, 8), 32, _pairs((5, 0))), {"executor": "reference"}),
     ],
     "swap_blocks_batch": [
         lambda: ((_pointers(_A), _pointers(_B), torch.tensor([8])), {}),
@@ -90,14 +92,18 @@ SAMPLES = {
         lambda: (([torch.randn(2, 3), torch.randn(2, 1)], 1), {}),
         lambda: (([torch.randn(3, 2).t().to(torch.bfloat16)], -2), {}),
         lambda: (([torch.randn(2, 3, 4), torch.randn(2, 3, 4).transpose(0, 1).contiguous().transpose(0, 1)], 0), {}),
+        lambda: (([torch.randn(2, 3), torch.randn(2, 1)], 1), {"executor": "cpu", "sm_budget": 4}),
+        lambda: (([torch.randn(2, 3), torch.randn(2, 1)], 1), {"executor": "reference"}),
     ],
     "concat_tp_shards_out": [
         lambda: (([torch.randn(2, 3), torch.randn(2, 1)], 1, torch.empty(2, 4)), {}),
         lambda: (([torch.randn(2, 3), torch.randn(2, 1)], -1, torch.empty(4, 2).t()), {}),
+        lambda: (([torch.randn(2, 3), torch.randn(2, 1)], 1, torch.empty(2, 4)), {"executor": "reference"}),
     ],
     "split_tp_shards": [
         lambda: ((torch.randn(2, 4), 1, [torch.empty(2, 3), torch.empty(2, 1)]), {}),
         lambda: ((torch.randn(4, 6).t(), 0, [torch.empty(5, 4)[:2], torch.empty(4, 4)]), {}),
+        lambda: ((torch.randn(2, 4), 1, [torch.empty(2, 3), torch.empty(2, 1)]), {"executor": "reference"}),
     ],
 }
 

@@ -317,8 +317,6 @@ def on(device, *shape, dtype=U8):
 
 
 MIXED = [
-    ("swap_blocks", lambda: (on("cuda:0", 4, 4), on("cuda:1", 4, 4), 4, on("cpu", 1, 2, dtype=torch.int64)),
-     "tensors must be on one cuda device, got cuda:0 and cuda:1"),
     ("swap_blocks", lambda: (on("cuda:0", 4, 4), on("cpu", 4, 4), 4, on("cuda:0", 1, 2, dtype=torch.int64)),
      "block_mapping must be on the cpu, got cuda:0"),
     ("swap_blocks", lambda: (on("xpu:0", 4, 4), on("cpu", 4, 4), 4, on("cpu", 1, 2, dtype=torch.int64)),
@@ -336,8 +334,11 @@ MIXED = [
     ("swap_blocks_batch", lambda: tuple(on("cuda:0", 1, dtype=torch.int64) for _ in range(3)),
      "src_ptrs must be on the cpu, got cuda:0"),
     ("concat_tp_shards", lambda: ([on("cpu", 2), on("cuda:0", 2)], 0), "shards[1] must be on cpu, got cuda:0"),
-    ("split_tp_shards", lambda: (on("cuda:0", 2), 0, [on("cuda:1", 2)]),
-     "tensors must be on one cuda device, got cuda:1 and cuda:0"),
+    ("split_tp_shards", lambda: (on("cuda:0", 2), 0, [on("cuda:1", 1), on("cuda:0", 1)]),
+     "out[1] must be on cuda:1, got cuda:0"),
+    ("copy_pages", lambda: ([on("cuda:0", 4, 4)], [on("cuda:1", 4, 4)],
+                            on("cuda:1", 1, 2, dtype=torch.int64), on("cpu", 1, 16, dtype=torch.int64)),
+     "mapping must be on the cpu or on the source's cuda device, got cuda:1"),
 ]  # fmt: skip
 
 
@@ -354,6 +355,11 @@ def test_fakes_take_what_the_ops_take():
         cpu, cuda = on("cpu", 4, 8), on("cuda:0", 4, 8)
         kvkernels.swap_blocks(cuda, cpu, 8, on("cpu", 3, 2, dtype=torch.int32))
         kvkernels.gather_blocks([cuda, cuda], on("cuda:0", 3, dtype=torch.int64), on("cpu", 3, 16))
+        peer = on("cuda:1", 4, 8)
+        kvkernels.swap_blocks(cuda, peer, 8, on("cpu", 3, 2, dtype=torch.int32))
+        kvkernels.scatter_blocks(cuda, on("cuda:0", 4, dtype=torch.int64), [peer])
+        kvkernels.concat_tp_shards_out([cuda], 0, peer)
+        kvkernels.split_tp_shards(peer, 0, [cuda])
         kvkernels.scatter_blocks(on("cpu", 3, 16), on("cpu", 3, dtype=torch.int64), [cuda, cuda])
         joined = kvkernels.concat_tp_shards([cuda, cuda], -1)
         assert joined.shape == (4, 16) and joined.device == cuda.device and joined.is_contiguous()

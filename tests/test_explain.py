@@ -191,16 +191,22 @@ def test_lanes(threads, bytes, shared):
     assert explained.descriptors == 1
 
 
-@pytest.mark.parametrize("op", ["gather_blocks", "scatter_blocks", "copy_pages"])
+@pytest.mark.parametrize(
+    "op", ["swap_blocks", "gather_blocks", "scatter_blocks", "copy_pages", "concat_tp_shards_out", "split_tp_shards"]
+)
 def test_the_named_executor_is_the_one_explained(op):
     pool, other, ids = _pool(4, 32), _pool(2, 32), torch.tensor([3, 1])
+    mapping = torch.tensor([[3, 0], [1, 1]])
     arguments = {
+        "swap_blocks": (pool, other, 32, mapping),
+        "concat_tp_shards_out": ([pool[1:2], pool[3:4]], 0, other),
+        "split_tp_shards": (pool[1:3], 0, [other[1:], other[:1]]),
         "gather_blocks": ([pool], ids, other),
         "scatter_blocks": (other, ids, [pool]),
         "copy_pages": (
             [pool],
             [other],
-            torch.tensor([[3, 0], [1, 1]]),
+            mapping,
             runs_tensor(run_row((0, 0), (0, 0), 32, (0, 0))),
         ),
     }[op]

@@ -20,7 +20,7 @@ FLOORS = (
     ("reference", "triton"),
     ("registration",),
     ("ops",),
-    ("layout", "explain", "names"),
+    ("layout", "explain", "names", "policy"),
     ("info", "prepared"),
     ("__init__", "cli"),
     ("__main__",),

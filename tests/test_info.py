@@ -59,20 +59,27 @@ def test_info_is_json_and_covers_every_op_and_combination():
         assert places["cpu to cpu"]["auto"] == ("cpu" if found["compiled"] else "reference"), op
 
 
-@pytest.mark.parametrize("op", ["gather_blocks", "swap_blocks_batch"])
+@pytest.mark.parametrize("op", schemas.PUBLIC)
 def test_the_executors_that_info_lists_are_those_that_serve(op):
-    pool, out = torch.ones(2, 4, dtype=torch.uint8), torch.zeros(1, 4, dtype=torch.uint8)
+    pool, out = torch.ones(1, 4, dtype=torch.uint8), torch.zeros(1, 4, dtype=torch.uint8)
+    pair, run = torch.tensor([[0, 0]]), torch.tensor([[0, 0, 0, 0, 4, 0, 0, 1, 0, 0, 1, 0, 0, 1, 0, 0]])
     arguments = {
-        "gather_blocks": ([pool], torch.tensor([1]), out),
+        "swap_blocks": (pool, out, 4, pair),
         "swap_blocks_batch": tuple(torch.tensor([n]) for n in (pool.data_ptr(), out.data_ptr(), 4)),
+        "gather_blocks": ([pool], torch.tensor([0]), out),
+        "scatter_blocks": (pool, torch.tensor([0]), [out]),
+        "copy_pages": ([pool], [out], pair, run),
+        "concat_tp_shards": ([pool], 0),
+        "concat_tp_shards_out": ([pool], 0, out),
+        "split_tp_shards": (pool, 0, [out]),
     }[op]
     listed = kvkernels.info()["ops"][op]["cpu to cpu"]["executors"]
     assert "reference" in listed
     for executor in EXECUTORS:
         out.zero_()
         if executor in listed:
-            getattr(kvkernels, op)(*arguments, executor=executor)
-            assert out.tolist() == [[1] * 4]
+            made = getattr(kvkernels, op)(*arguments, executor=executor)
+            assert (out if made is None else made).tolist() == [[1] * 4]
         else:
             with pytest.raises(ValueError, match=f"executor '{executor}' cannot serve this call: "):
                 getattr(kvkernels, op)(*arguments, executor=executor)
@@ -104,7 +111,7 @@ def test_version_is_the_projects():
     assert re.search(r'^version = "(.+)"$', project.read_text(), re.M)[1] == kvkernels.__version__
 
 
-@pytest.mark.parametrize("module", ["ops", "explain", "info"])
+@pytest.mark.parametrize("module", ["ops", "explain", "info", "policy"])
 def test_examples_in_docstrings(module):
     result = doctest.testmod(importlib.import_module(f"kvkernels.{module}"))
     assert result.attempted > 0 and result.failed == 0

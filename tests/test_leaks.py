@@ -17,7 +17,13 @@ MOST_BYTES_A_CALL = 2
 WARM_UP = 10_000
 
 EXPLAINED = [f"explain {op}" for op in schemas.PUBLIC]
-OTHERS = ["gather_blocks, refused", "gather_blocks, reference", "copy_pages, triton refused", "info and counters"]
+OTHERS = [
+    "gather_blocks, refused",
+    "gather_blocks, reference",
+    "split_tp_shards, reference",
+    "copy_pages, triton refused",
+    "info and counters",
+]
 CONVERSIONS = ["convert_blocks", "copy_slots of two chunks", "copy_groups of two groups"]
 
 
@@ -60,6 +66,7 @@ def calls():
     found |= conversions()
     found["gather_blocks, refused"] = refused
     found["gather_blocks, reference"] = lambda: ops.gather_blocks(pools, ids, out, executor="reference")
+    found["split_tp_shards, reference"] = lambda: ops.split_tp_shards(*small["split_tp_shards"], executor="reference")
     found["copy_pages, triton refused"] = triton_refused
     found["info and counters"] = info_and_counters
     return found, small

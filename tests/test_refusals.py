@@ -19,7 +19,6 @@ from refusals import (
     I64_MAX,
     I64_MIN,
     RUN,
-    TAKES_EXECUTOR,
     VALID,
     Arguments,
     Path,
@@ -152,7 +151,7 @@ def test_ids_are_read_by_their_strides() -> None:
     refused("gather_blocks", lambda a: put(a, ("block_ids", None), backwards), IndexError, text)
 
 
-@pytest.mark.parametrize("op", TAKES_EXECUTOR)
+@pytest.mark.parametrize("op", VALID)
 def test_executor_and_sm_budget(op: str) -> None:
     for name in ("", "foo", "CPU", "auto ", "é"):
         known = "'auto', 'cpu', 'kernel', 'bulk', 'dma', 'staged', 'triton', 'reference'"
@@ -163,7 +162,7 @@ def test_executor_and_sm_budget(op: str) -> None:
         refused(op, lambda a, budget=budget: a.update(sm_budget=budget), ValueError, text)
 
 
-@pytest.mark.parametrize("op", TAKES_EXECUTOR)
+@pytest.mark.parametrize("op", VALID)
 @pytest.mark.parametrize("executor", ["kernel", "bulk", "dma", "staged"])
 def test_an_executor_that_cannot_serve_raises_and_none_else_runs(op: str, executor: str) -> None:
     for door in ("torch.ops", "explain"):
@@ -185,7 +184,7 @@ def test_empty_lists(op: str, name: str) -> None:
 
 
 POOLS = [(op, path) for op, path in EVERY_TENSOR if path[0] in ("pools", "out", "buffer", "src", "dst")
-         and op in TAKES_EXECUTOR]  # fmt: skip
+         and op in ("gather_blocks", "scatter_blocks", "copy_pages")]  # fmt: skip
 
 
 @pytest.mark.parametrize("op,path", POOLS, ids=case_id)

@@ -8,7 +8,7 @@ import torch
 from cases import examples
 from hypothesis import given
 from hypothesis import strategies as st
-from refusals import I64_MAX, I64_MIN, TAKES_EXECUTOR, VALID, Arguments, bytes_of, outcome, tensors_of
+from refusals import I64_MAX, I64_MIN, VALID, Arguments, bytes_of, outcome, tensors_of
 from torch import Tensor
 
 ODD_NUMBERS = st.sampled_from([-1, 0, 1, 2, 5, 6, 7, 8, 1 << 31, 1 << 32, 1 << 62, I64_MAX, I64_MIN, I64_MIN + 1, -8])
@@ -83,7 +83,7 @@ def spoilings(draw: st.DrawFn) -> Spoiling:
             data = [t for t in tensors_of(arguments) if t.dtype == torch.uint8]
             more = st.lists(st.sampled_from(data), max_size=1) if data else st.just([])
             arguments[name] = value[: draw(st.integers(0, 2))] + draw(more)
-    if op in TAKES_EXECUTOR and draw(st.integers(0, 7)) == 0:
+    if draw(st.integers(0, 7)) == 0:
         # An exception crosses into Python as a C string, which a NUL ends.
         characters = st.characters(exclude_characters="\0", exclude_categories=["Cs"])
         arguments["executor"] = draw(st.text(characters, max_size=4))

@@ -3,38 +3,69 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstdlib>
-#include <iterator>
-#include <optional>
+#include <mutex>
+#include <utility>
 
 #include "core/text.h"
 
 namespace kvkernels {
 namespace {
 
-// Published figures, docs/design.md names their sources: batched copies move 4 to 7 GB/s up to 16 KiB a fragment and 28
-// to 44 at 28 KiB; below 16 fragments a kernel's launch costs more than they do. One by one a copy costs about 3.4 us
-// besides its bytes, and copy engines pass the kernel between 1 and 2 MiB.
 constexpr int64_t kKiB = 1024;
-constexpr GpuPolicyRow kRows[] = {
-    {Direction::kHostToDevice, true, 16, 28 * kKiB},
-    {Direction::kDeviceToHost, true, 16, 28 * kKiB},
-    {Direction::kHostToDevice, false, 4, 1024 * kKiB},
-    {Direction::kDeviceToHost, false, 4, 1024 * kKiB},
-};
+constexpr int64_t kMiB = 1024 * kKiB;
 
-// Also published, none measured here: bulk copies on 4 SMs came within 10% of the ceiling of a GB300's link (SGLang
-// pull request 40278), where the rate of operations limits short ones; on compute capability 12.0 they lost to plain
-// loads.
-constexpr int64_t kBulkPaysBytes = 4 * kKiB;
-constexpr int kBulkPaysCapabilities[] = {90, 100, 103};
-
-int64_t shortest_fragment(const std::vector<Move>& moves) {
-  const auto shorter = [](const Move& a, const Move& b) { return a.fragment_bytes < b.fragment_bytes; };
-  return moves.empty() ? 0 : std::min_element(moves.begin(), moves.end(), shorter)->fragment_bytes;
+// None of it was measured by this project, which had no GPU; docs/design.md names what was published.
+//
+// Batched copies move 4 to 7 GB/s up to 16 KiB a fragment, 28 to 44 at 28 KiB and 39 to 52 at 64 KiB on an H100, and
+// below 16 fragments a kernel's launch costs more than they do. To the device 128 KiB extrapolates these figures, on
+// the kernel's side, to where batched copies have the whole link, but for counts as large as theirs, where 28 KiB is
+// their own answer. The first measurement replaces both.
+//
+// One by one a copy costs about 3.4 us besides its bytes, and copy engines pass the kernel between 1 and 2 MiB.
+//
+// A kernel's stores to the host are the slower of its two ways, so a ring, whose copies over the link are as long as
+// those that the copy engine would be left, goes before the kernel there; to the device it serves where none can load.
+GpuPolicy published() {
+  const auto inside = [](Executor executor) {
+    PolicyRow row{executor};
+    row.direction = Direction::kDeviceToDevice;
+    return row;
+  };
+  const auto over_link = [](Executor executor, Direction direction, Copies copies, int64_t count_at_least,
+                            int64_t fragment_bytes_below) {
+    PolicyRow row{executor};
+    row.direction = direction;
+    row.copies = copies;
+    row.count_at_least = count_at_least;
+    row.fragment_bytes_below = fragment_bytes_below;
+    if (executor == Executor::kStaged) row.ring_copy_bytes_at_least = fragment_bytes_below;
+    return row;
+  };
+  constexpr Direction kIn = Direction::kHostToDevice;
+  constexpr Direction kOut = Direction::kDeviceToHost;
+  constexpr int64_t kMany = 50'000;
+  PolicyRow few_in = over_link(Executor::kKernel, kIn, Copies::kBatched, 16, 128 * kKiB);
+  few_in.count_below = kMany;
+  return {{inside(Executor::kKernel), inside(Executor::kTriton), few_in,
+           over_link(Executor::kKernel, kIn, Copies::kBatched, kMany, 28 * kKiB),
+           over_link(Executor::kStaged, kIn, Copies::kBatched, 16, 28 * kKiB),
+           over_link(Executor::kStaged, kOut, Copies::kBatched, 16, 28 * kKiB),
+           over_link(Executor::kKernel, kOut, Copies::kBatched, 16, 28 * kKiB),
+           over_link(Executor::kKernel, kIn, Copies::kOneByOne, 4, kMiB),
+           over_link(Executor::kStaged, kIn, Copies::kOneByOne, 4, kMiB),
+           over_link(Executor::kStaged, kOut, Copies::kOneByOne, 4, kMiB),
+           over_link(Executor::kKernel, kOut, Copies::kOneByOne, 4, kMiB)},
+          "the default policy"};
 }
 
-bool is_small(const GpuPolicyRow& row, int64_t bytes, int64_t descriptors) {
-  return descriptors >= row.min_count && bytes / std::max<int64_t>(descriptors, 1) < row.kernel_below_bytes;
+struct InForce {
+  std::mutex mutex;
+  std::shared_ptr<const GpuPolicy> policy = std::make_shared<const GpuPolicy>(default_gpu_policy());
+};
+
+InForce& in_force() {
+  static InForce state;
+  return state;
 }
 
 std::optional<int64_t> override_bytes() {
@@ -49,15 +80,129 @@ std::optional<int64_t> override_bytes() {
   return bytes;
 }
 
+// The limits in bytes that a row has.
+void replace_bytes(int64_t bytes, PolicyRow& row) {
+  if (row.direction == Direction::kDeviceToDevice) return;
+  if (row.fragment_bytes_below) row.fragment_bytes_below = bytes;
+  if (row.ring_copy_bytes_at_least) row.ring_copy_bytes_at_least = bytes;
+}
+
+template <class Number>
+bool is_within(Number number, std::optional<Number> at_least, std::optional<Number> below) {
+  return (!at_least || number >= *at_least) && (!below || number < *below);
+}
+
+template <class Value>
+bool is_asked_for(Value value, std::optional<Value> wanted) {
+  return !wanted || *wanted == value;
+}
+
+int64_t mean_bytes(const GpuCall& call) { return call.bytes / std::max<int64_t>(call.count, 1); }
+
+bool fits(const PolicyRow& row, const GpuCall& call) {
+  return is_asked_for(call.direction, row.direction) && is_asked_for(call.link, row.link) &&
+         is_asked_for(call.copies, row.copies) &&
+         is_within(call.capability, row.capability_at_least, row.capability_below) &&
+         is_within(call.count, row.count_at_least, row.count_below) &&
+         is_within(mean_bytes(call), {}, row.fragment_bytes_below);
+}
+
+std::string words_of(const GpuCall& call) {
+  const char* where = " inside the device";
+  const bool is_batched = call.copies == Copies::kBatched;
+  if (call.direction == Direction::kHostToDevice) where = " to the device";
+  if (call.direction == Direction::kDeviceToHost) where = " to the host";
+  std::string words = text(call.count, " fragments of ", mean_bytes(call), " bytes on average", where);
+  if (call.direction == Direction::kDeviceToDevice) return words;
+  return words + (is_batched ? ", where copies are batched" : ", where copies go one by one");
+}
+
+// The limits that the call is inside of.
+std::string limits_of(const PolicyRow& row) {
+  std::string limits;
+  const auto add = [&](const auto&... parts) { limits += text(limits.empty() ? " (" : ", ", parts...); };
+  const auto version = [](int capability) { return text(capability / 10, '.', capability % 10); };
+  if (row.link) add(*row.link == Link::kCoherent ? "a coherent link" : "a link that is not coherent");
+  if (row.capability_at_least) add("compute capability ", version(*row.capability_at_least), " or later");
+  if (row.capability_below) add("compute capability before ", version(*row.capability_below));
+  if (row.count_at_least) add("at least ", *row.count_at_least, " of them");
+  if (row.count_below) add("fewer than ", *row.count_below, " of them");
+  if (row.fragment_bytes_below) add("below ", *row.fragment_bytes_below, " bytes");
+  if (row.ring_copy_bytes_at_least) {
+    add("by way of the ring in copies of at least ", *row.ring_copy_bytes_at_least, " bytes");
+  }
+  return limits.empty() ? limits : limits + ')';
+}
+
+int64_t shortest_fragment(const std::vector<Move>& moves) {
+  const auto shorter = [](const Move& a, const Move& b) { return a.fragment_bytes < b.fragment_bytes; };
+  return moves.empty() ? 0 : std::min_element(moves.begin(), moves.end(), shorter)->fragment_bytes;
+}
+
+// Asks each executor once, and keeps why those that refused did.
+class Asked {
+ public:
+  explicit Asked(const GpuAnswers& answers) : answers_(answers) {}
+
+  bool serves(Executor executor) {
+    const auto found = std::find(refused_.begin(), refused_.end(), executor);
+    if (found != refused_.end()) return false;
+    const std::string refusal = answers_.refusal(executor);
+    if (refusal.empty()) return true;
+    refused_.push_back(executor);
+    refusals_ += text("; ", name_of(executor), " cannot: ", refusal);
+    return false;
+  }
+
+  const std::string& refusals() const { return refusals_; }
+
+ private:
+  const GpuAnswers& answers_;
+  std::vector<Executor> refused_;
+  std::string refusals_;
+};
+
 }  // namespace
 
-GpuPolicyRow gpu_policy(Direction direction, bool batches) {
-  for (GpuPolicyRow row : kRows) {
-    if (row.direction != direction || row.batches != batches) continue;
-    row.kernel_below_bytes = override_bytes().value_or(row.kernel_below_bytes);
-    return row;
+std::string_view name_of(Link link) { return link == Link::kPcie ? "pcie" : "coherent"; }
+std::string_view name_of(Copies copies) { return copies == Copies::kBatched ? "batched" : "one_by_one"; }
+
+const GpuPolicy& default_gpu_policy() {
+  static const GpuPolicy policy = published();
+  return policy;
+}
+
+std::shared_ptr<const GpuPolicy> gpu_policy() {
+  InForce& state = in_force();
+  const std::lock_guard<std::mutex> lock(state.mutex);
+  return state.policy;
+}
+
+void set_gpu_policy(GpuPolicy policy) {
+  auto next = std::make_shared<const GpuPolicy>(std::move(policy));
+  InForce& state = in_force();
+  const std::lock_guard<std::mutex> lock(state.mutex);
+  state.policy = std::move(next);
+}
+
+std::optional<Choice> choose_on_gpu(const GpuPolicy& policy, const GpuCall& call, const GpuAnswers& answers) {
+  const std::optional<int64_t> replaced = override_bytes();
+  const std::string policy_name = policy.source + (replaced ? " with KVKERNELS_KERNEL_BELOW_BYTES" : "");
+  Asked asked(answers);
+  for (size_t i = 0; i < policy.rows.size(); ++i) {
+    PolicyRow row = policy.rows[i];
+    if (replaced) replace_bytes(*replaced, row);
+    if (!fits(row, call) || !asked.serves(row.executor)) continue;
+    if (row.ring_copy_bytes_at_least && answers.ring_copy_bytes() < *row.ring_copy_bytes_at_least) continue;
+    return Choice{row.executor, text(words_of(call), ": ", name_of(row.executor), " by rows[", i, "] of ", policy_name,
+                                     limits_of(row), asked.refusals())};
   }
-  value_error("gpu_policy: direction must be h2d or d2h, got ", name_of(direction));
+  for (const Executor executor : {Executor::kDma, Executor::kKernel, Executor::kTriton}) {
+    if (!asked.serves(executor)) continue;
+    return Choice{executor, text(words_of(call), ": ", name_of(executor), " because no row of ", policy_name,
+                                 " serves them", asked.refusals())};
+  }
+  return std::nullopt;
 }
 
 std::string bulk_refusal(const std::vector<Move>& moves, const BulkFacts& facts) {
@@ -76,40 +221,6 @@ std::string bulk_refusal(const std::vector<Move>& moves, const BulkFacts& facts)
   const int64_t shortest = shortest_fragment(moves);
   if (shortest >= kBulkMinBytes) return "";
   return text("its fragments must have at least ", kBulkMinBytes, " bytes, and one has ", shortest);
-}
-
-bool bulk_pays(const std::vector<Move>& moves, const BulkFacts& facts) {
-  return std::find(std::begin(kBulkPaysCapabilities), std::end(kBulkPaysCapabilities), facts.capability) !=
-             std::end(kBulkPaysCapabilities) &&
-         shortest_fragment(moves) >= kBulkPaysBytes && is_vector_aligned(moves) && bulk_refusal(moves, facts).empty();
-}
-
-bool staging_may_pay(Direction direction, int64_t bytes, int64_t descriptors, const GpuFacts& facts) {
-  // A kernel's stores to the host are the slower of its two ways; its loads are as good as the ring's.
-  if (direction == Direction::kDeviceToDevice) return false;
-  if (direction == Direction::kHostToDevice && facts.kernel_refusal.empty()) return false;
-  return is_small(gpu_policy(direction, facts.batches), bytes, descriptors);
-}
-
-Choice choose_on_gpu(Direction direction, int64_t bytes, int64_t descriptors, const GpuFacts& facts) {
-  if (direction == Direction::kDeviceToDevice && facts.kernel_refusal.empty()) {
-    return {Executor::kKernel, "both sides are on the device"};
-  }
-  if (direction == Direction::kDeviceToDevice) return {Executor::kDma, "the kernel cannot: " + facts.kernel_refusal};
-  const GpuPolicyRow row = gpu_policy(direction, facts.batches);
-  const int64_t mean_bytes = descriptors > 0 ? bytes / descriptors : 0;
-  if (staging_may_pay(direction, bytes, descriptors, facts) && facts.staged_bytes >= row.kernel_below_bytes) {
-    return {Executor::kStaged,
-            text(descriptors, " fragments of ", mean_bytes, " bytes on average, and on the host ", facts.staged_bytes,
-                 " together; from ", row.kernel_below_bytes, " on they are worth a ring on the device")};
-  }
-  if (!facts.kernel_refusal.empty()) return {Executor::kDma, "the kernel cannot: " + facts.kernel_refusal};
-  const std::string reason = text(
-      descriptors, " fragments of ", mean_bytes, " bytes on average; the kernel takes at least ", row.min_count,
-      " below ", row.kernel_below_bytes, facts.batches ? " where copies are batched" : " where copies go one by one");
-  if (!is_small(row, bytes, descriptors)) return {Executor::kDma, reason};
-  if (facts.bulk_pays) return {Executor::kBulk, reason + ", by bulk copies where all are aligned and long enough"};
-  return {Executor::kKernel, reason};
 }
 
 }  // namespace kvkernels

@@ -287,8 +287,6 @@ std::vector<Work> addresses_as_ids(const std::vector<Fragment>& fragments, Direc
   return works;
 }
 
-bool is_vector_aligned(const std::vector<Move>& moves) { return std::all_of(moves.begin(), moves.end(), is_aligned); }
-
 Work lower_device_ids(std::vector<Move> moves, const DeviceIds& ids, Direction direction) {
   Work work;
   work.executor = Executor::kKernel;

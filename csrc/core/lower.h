@@ -88,9 +88,6 @@ struct Work {
 std::vector<Move> bind_runs(const std::vector<Run>& runs, const std::vector<Pool>& src, const std::vector<Pool>& dst,
                             int64_t src_subblocks, int64_t dst_subblocks, Direction direction);
 
-// Whether every fragment of the moves begins at a multiple of 16 bytes on both sides, and its size is one.
-bool is_vector_aligned(const std::vector<Move>& moves);
-
 struct LowerOptions {
   Executor executor = Executor::kCpu;  // already chosen
   int threads = 1;                     // that the CPU executor may use

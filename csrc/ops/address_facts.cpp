@@ -13,10 +13,10 @@
 namespace kvkernels {
 namespace {
 
-void note_range(const char* op, const char* argument, const Range& range, AddressFacts& facts) {
+void note_range(const char* op, const char* argument, const Range& range, int& device, AddressFacts& facts) {
   if (range.memory == Range::Memory::kDevice) {
-    check_one_device(op, {facts.device >= 0, facts.device}, {true, range.device});
-    facts.device = range.device;
+    check_one_device(op, {device >= 0, device}, {true, range.device});
+    device = range.device;
   }
   if (range.memory == Range::Memory::kPageable) {
     facts.pageable = argument;
@@ -52,13 +52,14 @@ Direction AddressFacts::direction() const {
 AddressFacts facts_of_addresses(const char* op, const std::vector<Fragment>& fragments) {
   AddressFacts facts;
   PointerMap pointers;
-  const auto note = [&](const char* argument, const std::byte* begin, int64_t bytes, bool& on_device, bool& on_host) {
+  const auto note = [&](const char* argument, const std::byte* begin, int64_t bytes, bool& on_device, bool& on_host,
+                        int& device) {
     // A fragment may cross from one registration into the next; of pageable memory one look is enough.
     for (auto at = reinterpret_cast<uintptr_t>(begin), end = at + static_cast<uintptr_t>(bytes); at < end;) {
       const Range range = pointers.find(reinterpret_cast<const std::byte*>(at));
       const bool is_device = range.memory == Range::Memory::kDevice || range.memory == Range::Memory::kManaged;
       (is_device ? on_device : on_host) = true;
-      note_range(op, argument, range, facts);
+      note_range(op, argument, range, device, facts);
       facts.dst_is_read_only =
           facts.dst_is_read_only || (&on_host == &facts.dst_on_host && range.memory == Range::Memory::kPinned &&
                                      pointers.is_read_only(reinterpret_cast<const void*>(at)));
@@ -67,8 +68,13 @@ AddressFacts facts_of_addresses(const char* op, const std::vector<Fragment>& fra
     }
   };
   // Side by side, because neighbours in the list are mostly of one allocation, which is then known.
-  for (const Fragment& copy : fragments) note("src_ptrs", copy.src, copy.bytes, facts.src_on_device, facts.src_on_host);
-  for (const Fragment& copy : fragments) note("dst_ptrs", copy.dst, copy.bytes, facts.dst_on_device, facts.dst_on_host);
+  for (const Fragment& copy : fragments)
+    note("src_ptrs", copy.src, copy.bytes, facts.src_on_device, facts.src_on_host, facts.src_device);
+  for (const Fragment& copy : fragments)
+    note("dst_ptrs", copy.dst, copy.bytes, facts.dst_on_device, facts.dst_on_host, facts.dst_device);
+  if (facts.peer() >= 0 && (facts.src_on_host || facts.dst_on_host)) {
+    check_one_device(op, {true, facts.src_device}, {true, facts.dst_device});
+  }
   return facts;
 }
 

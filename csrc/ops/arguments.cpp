@@ -101,9 +101,10 @@ Ids checked_ids(const char* op, const char* argument, const Tensor& tensor, int 
 }
 
 void check_ids_device(const char* op, const char* argument, const Ids& ids, const Place& src, const Place& dst) {
-  if (!ids.on_device || (src.on_device && src.device == ids.device) || (dst.on_device && dst.device == ids.device))
-    return;
-  value_error(op, ": ", argument, " must be on the cpu or on the pools' cuda device, got cuda:", ids.device);
+  if (!ids.on_device || ids.device == (src.on_device ? src : dst).device) return;
+  const bool has_peer = src.on_device && dst.on_device && src.device != dst.device;
+  value_error(op, ": ", argument, " must be on the cpu or on the ", has_peer ? "source's" : "pools'",
+              " cuda device, got cuda:", ids.device);
 }
 
 Executor checked_executor(const char* op, std::string_view executor) {

@@ -53,7 +53,7 @@ struct Ids {
 // int32 or int64 of shape [n, columns] (or [n] for one column), any strides.
 Ids checked_ids(const char* op, const char* argument, const Tensor& tensor, int columns);
 
-// ValueError where ids lie on a device that no pool is on.
+// ValueError where ids lie on a device that no pool is on, or not on the source's where the pools are on two.
 void check_ids_device(const char* op, const char* argument, const Ids& ids, const Place& src, const Place& dst);
 
 Executor checked_executor(const char* op, std::string_view executor);

@@ -126,9 +126,22 @@ Shards checked_shards(const char* op, const char* list, const std::vector<Tensor
   return shards;
 }
 
+// Who shall carry it out.
+struct Asked {
+  Executor executor;
+  int64_t sm_budget;
+};
+
+Asked checked_asked(const char* op, const StrArgument& executor, int64_t sm_budget) {
+  const Asked asked{checked_executor(op, executor.take()), sm_budget};
+  check_sm_budget(op, sm_budget);
+  return asked;
+}
+
 // One side is the shards, the other the whole.
 struct Reshard {
   const char* op;
+  Asked asked;
   Shards shards;
   Tensor whole;
   TensorFacts whole_facts;
@@ -157,6 +170,8 @@ void carry_out_reshard(Reshard reshard) {
   Shards& shards = reshard.shards;
   CopyCall call;
   call.op = reshard.op;
+  call.executor = reshard.asked.executor;
+  call.sm_budget = reshard.asked.sm_budget;
   call.ids_name = reshard.concatenates ? reshard.whole_name : shards.list;
   call.src_list = reshard.concatenates ? shards.list : reshard.whole_name;
   call.dst_list = reshard.concatenates ? reshard.whole_name : shards.list;
@@ -193,10 +208,19 @@ void carry_out_reshard(Reshard reshard) {
   call.src_limit = {Name{call.src_list}, 1};
   call.dst_limit = {Name{call.dst_list}, 1};
   if (call.runs.empty()) call.rows = 0;
+  if (call.executor == Executor::kReference) {
+    call.reference = [&](const Job&) {
+      if (reshard.concatenates) {
+        call_concat_reference(shards.tensors, shards.dim, reshard.whole);
+      } else {
+        call_split_reference(reshard.whole, shards.dim, shards.tensors);
+      }
+    };
+  }
   carry_out(std::move(call));
 }
 
-void concat_into(const char* op, Shards shards, const Tensor& out) {
+void concat_into(const char* op, Asked asked, Shards shards, const Tensor& out) {
   const TensorFacts facts = checked_tensor(op, Name{"out"}, out);
   if (facts.sizes() != shards.whole_shape) {
     value_error(op, ": out must have shape ", list_text(shards.whole_shape), ", got ", facts.shape_text());
@@ -204,30 +228,35 @@ void concat_into(const char* op, Shards shards, const Tensor& out) {
   if (facts.dtype() != shards.facts.front().dtype()) {
     value_error(op, ": out must be ", shards.facts.front().dtype_text(), ", got ", facts.dtype_text());
   }
-  carry_out_reshard({op, std::move(shards), out, facts, "out", true});
+  carry_out_reshard({op, asked, std::move(shards), out, facts, "out", true});
 }
 
 }  // namespace
 
-Tensor concat_tp_shards(const std::vector<Tensor>& tensors, int64_t dim) {
+Tensor concat_tp_shards(const std::vector<Tensor>& tensors, int64_t dim, StrArgument executor, int64_t sm_budget) {
   const char* op = "concat_tp_shards";
+  const Asked asked = checked_asked(op, executor, sm_budget);
   Shards shards = checked_shards(op, "shards", tensors, dim);
   if (shards.facts.front().is_quantized()) {
     value_error(op, ": shards must not be quantized, since a new tensor would lack their scale, got ",
                 shards.facts.front().dtype_text(), "; concat_tp_shards_out takes a tensor that has one");
   }
   Tensor out = torch::stable::new_empty(tensors.front(), shards.whole_shape);
-  concat_into(op, std::move(shards), out);
+  concat_into(op, asked, std::move(shards), out);
   return out;
 }
 
-void concat_tp_shards_out(const std::vector<Tensor>& tensors, int64_t dim, const Tensor& out) {
+void concat_tp_shards_out(const std::vector<Tensor>& tensors, int64_t dim, const Tensor& out, StrArgument executor,
+                          int64_t sm_budget) {
   const char* op = "concat_tp_shards_out";
-  concat_into(op, checked_shards(op, "shards", tensors, dim), out);
+  const Asked asked = checked_asked(op, executor, sm_budget);
+  concat_into(op, asked, checked_shards(op, "shards", tensors, dim), out);
 }
 
-void split_tp_shards(const Tensor& input, int64_t dim, const std::vector<Tensor>& out) {
+void split_tp_shards(const Tensor& input, int64_t dim, const std::vector<Tensor>& out, StrArgument executor,
+                     int64_t sm_budget) {
   const char* op = "split_tp_shards";
+  const Asked asked = checked_asked(op, executor, sm_budget);
   Shards shards = checked_shards(op, "out", out, dim);
   const TensorFacts facts = checked_tensor(op, Name{"input"}, input);
   check_like(op, Name{"input"}, facts, shards.facts.front(), shards.dim);
@@ -236,7 +265,7 @@ void split_tp_shards(const Tensor& input, int64_t dim, const std::vector<Tensor>
     value_error(op, ": out must add up to size ", facts.size(shards.dim), " in dimension ", shards.dim, ", got ",
                 total);
   }
-  carry_out_reshard({op, std::move(shards), input, facts, "input", false});
+  carry_out_reshard({op, asked, std::move(shards), input, facts, "input", false});
 }
 
 }  // namespace kvkernels

@@ -77,7 +77,6 @@ Work lower_call(const CopyCall& call, PairList list) {
 
 // False where the call was only explained.
 bool check_and_copy(CopyCall call) {
-  check_one_device(call.op, call.src.place, call.dst.place);
   bind_now(call);
   const BoundCopy& bound = *call.bound;
   PairList list;
@@ -96,6 +95,8 @@ bool check_and_copy(CopyCall call) {
   job.asked = call.executor;
   job.sm_budget = call.sm_budget;
   job.device = call.src.place.on_device ? call.src.place.device : call.dst.place.device;
+  const bool is_inside = bound.direction == Direction::kDeviceToDevice;
+  if (is_inside && call.dst.place.device != job.device) job.peer = call.dst.place.device;
   job.device_moves = call.device_moves;
   job.any_ids.src_limit = call.src_limit.ids();
   job.any_ids.dst_limit = call.dst_limit.ids();

@@ -37,12 +37,11 @@ struct CopyCall {
   bool soon_read = false;  // the destination is a buffer that its caller reads next
   Executor executor = Executor::kAuto;
   int64_t sm_budget = 0;
+  std::function<void(const Job&)> reference;  // the same call on the reference; empty where nobody named it
+
   // A mapping of two columns, checked.
   void take_mapping(const char* argument, const Tensor& mapping);
   void take_ids(const Ids& ids);
-
-  std::function<void(const Job&)>
-      reference;  // the same call on the reference; empty where an op has no executor argument
 };
 
 void carry_out(CopyCall call);

@@ -67,7 +67,6 @@ CopyCall checked_copy(const char* op, const std::vector<Tensor>& src, const std:
   call.src = checked_pools(op, "src", src, false);
   call.dst = checked_pools(op, "dst", dst, true);
   reread_addresses(call.src, src);
-  check_one_device(op, call.src.place, call.dst.place);
   if (mapping != nullptr) call.take_mapping("mapping", *mapping);
   check_subblocks(op, "src_subblocks_per_block", "src", src_subblocks, call.src);
   check_subblocks(op, "dst_subblocks_per_block", "dst", dst_subblocks, call.dst);

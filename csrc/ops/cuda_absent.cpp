@@ -25,7 +25,7 @@ const Room dma_room{refusal, plan};
 const Room staged_room{refusal, plan};
 
 std::unique_ptr<Site> device_site(Job& job, bool) {
-  return std::make_unique<Site>(job.device, "this build has no CUDA code (no nvcc was found, or KVKERNELS_CUDA=OFF)");
+  return site_without_cuda(job, "this build has no CUDA code (no nvcc was found, or KVKERNELS_CUDA=OFF)");
 }
 
 void begin_issuing() {}

@@ -1,6 +1,8 @@
 #include "ops/cuda_site.h"
 
 #include <algorithm>
+#include <mutex>
+#include <set>
 #include <utility>
 
 #include "core/cuda_driver.h"
@@ -13,6 +15,23 @@
 #include "ops/executors/room.h"
 
 namespace kvkernels {
+namespace {
+
+// Pairs of devices of which the first was given access to the second's memory.
+std::mutex met_mutex;
+std::set<std::pair<int, int>> met;
+
+bool have_met(int device, int peer) {
+  const std::lock_guard<std::mutex> lock(met_mutex);
+  return met.count({device, peer}) != 0;
+}
+
+void note_met(int device, int peer) {
+  const std::lock_guard<std::mutex> lock(met_mutex);
+  met.insert({device, peer});
+}
+
+}  // namespace
 
 CudaSite::CudaSite(Job& job, bool only_explains)
     : Site(job.device),
@@ -27,6 +46,7 @@ CudaSite::CudaSite(Job& job, bool only_explains)
   } else if (job.work.bytes > 0) {
     map_tensors(job);
   }
+  if (job.peer >= 0) meet_peer(job);
 }
 
 bool CudaSite::allows_batches() const {
@@ -77,12 +97,41 @@ std::string CudaSite::map_work(const Job& job, Work& work) const {
   return "";
 }
 
+void CudaSite::meet_peer(const Job& job) {
+  const DeviceGuard guard(job.peer);
+  peer_ = {job.peer, static_cast<cudaStream_t>(current_stream(job.peer))};
+  if (kvkernels::is_capturing(peer_->stream) != is_capturing_) {
+    throw std::runtime_error(text("the current streams of cuda:", device(), " and cuda:", job.peer,
+                                  " must both be captured or neither, got one that is"));
+  }
+  if (have_met(device(), job.peer)) return;
+  if (is_capturing_ && !only_explains_) {
+    throw std::runtime_error(text("cuda:", device(), " and cuda:", job.peer,
+                                  " must have met in a call before one that is captured, got their first"));
+  }
+  const std::string refusal = call_peer_refusal(device(), job.peer, !only_explains_);
+  if (!refusal.empty()) {
+    value_error(job.op, ": tensors must be on one cuda device, or on two of which the source's can access the other, ",
+                "got cuda:", device(), " and cuda:", job.peer, ": ", refusal);
+  }
+  if (!only_explains_) note_met(device(), job.peer);
+}
+
+Issued CudaSite::run(Plan& plan) {
+  if (!peer_) return plan.run();
+  PeerOrder order({device(), stream_}, *peer_);
+  const Issued issued = plan.run();
+  order.finish();
+  return issued;
+}
+
 void CudaSite::look_at_addresses(Job& job) {
   const AddressFacts facts = facts_of_addresses(job.op, job.listed);
   if (facts.dst_is_read_only) {
     value_error(job.op, ": dst_ptrs must be writable for the device, got host memory that is registered as read-only");
   }
   job.work.direction = facts.direction();
+  job.peer = facts.peer();
   unreachable_ = facts.unreachable;
   const bool migrates = job.asked == Executor::kAuto && !limits_.uses_host_page_tables;
   if (unreachable_.empty() && facts.pageable != nullptr && !limits_.reads_pageable) {
@@ -125,7 +174,7 @@ void CudaSite::note_no_ring() { may_have_ring_ = false; }
 
 std::string CudaSite::json() const {
   return text("\"index\": ", device(), ", \"capturing\": ", is_capturing_ ? "true" : "false",
-              ", \"legacy_stream\": ", is_legacy_ ? "true" : "false");
+              ", \"legacy_stream\": ", is_legacy_ ? "true" : "false", peer_ ? text(", \"peer\": ", peer_->device) : "");
 }
 
 Upload Uploads::function() {
@@ -141,30 +190,20 @@ std::unique_ptr<Site> device_site(Job& job, bool only_explains) {
   // Tensors are on a device and no CUDA driver is loaded: this torch is for another vendor's.
   std::string why_not =
       cuda_in_use() ? driver_refusal() : "this build's kernels are CUDA's, and no CUDA driver is in use";
-  if (!why_not.empty()) return std::make_unique<Site>(job.device, std::move(why_not));
+  if (!why_not.empty()) return site_without_cuda(job, std::move(why_not));
   return std::make_unique<CudaSite>(job, only_explains);
 }
 
 Choice CudaSite::choose(const Job& job) {
-  const auto refusal_of = [&](Executor executor) { return room_of(executor).refusal(job, *this); };
-  const std::string kernel_refusal = refusal_of(Executor::kKernel);
-  const std::string dma_refusal = refusal_of(Executor::kDma);
-  // No copy engine serves, so a kernel does: Triton's where the library has no code.
-  if (!dma_refusal.empty()) {
-    if (no_code().empty()) return {Executor::kKernel, dma_refusal};
-    return {Executor::kTriton, no_code()};
-  }
-  const bool is_inside = job.work.direction == Direction::kDeviceToDevice;
-  if (is_inside && !no_code().empty() && refusal_of(Executor::kTriton).empty()) {
-    return {Executor::kTriton, no_code()};
-  }
-  const Work& work = job.work;
-  GpuFacts facts{allows_batches(), kernel_refusal};
-  if (no_code().empty() && !job.has_addresses && staging_may_pay(work.direction, work.bytes, work.descriptors, facts) &&
-      may_have_ring()) {
-    facts.staged_bytes = staging(job).mean_copy_bytes();
-  }
-  return choose_on_gpu(work.direction, work.bytes, work.descriptors, facts);
+  const GpuCall call{job.work.direction, limits_.uses_host_page_tables ? Link::kCoherent : Link::kPcie,
+                     limits_.capability, allows_batches() ? Copies::kBatched : Copies::kOneByOne,
+                     job.work.bytes,     job.work.descriptors};
+  const GpuAnswers answers{[&](Executor executor) { return room_of(executor).refusal(job, *this); },
+                           [&] { return job.work.bytes > 0 ? staging(job).mean_copy_bytes() : 0; }};
+  const std::optional<Choice> choice = choose_on_gpu(*gpu_policy(), call, answers);
+  if (choice) return *choice;
+  // Its refusal is then the call's error.
+  return {no_code().empty() ? Executor::kKernel : Executor::kTriton, ""};
 }
 
 void CudaSite::with_fault_word(const std::function<void(const void* word)>& body) {

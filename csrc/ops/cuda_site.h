@@ -9,6 +9,7 @@
 #include "core/staged.h"
 #include "cuda/device.h"
 #include "cuda/kernel.h"
+#include "cuda/peer.h"
 #include "cuda/stream.h"
 #include "ops/address_facts.h"
 #include "ops/site.h"
@@ -23,6 +24,7 @@ class CudaSite : public Site {
 
   bool has_cuda() const override { return true; }
   Choice choose(const Job& job) override;
+  Issued run(Plan& plan) override;
   std::string unreachable(const Job&) const override { return unreachable_; }
   const Work& device_work(const Job& job) override { return mapped(job).front(); }
   void with_fault_word(const std::function<void(const void* word)>& body) override;
@@ -53,6 +55,7 @@ class CudaSite : public Site {
   void map_tensors(const Job& job);
   std::string map_work(const Job& job, Work& work) const;
   void look_at_addresses(Job& job);
+  void meet_peer(const Job& job);
 
   const bool only_explains_;
   DeviceGuard guard_;
@@ -60,6 +63,7 @@ class CudaSite : public Site {
   DeviceLimits limits_;
   bool is_capturing_;
   bool is_legacy_;
+  std::optional<DeviceStream> peer_;
   std::string unreachable_;
   std::vector<Work> mapped_;
   std::optional<bool> may_have_ring_;

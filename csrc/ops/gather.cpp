@@ -79,8 +79,8 @@ void move_blocks(const char* op, const std::vector<Tensor>& pool_tensors, const 
   const char* buffer_name = gathers ? "out" : "buffer";
   Buffer buffer = checked_buffer(op, buffer_name, buffer_tensor, pools, ids.rows, gathers);
   if (gathers) reread_addresses(pools, pool_tensors);
-  check_one_device(op, pools.place, buffer.pools.place);
-  check_ids_device(op, "block_ids", ids, pools.place, buffer.pools.place);
+  check_ids_device(op, "block_ids", ids, (gathers ? pools : buffer.pools).place,
+                   (gathers ? buffer.pools : pools).place);
   call.runs = page_runs(pools.pools, gathers);
   const IdLimit block_limit = limit_of("pools", pools.pools, 1);
   const IdLimit row_limit{Name{buffer_name}, ids.rows};

@@ -28,11 +28,12 @@ struct Job {
   int64_t sm_budget = 0;
   bool any_source_order = false;
   int device = -1;  // that a side is on; -1 where both are on the host
+  int peer = -1;    // the destination's, where the source is on another device, which then is `device`
   Work work;        // for a job on a device lowered as a copy engine takes it; a kernel takes any order
 
   // The tensors of the host's side; empty for raw addresses.
   std::span<const Tensor> host_tensors;
-  // The same call on the reference; empty where an op cannot be asked for it.
+  // The same call on the reference; empty where nobody named it.
   std::function<void(const Job& job)> reference;
 
   // Where the work's moves are for the device, as found for a job before with the same memory; filled in by the first.

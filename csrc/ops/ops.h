@@ -8,7 +8,8 @@
 
 namespace kvkernels {
 
-void swap_blocks(const Tensor& src, const Tensor& dst, int64_t block_size_in_bytes, const Tensor& block_mapping);
+void swap_blocks(const Tensor& src, const Tensor& dst, int64_t block_size_in_bytes, const Tensor& block_mapping,
+                 StrArgument executor, int64_t sm_budget);
 void swap_blocks_batch(const Tensor& src_ptrs, const Tensor& dst_ptrs, const Tensor& sizes,
                        bool is_src_access_order_any, StrArgument executor, int64_t sm_budget);
 
@@ -27,9 +28,11 @@ int64_t prepare(const std::vector<Tensor>& src, const std::vector<Tensor>& dst, 
 void run_prepared(int64_t prepared, const Tensor& mapping);
 void release_prepared(int64_t prepared);
 
-Tensor concat_tp_shards(const std::vector<Tensor>& shards, int64_t dim);
-void concat_tp_shards_out(const std::vector<Tensor>& shards, int64_t dim, const Tensor& out);
-void split_tp_shards(const Tensor& input, int64_t dim, const std::vector<Tensor>& out);
+Tensor concat_tp_shards(const std::vector<Tensor>& shards, int64_t dim, StrArgument executor, int64_t sm_budget);
+void concat_tp_shards_out(const std::vector<Tensor>& shards, int64_t dim, const Tensor& out, StrArgument executor,
+                          int64_t sm_budget);
+void split_tp_shards(const Tensor& input, int64_t dim, const std::vector<Tensor>& out, StrArgument executor,
+                     int64_t sm_budget);
 
 void explain_begin();
 std::string explain_end();

@@ -29,7 +29,7 @@ void serve(Job& job, Site& site, bool only_explains) {
     if (plan) plan->describe(explanation);
     return record(explanation);
   }
-  if (plan) count_issued(choice.executor, plan->run());
+  if (plan) count_issued(choice.executor, site.run(*plan));
 }
 
 void serve_on_device(Job& job, bool only_explains) {

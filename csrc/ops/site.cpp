@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <stdexcept>
+#include <utility>
 
 #include "core/cuda_driver.h"
 #include "core/text.h"
@@ -18,6 +19,16 @@ Choice Site::choose(const Job& job) {
   throw std::runtime_error(text("tensors on a cuda device need CUDA code or the triton kernels: ", why_no_cuda_,
                                 ", and executor 'triton' cannot serve this call: ", refusal));
 }
+
+std::unique_ptr<Site> site_without_cuda(const Job& job, std::string why_no_cuda) {
+  if (job.peer >= 0) {
+    value_error(job.op, ": tensors must be on one cuda device, got cuda:", job.device, " and cuda:", job.peer, ": ",
+                why_no_cuda);
+  }
+  return std::make_unique<Site>(job.device, std::move(why_no_cuda));
+}
+
+Issued Site::run(Plan& plan) { return plan.run(); }
 
 std::string Site::unreachable(const Job& job) const {
   const bool writes = job.work.direction == Direction::kDeviceToHost;

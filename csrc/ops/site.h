@@ -5,9 +5,12 @@
 #include <memory>
 #include <string>
 
+#include "core/issued.h"
 #include "ops/job.h"
 
 namespace kvkernels {
+
+class Plan;
 
 // The host, or a device where this library's CUDA code does not serve, whose kernels are Triton's.
 class Site {
@@ -32,6 +35,9 @@ class Site {
   // The work by the addresses that a kernel uses.
   virtual const Work& device_work(const Job& job) { return job.work; }
 
+  // Runs what an executor made for a job here, in the order that the job's streams ask for.
+  virtual Issued run(Plan& plan);
+
   // Runs `body` with the address of the device's fault word, for launches that write it; null where Python keeps it.
   virtual void with_fault_word(const std::function<void(const void* word)>& body) { body(nullptr); }
 
@@ -39,6 +45,9 @@ class Site {
   int device_;
   std::string why_no_cuda_;
 };
+
+// ValueError for a job of two devices.
+std::unique_ptr<Site> site_without_cuda(const Job& job, std::string why_no_cuda);
 
 // In a build with CUDA code in cuda_site.cpp, in one without in cuda_absent.cpp:
 

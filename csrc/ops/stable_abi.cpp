@@ -37,6 +37,11 @@ void call_dispatcher(const char* op, std::array<StableIValue, N>& stack) {
   check_torch(torch_call_dispatcher(op, "", stack.data(), TORCH_ABI_VERSION), op);
 }
 
+std::string text_of(const StableIValue& value) {
+  const auto bytes = torch::stable::detail::to<Tensor>(value);
+  return {static_cast<const char*>(bytes.const_data_ptr()), static_cast<size_t>(bytes.numel())};
+}
+
 }  // namespace
 
 void* torch_symbol(const char* library, const char* name) {
@@ -251,6 +256,24 @@ void call_reference(const std::vector<Tensor>& src, const std::vector<Tensor>& d
   call_dispatcher("kvkernels::_copy_pages_reference", stack);
 }
 
+void call_swap_reference(const Tensor& src, const Tensor& dst, int64_t block_bytes, const Tensor& mapping) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 4> stack{from(src), from(dst), from(block_bytes), from(mapping)};
+  call_dispatcher("kvkernels::_swap_blocks_reference", stack);
+}
+
+void call_concat_reference(const std::vector<Tensor>& shards, int64_t dim, const Tensor& out) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 3> stack{from(shards), from(dim), from(out)};
+  call_dispatcher("kvkernels::_concat_tp_shards_reference", stack);
+}
+
+void call_split_reference(const Tensor& input, int64_t dim, const std::vector<Tensor>& out) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 3> stack{from(input), from(dim), from(out)};
+  call_dispatcher("kvkernels::_split_tp_shards_reference", stack);
+}
+
 void call_batch_reference(const Tensor& copies) {
   std::array<StableIValue, 1> stack{torch::stable::detail::from(copies)};
   call_dispatcher("kvkernels::_swap_blocks_batch_reference", stack);
@@ -267,11 +290,17 @@ void call_note_writes(const std::vector<Tensor>& tensors) {
   call_dispatcher("kvkernels::_note_writes", stack);
 }
 
+std::string call_peer_refusal(int64_t device, int64_t peer, bool enables) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 3> stack{from(device), from(peer), from(enables)};
+  call_dispatcher("kvkernels::_peer_refusal", stack);
+  return text_of(stack[0]);
+}
+
 std::string call_triton_refusal(int64_t device) {
   std::array<StableIValue, 1> stack{torch::stable::detail::from(device)};
   call_dispatcher("kvkernels::_triton_refusal", stack);
-  const auto refusal = torch::stable::detail::to<Tensor>(stack[0]);
-  return {static_cast<const char*>(refusal.const_data_ptr()), static_cast<size_t>(refusal.numel())};
+  return text_of(stack[0]);
 }
 
 void call_triton_copy(const Tensor& table, const std::vector<int64_t>& head) {

@@ -111,6 +111,11 @@ void parallel_lanes(int lanes, void* context, void (*body)(void* context, int la
 void call_reference(const std::vector<Tensor>& src, const std::vector<Tensor>& dst, const Tensor& mapping,
                     const Tensor& runs, int64_t src_subblocks, int64_t dst_subblocks, bool skip_negative);
 
+// The same for those of other ops, kvkernels::_swap_blocks_reference and so on, with these ops' own arguments.
+void call_swap_reference(const Tensor& src, const Tensor& dst, int64_t block_bytes, const Tensor& mapping);
+void call_concat_reference(const std::vector<Tensor>& shards, int64_t dim, const Tensor& out);
+void call_split_reference(const Tensor& input, int64_t dim, const std::vector<Tensor>& out);
+
 // The same for kvkernels::_swap_blocks_batch_reference: a row of int64 a copy, source and destination address, bytes.
 void call_batch_reference(const Tensor& copies);
 
@@ -118,6 +123,10 @@ void call_batch_reference(const Tensor& copies);
 // not know.
 int64_t call_first_requiring_grad(const std::vector<Tensor>& tensors);
 void call_note_writes(const std::vector<Tensor>& tensors);
+
+// kvkernels::_peer_refusal, which Python registers: why kernels on `device` cannot reach the memory of `peer`, and
+// empty where they can, from then on if it `enables`.
+std::string call_peer_refusal(int64_t device, int64_t peer, bool enables);
 
 // kvkernels::_triton_refusal and kvkernels::_triton_copy, which Python registers, too.
 std::string call_triton_refusal(int64_t device);

@@ -36,17 +36,20 @@ Pool block_pool(const Name& name, const Tensor& tensor, const TensorFacts& facts
 
 }  // namespace
 
-void swap_blocks(const Tensor& src, const Tensor& dst, int64_t block_size_in_bytes, const Tensor& block_mapping) {
+void swap_blocks(const Tensor& src, const Tensor& dst, int64_t block_size_in_bytes, const Tensor& block_mapping,
+                 StrArgument executor, int64_t sm_budget) {
   const char* op = "swap_blocks";
+  CopyCall call;
+  call.op = op;
+  call.executor = checked_executor(op, executor.take());
+  call.sm_budget = sm_budget;
+  check_sm_budget(op, sm_budget);
   if (block_size_in_bytes <= 0) value_error(op, ": block_size_in_bytes must be positive, got ", block_size_in_bytes);
   const TensorFacts src_facts = checked_tensor(op, Name{"src"}, src);
   const TensorFacts dst_facts = checked_tensor(op, Name{"dst"}, dst);
-  CopyCall call;
-  call.op = op;
   call.ids_name = "block_mapping";
   merge_place(op, "src", src_facts, true, call.src.place);
   merge_place(op, "dst", dst_facts, true, call.dst.place);
-  check_one_device(op, call.src.place, call.dst.place);
   const Ids ids = checked_ids(op, "block_mapping", block_mapping, 2);
   if (ids.on_device) value_error(op, ": block_mapping must be on the cpu, got cuda:", ids.device);
   call.src.pools = {block_pool(Name{"src"}, src, src_facts, block_size_in_bytes, false)};
@@ -59,6 +62,9 @@ void swap_blocks(const Tensor& src, const Tensor& dst, int64_t block_size_in_byt
   call.runs = {{0, 0, 0, 0, block_size_in_bytes, 0, 0, {{1, 0, 0}, {1, 0, 0}, {1, 0, 0}}}};
   call.src_limit = limit_of("src", call.src.pools, 1, false);
   call.dst_limit = limit_of("dst", call.dst.pools, 1, false);
+  if (call.executor == Executor::kReference) {
+    call.reference = [&](const Job&) { call_swap_reference(src, dst, block_size_in_bytes, block_mapping); };
+  }
   carry_out(std::move(call));
 }
 

@@ -104,8 +104,8 @@ def _check_on_host(op: str, name: str, t: Tensor) -> None:
     require(t.device.type == "cpu", lambda: f"{op}: {name} must be on the cpu, got {t.device}")
 
 
-def check_ids(op: str, name: str, t: Tensor, columns: int, pools: Sequence[Tensor] | None) -> None:
-    """Ids of shape ``[n]`` (columns 1) or ``[n, 2]``; ``pools`` is None where they must be on the CPU."""
+def check_ids(op: str, name: str, t: Tensor, columns: int, sides: tuple[Tensor, Tensor] | None) -> None:
+    """Ids of shape ``[n]`` (columns 1) or ``[n, 2]``; ``sides``: a tensor of each, or None for ids on the CPU alone."""
     check_tensor(op, name, t)
     check_dtype(op, name, t, _ID_DTYPES)
     wanted = "[n]" if columns == 1 else f"[n, {columns}]"
@@ -113,12 +113,14 @@ def check_ids(op: str, name: str, t: Tensor, columns: int, pools: Sequence[Tenso
         t.dim() == 1 if columns == 1 else t.dim() == 2 and t.shape[1] == columns,
         lambda: f"{op}: {name} must have shape {wanted}, got {shape_text(t.shape)}",
     )
-    if pools is None:
+    if sides is None:
         _check_on_host(op, name, t)
         return
+    src, dst = (side.device for side in sides)
+    whose = "pools'" if "cpu" in (src.type, dst.type) or src == dst else "source's"
     require(
-        t.device.type == "cpu" or any(p.device == t.device for p in pools),
-        lambda: f"{op}: {name} must be on the cpu or on the pools' cuda device, got {t.device}",
+        t.device.type == "cpu" or t.device == (dst if src.type == "cpu" else src),
+        lambda: f"{op}: {name} must be on the cpu or on the {whose} cuda device, got {t.device}",
     )
 
 
@@ -192,7 +194,7 @@ def pools_of(op: str, name: str, tensors: Sequence[Tensor]) -> list[Pool]:
     return pools
 
 
-def _blocks_of_bytes(op: str, name: str, t: Tensor, block_bytes: int) -> Pool:
+def blocks_of_bytes(op: str, name: str, t: Tensor, block_bytes: int) -> Pool:
     """swap_blocks' view of a tensor: a row of blocks where contiguous, one block a padded row otherwise."""
     row_bytes = _row_elements(t) * t.element_size()
     # Head-first memory is often shown as token-first: what counts inside a row is that its bytes are dense.
@@ -215,20 +217,19 @@ def _blocks_of_bytes(op: str, name: str, t: Tensor, block_bytes: int) -> Pool:
     return Pool(name, t, t.shape[0], stride_bytes, block_bytes)
 
 
-def check_swap_blocks(src: Tensor, dst: Tensor, block_size_in_bytes: int, block_mapping: Tensor) -> tuple[Pool, Pool]:
+def check_swap_blocks(
+    src: Tensor, dst: Tensor, block_size_in_bytes: int, block_mapping: Tensor, executor: str, sm_budget: int
+) -> tuple[Pool, Pool]:
     op = "swap_blocks"
+    check_executor(op, executor, sm_budget)
     require(
         block_size_in_bytes > 0,
         lambda: f"{op}: block_size_in_bytes must be positive, got {block_size_in_bytes}",
     )
     check_tensor(op, "src", src)
     check_tensor(op, "dst", dst)
-    check_one_cuda_device(op, (src, dst))
     check_ids(op, "block_mapping", block_mapping, 2, None)
-    return (
-        _blocks_of_bytes(op, "src", src, block_size_in_bytes),
-        _blocks_of_bytes(op, "dst", dst, block_size_in_bytes),
-    )
+    return blocks_of_bytes(op, "src", src, block_size_in_bytes), blocks_of_bytes(op, "dst", dst, block_size_in_bytes)
 
 
 def check_swap_blocks_batch(src_ptrs: Tensor, dst_ptrs: Tensor, sizes: Tensor, executor: str, sm_budget: int) -> None:
@@ -264,9 +265,8 @@ def _check_pools_and_buffer(
 ) -> tuple[list[Pool], Pool]:
     check_list(op, "pools", pools)
     parts = pools_of(op, "pools", pools)
-    check_ids(op, "block_ids", block_ids, 1, (*pools, buffer))
+    check_ids(op, "block_ids", block_ids, 1, (pools[0], buffer) if name == "out" else (buffer, pools[0]))
     check_tensor(op, name, buffer)
-    check_one_cuda_device(op, (*pools, buffer))
     row_bytes = sum(p.page_bytes for p in parts)
     shape = (block_ids.shape[0], row_bytes)
     require(
@@ -309,9 +309,8 @@ def check_copy_pages(
     check_list(op, "src", src)
     check_list(op, "dst", dst)
     src_pools, dst_pools = pools_of(op, "src", src), pools_of(op, "dst", dst)
-    check_one_cuda_device(op, (*src, *dst))
     if mapping is not None:
-        check_ids(op, "mapping", mapping, 2, (*src, *dst))
+        check_ids(op, "mapping", mapping, 2, (src[0], dst[0]))
     _check_subblocks(op, "src", src_subblocks_per_block, src_pools)
     _check_subblocks(op, "dst", dst_subblocks_per_block, dst_pools)
     require(
@@ -390,8 +389,11 @@ def _check_shards(op: str, name: str, shards: Sequence[Tensor], dim: int) -> tup
     return dim, tuple(shape)
 
 
-def check_concat_tp_shards(shards: Sequence[Tensor], dim: int) -> tuple[int, tuple[int, ...]]:
+def check_concat_tp_shards(
+    shards: Sequence[Tensor], dim: int, executor: str, sm_budget: int
+) -> tuple[int, tuple[int, ...]]:
     op = "concat_tp_shards"
+    check_executor(op, executor, sm_budget)
     result = _check_shards(op, "shards", shards, dim)
     require(
         not shards[0].is_quantized,
@@ -403,19 +405,20 @@ def check_concat_tp_shards(shards: Sequence[Tensor], dim: int) -> tuple[int, tup
     return result
 
 
-def check_concat_tp_shards_out(shards: Sequence[Tensor], dim: int, out: Tensor) -> int:
+def check_concat_tp_shards_out(shards: Sequence[Tensor], dim: int, out: Tensor, executor: str, sm_budget: int) -> int:
     op = "concat_tp_shards_out"
+    check_executor(op, executor, sm_budget)
     dim, shape = _check_shards(op, "shards", shards, dim)
     check_tensor(op, "out", out)
     _check_exact_shape(op, "out", out, shape)
     check_dtype(op, "out", out, (shards[0].dtype,))
-    check_one_cuda_device(op, (*shards, out))
     _check_not_expanded(op, out)
     return dim
 
 
-def check_split_tp_shards(input: Tensor, dim: int, out: Sequence[Tensor]) -> int:
+def check_split_tp_shards(input: Tensor, dim: int, out: Sequence[Tensor], executor: str, sm_budget: int) -> int:
     op = "split_tp_shards"
+    check_executor(op, executor, sm_budget)
     dim, shape = _check_shards(op, "out", out, dim)
     check_tensor(op, "input", input)
     _check_like(op, "input", input, out[0], dim)
@@ -423,7 +426,6 @@ def check_split_tp_shards(input: Tensor, dim: int, out: Sequence[Tensor]) -> int
         shape[dim] == input.shape[dim],
         lambda: f"{op}: out must add up to size {input.shape[dim]} in dimension {dim}, got {shape[dim]}",
     )
-    check_one_cuda_device(op, (*out, input))
     for t in out:
         _check_not_expanded(op, t)
     return dim

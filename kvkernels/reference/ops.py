@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -187,13 +187,28 @@ def _copy_pairs(
     written.carry_out(record, lambda: _move(steps, pairs))
 
 
-def swap_blocks(src: Tensor, dst: Tensor, block_size_in_bytes: int, block_mapping: Tensor) -> None:
+def swap_blocks(
+    src: Tensor,
+    dst: Tensor,
+    block_size_in_bytes: int,
+    block_mapping: Tensor,
+    executor: str = "auto",
+    sm_budget: int = 0,
+) -> None:
     op = "swap_blocks"
-    src_pool, dst_pool = checks.check_swap_blocks(src, dst, block_size_in_bytes, block_mapping)
+    src_pool, dst_pool = checks.check_swap_blocks(src, dst, block_size_in_bytes, block_mapping, executor, sm_budget)
+    _check_servable(op, executor)
     pairs = pairs_of_mapping(op, "block_mapping", block_mapping, (src_pool,), (dst_pool,))
     runs = [whole_page(0, 0, 0, 0, block_size_in_bytes)]
     check_bytes_touched(op, "block_mapping", "dst", (src_pool,), (dst_pool,), runs, pairs)
     _copy_pairs(_Written(op, "dst", False, (dst,)), (src_pool,), (dst_pool,), runs, pairs)
+
+
+def swap_blocks_checked(src: Tensor, dst: Tensor, block_size_in_bytes: int, block_mapping: Tensor) -> None:
+    """The move alone: the compiled library has checked, and an error that crossed it would lose its type."""
+    pools = [checks.blocks_of_bytes("swap_blocks", "", t, block_size_in_bytes) for t in (src, dst)]
+    pairs = torch.unique(host_ids(block_mapping), dim=0)
+    _move(_bind_all(pools[:1], pools[1:], [whole_page(0, 0, 0, 0, block_size_in_bytes)], pairs, 1, 1), pairs)
 
 
 def _page_offsets(pools: Sequence[Pool]) -> list[int]:
@@ -427,11 +442,15 @@ def _copy_tensors(written: _Written, copies: Sequence[tuple[Tensor, Tensor]]) ->
     record = ledger.Record(written.op, "reference", NO_LIBRARY, direction, n, total_bytes, pairs=n, moves=n)
 
     def move() -> tuple[int, int]:
-        for src, dst in copies:
-            _as_words(dst).copy_(_as_words(src))
+        _move_tensors(copies)
         return n, total_bytes
 
     written.carry_out(record, move)
+
+
+def _move_tensors(copies: Iterable[tuple[Tensor, Tensor]]) -> None:
+    for src, dst in copies:
+        _as_words(dst).copy_(_as_words(src))
 
 
 def _parts_along(t: Tensor, dim: int, shards: Sequence[Tensor]) -> list[Tensor]:
@@ -442,28 +461,44 @@ def _parts_along(t: Tensor, dim: int, shards: Sequence[Tensor]) -> list[Tensor]:
     return [t.narrow(dim, start, shard.shape[dim]) for start, shard in zip(starts, shards, strict=False)]
 
 
-def concat_tp_shards(shards: Sequence[Tensor], dim: int) -> Tensor:
-    dim, shape = checks.check_concat_tp_shards(shards, dim)
+def concat_tp_shards(shards: Sequence[Tensor], dim: int, executor: str = "auto", sm_budget: int = 0) -> Tensor:
+    op = "concat_tp_shards"
+    dim, shape = checks.check_concat_tp_shards(shards, dim, executor, sm_budget)
+    _check_servable(op, executor)
     out = torch.empty(shape, dtype=shards[0].dtype, device=shards[0].device)
     parts = _parts_along(out, dim, shards)
-    _copy_tensors(_Written("concat_tp_shards", "out", False, (out,)), list(zip(shards, parts, strict=True)))
+    _copy_tensors(_Written(op, "out", False, (out,)), list(zip(shards, parts, strict=True)))
     return out
 
 
-def concat_tp_shards_out(shards: Sequence[Tensor], dim: int, out: Tensor) -> None:
+def concat_tp_shards_out(
+    shards: Sequence[Tensor], dim: int, out: Tensor, executor: str = "auto", sm_budget: int = 0
+) -> None:
     op = "concat_tp_shards_out"
-    dim = checks.check_concat_tp_shards_out(shards, dim, out)
+    dim = checks.check_concat_tp_shards_out(shards, dim, out, executor, sm_budget)
+    _check_servable(op, executor)
     _check_tensors_apart(op, (out,), shards)
     parts = _parts_along(out, dim, shards)
     _copy_tensors(_Written(op, "out", False, (out,)), list(zip(shards, parts, strict=True)))
 
 
-def split_tp_shards(input: Tensor, dim: int, out: Sequence[Tensor]) -> None:
+def concat_tp_shards_checked(shards: Sequence[Tensor], dim: int, out: Tensor) -> None:
+    """The move alone: the compiled library has checked, and an error that crossed it would lose its type."""
+    _move_tensors(zip(shards, _parts_along(out, dim, shards), strict=True))
+
+
+def split_tp_shards(input: Tensor, dim: int, out: Sequence[Tensor], executor: str = "auto", sm_budget: int = 0) -> None:
     op = "split_tp_shards"
-    dim = checks.check_split_tp_shards(input, dim, out)
+    dim = checks.check_split_tp_shards(input, dim, out, executor, sm_budget)
+    _check_servable(op, executor)
     _check_tensors_apart(op, out, (input,))
     parts = _parts_along(input, dim, out)
     _copy_tensors(_Written(op, "out", True, out), list(zip(parts, out, strict=True)))
+
+
+def split_tp_shards_checked(input: Tensor, dim: int, out: Sequence[Tensor]) -> None:
+    """The move alone: the compiled library has checked, and an error that crossed it would lose its type."""
+    _move_tensors(zip(_parts_along(input, dim, out), out, strict=True))
 
 
 def _check_tensors_apart(op: str, written: Sequence[Tensor], read: Sequence[Tensor]) -> None:

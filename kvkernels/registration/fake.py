@@ -12,8 +12,15 @@ from kvkernels.registration import schemas
 from kvkernels.registration.library import LIBRARY
 
 
-def swap_blocks(src: Tensor, dst: Tensor, block_size_in_bytes: int, block_mapping: Tensor) -> None:
-    checks.check_swap_blocks(src, dst, block_size_in_bytes, block_mapping)
+def swap_blocks(
+    src: Tensor,
+    dst: Tensor,
+    block_size_in_bytes: int,
+    block_mapping: Tensor,
+    executor: str = "auto",
+    sm_budget: int = 0,
+) -> None:
+    checks.check_swap_blocks(src, dst, block_size_in_bytes, block_mapping, executor, sm_budget)
 
 
 def swap_blocks_batch(
@@ -55,17 +62,19 @@ def copy_pages(
     )
 
 
-def concat_tp_shards(shards: Sequence[Tensor], dim: int) -> Tensor:
-    _, shape = checks.check_concat_tp_shards(shards, dim)
+def concat_tp_shards(shards: Sequence[Tensor], dim: int, executor: str = "auto", sm_budget: int = 0) -> Tensor:
+    _, shape = checks.check_concat_tp_shards(shards, dim, executor, sm_budget)
     return shards[0].new_empty(shape)
 
 
-def concat_tp_shards_out(shards: Sequence[Tensor], dim: int, out: Tensor) -> None:
-    checks.check_concat_tp_shards_out(shards, dim, out)
+def concat_tp_shards_out(
+    shards: Sequence[Tensor], dim: int, out: Tensor, executor: str = "auto", sm_budget: int = 0
+) -> None:
+    checks.check_concat_tp_shards_out(shards, dim, out, executor, sm_budget)
 
 
-def split_tp_shards(input: Tensor, dim: int, out: Sequence[Tensor]) -> None:
-    checks.check_split_tp_shards(input, dim, out)
+def split_tp_shards(input: Tensor, dim: int, out: Sequence[Tensor], executor: str = "auto", sm_budget: int = 0) -> None:
+    checks.check_split_tp_shards(input, dim, out, executor, sm_budget)
 
 
 def _copy_pages_reference(
@@ -80,7 +89,19 @@ def _copy_pages_reference(
     """Only C++ calls it, after its own checks."""
 
 
+def _swap_blocks_reference(src: Tensor, dst: Tensor, block_size_in_bytes: int, block_mapping: Tensor) -> None:
+    """Only C++ calls it, after its own checks."""
+
+
 def _swap_blocks_batch_reference(copies: Tensor) -> None:
+    """Only C++ calls it, after its own checks."""
+
+
+def _concat_tp_shards_reference(shards: Sequence[Tensor], dim: int, out: Tensor) -> None:
+    """Only C++ calls it, after its own checks."""
+
+
+def _split_tp_shards_reference(input: Tensor, dim: int, out: Sequence[Tensor]) -> None:
     """Only C++ calls it, after its own checks."""
 
 
@@ -91,6 +112,11 @@ def _first_requiring_grad(tensors: Sequence[Tensor]) -> int:
 
 def _note_writes(tensors: Sequence[Tensor]) -> None:
     """Only C++ calls it."""
+
+
+def _peer_refusal(device: int, peer: int, enables: bool) -> Tensor:
+    """Only C++ calls it."""
+    return torch.empty(0, dtype=torch.uint8, device="cpu")
 
 
 def _triton_refusal(device: int) -> Tensor:

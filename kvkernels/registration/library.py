@@ -16,7 +16,7 @@ from urllib.parse import unquote, urlparse
 import torch
 
 from kvkernels import reference, triton
-from kvkernels.common import autograd
+from kvkernels.common import autograd, peers
 from kvkernels.common.text import tensor_of
 from kvkernels.reference import ledger, prepared
 from kvkernels.registration import schemas
@@ -26,9 +26,13 @@ PACKAGE = Path(__file__).resolve().parents[1]
 
 _PYTHON_KERNELS: dict[str, Callable[..., Any]] = {
     "_copy_pages_reference": reference.copy_pages_checked,
+    "_swap_blocks_reference": reference.swap_blocks_checked,
     "_swap_blocks_batch_reference": reference.swap_blocks_batch_checked,
+    "_concat_tp_shards_reference": reference.concat_tp_shards_checked,
+    "_split_tp_shards_reference": reference.split_tp_shards_checked,
     "_first_requiring_grad": autograd.first_requiring_grad,
     "_note_writes": autograd.note_writes,
+    "_peer_refusal": lambda device, peer, enables: tensor_of(peers.refusal(device, peer, enables)),
     "_triton_refusal": lambda device: tensor_of(triton.refusal(device)),
     "_triton_copy": triton.copy,
 }
@@ -118,6 +122,8 @@ def _reference_kernels() -> dict[str, Callable[..., Any]]:
         "_reset_counters": ledger.reset_counters,
         "_build_info": lambda: tensor_of(json.dumps(build_record())),
         "_check_device": lambda device: tensor_of("{}"),  # the reference checks ids before it moves anything
+        "_policy": lambda is_default: tensor_of("[]"),  # there is nothing to choose from
+        "_set_policy": lambda rows: None,
         **_PYTHON_KERNELS,
     }
 

@@ -11,7 +11,10 @@ NAMESPACE = "kvkernels"
 # both. The sources of concat_tp_shards_out and split_tp_shards may be expanded, which nothing may write: their checks,
 # which see addresses on any device, find one tensor on both sides and refuse it.
 PUBLIC = {
-    "swap_blocks": "(Tensor(b!) src, Tensor(a!) dst, int block_size_in_bytes, Tensor block_mapping) -> ()",
+    "swap_blocks": (
+        "(Tensor(b!) src, Tensor(a!) dst, int block_size_in_bytes, Tensor block_mapping, "
+        'str executor="auto", int sm_budget=0) -> ()'
+    ),
     "swap_blocks_batch": (
         "(Tensor src_ptrs, Tensor(a!) dst_ptrs, Tensor sizes, bool is_src_access_order_any=False, "
         'str executor="auto", int sm_budget=0) -> ()'
@@ -26,9 +29,9 @@ PUBLIC = {
         "(Tensor(b!)[] src, Tensor(a!)[] dst, Tensor mapping, Tensor runs, int src_subblocks_per_block=1, "
         'int dst_subblocks_per_block=1, bool skip_negative=False, str executor="auto", int sm_budget=0) -> ()'
     ),
-    "concat_tp_shards": "(Tensor[] shards, int dim) -> Tensor",
-    "concat_tp_shards_out": "(Tensor[] shards, int dim, Tensor(a!) out) -> ()",
-    "split_tp_shards": "(Tensor input, int dim, Tensor(a!)[] out) -> ()",
+    "concat_tp_shards": '(Tensor[] shards, int dim, str executor="auto", int sm_budget=0) -> Tensor',
+    "concat_tp_shards_out": ('(Tensor[] shards, int dim, Tensor(a!) out, str executor="auto", int sm_budget=0) -> ()'),
+    "split_tp_shards": '(Tensor input, int dim, Tensor(a!)[] out, str executor="auto", int sm_budget=0) -> ()',
 }
 
 PRIVATE = {
@@ -44,13 +47,19 @@ PRIVATE = {
     ),
     "_run_prepared": "(int prepared, Tensor mapping) -> ()",
     "_release_prepared": "(int prepared) -> ()",
+    "_policy": "(bool is_default) -> Tensor",
+    "_set_policy": "(Tensor rows) -> ()",
     "_copy_pages_reference": (
         "(Tensor[] src, Tensor(a!)[] dst, Tensor mapping, Tensor runs, int src_subblocks_per_block, "
         "int dst_subblocks_per_block, bool skip_negative) -> ()"
     ),
+    "_swap_blocks_reference": ("(Tensor src, Tensor(a!) dst, int block_size_in_bytes, Tensor block_mapping) -> ()"),
     "_swap_blocks_batch_reference": "(Tensor copies) -> ()",
+    "_concat_tp_shards_reference": "(Tensor[] shards, int dim, Tensor(a!) out) -> ()",
+    "_split_tp_shards_reference": "(Tensor input, int dim, Tensor(a!)[] out) -> ()",
     "_first_requiring_grad": "(Tensor[] tensors) -> int",
     "_note_writes": "(Tensor[] tensors) -> ()",
+    "_peer_refusal": "(int device, int peer, bool enables) -> Tensor",
     "_triton_refusal": "(int device) -> Tensor",
     "_triton_copy": "(Tensor table, int[] head) -> ()",
 }
@@ -78,9 +87,13 @@ TAKES_HOST_IDS = frozenset({"swap_blocks", "swap_blocks_batch", "gather_blocks",
 # Kernels that Python provides even where the library is compiled: C++ calls them, after its own checks.
 PYTHON_KERNELS = (
     "_copy_pages_reference",
+    "_swap_blocks_reference",
     "_swap_blocks_batch_reference",
+    "_concat_tp_shards_reference",
+    "_split_tp_shards_reference",
     "_first_requiring_grad",
     "_note_writes",
+    "_peer_refusal",
     "_triton_refusal",
     "_triton_copy",
 )

@@ -80,37 +80,140 @@ bool follows(int64_t bytes) {
          policy.streams(bytes, false);
 }
 
-Executor chosen(Direction direction, int64_t bytes, int64_t count, bool batches, const char* refusal = "") {
-  return choose_on_gpu(direction, bytes * count, count, {batches, refusal, false, 0}).executor;
+// A call of `count` fragments of `bytes`, and executors that refuse it.
+struct Asked {
+  Direction direction = Direction::kHostToDevice;
+  int64_t bytes = 4096;
+  int64_t count = 16;
+  Copies copies = Copies::kBatched;
+  std::vector<std::pair<Executor, std::string>> refusals{};
+  int64_t ring_copy_bytes = 0;
+  Link link = Link::kPcie;
+  int capability = 90;
+};
+
+std::optional<Choice> choice_of(const Asked& asked, const GpuPolicy& policy = default_gpu_policy()) {
+  const GpuAnswers answers{[&](Executor executor) {
+                             for (const auto& [refused, why] : asked.refusals) {
+                               if (refused == executor) return why;
+                             }
+                             return std::string();
+                           },
+                           [&] { return asked.ring_copy_bytes; }};
+  return choose_on_gpu(
+      policy, {asked.direction, asked.link, asked.capability, asked.copies, asked.bytes * asked.count, asked.count},
+      answers);
 }
 
-void check_gpu_table() {
-  constexpr int64_t kKiB = 1024;
-  for (const Direction link : {Direction::kHostToDevice, Direction::kDeviceToHost}) {
-    expect(chosen(link, 28 * kKiB - 1, 16, true) == Executor::kKernel, "short fragments take the kernel");
-    expect(chosen(link, 28 * kKiB, 16, true) == Executor::kDma, "long ones the copy engine");
-    expect(chosen(link, 28 * kKiB - 1, 15, true) == Executor::kDma, "few are not worth a launch");
-    expect(chosen(link, 1024 * kKiB - 1, 4, false) == Executor::kKernel, "single copies cost more than batched ones");
-    expect(chosen(link, 1024 * kKiB, 4, false) == Executor::kDma, "but not above 1 MiB");
-    expect(chosen(link, 1024, 3, false) == Executor::kDma, "nor for three");
-    expect(chosen(link, 16, 1000, true, "pageable") == Executor::kDma, "a kernel that cannot reach is not taken");
-    expect(chosen(link, 0, 0, true) == Executor::kDma, "nothing to copy divides by nothing");
+Executor chosen(const Asked& asked) {
+  const std::optional<Choice> choice = choice_of(asked);
+  return choice ? choice->executor : Executor::kAuto;
+}
+
+constexpr int64_t kKiB = 1024;
+constexpr Direction kToDevice = Direction::kHostToDevice;
+constexpr Direction kToHost = Direction::kDeviceToHost;
+constexpr Direction kInside = Direction::kDeviceToDevice;
+
+void check_default_policy() {
+  constexpr int64_t kMany = 50'000;
+  expect(chosen({kToDevice, 128 * kKiB - 1, 16}) == Executor::kKernel, "few to the device: below 128 KiB");
+  expect(chosen({kToDevice, 128 * kKiB - 1, kMany - 1}) == Executor::kKernel, "up to 49,999");
+  expect(chosen({kToDevice, 128 * kKiB, 16}) == Executor::kDma, "from the limit on the copy engine");
+  expect(chosen({kToDevice, 28 * kKiB - 1, kMany}) == Executor::kKernel, "many to the device: below 28 KiB");
+  expect(chosen({kToDevice, 28 * kKiB, kMany}) == Executor::kDma, "not above");
+  expect(chosen({kToHost, 28 * kKiB - 1, 16}) == Executor::kKernel, "to the host below 28 KiB");
+  expect(chosen({kToHost, 28 * kKiB, 16}) == Executor::kDma, "not above");
+  for (const Direction link : {kToDevice, kToHost}) {
+    expect(chosen({link, 4096, 15}) == Executor::kDma, "few are not worth a launch");
+    expect(chosen({link, 1024 * kKiB - 1, 4, Copies::kOneByOne}) == Executor::kKernel, "one by one it is sooner");
+    expect(chosen({link, 1024 * kKiB, 4, Copies::kOneByOne}) == Executor::kDma, "but not above 1 MiB");
+    expect(chosen({link, 1024, 3, Copies::kOneByOne}) == Executor::kDma, "nor for three");
+    expect(chosen({link, 0, 0}) == Executor::kDma, "nothing to copy divides by nothing");
   }
-  expect(chosen(Direction::kDeviceToDevice, int64_t{1} << 30, 1, true) == Executor::kKernel, "on a device, the kernel");
-  const auto small = [](Direction direction, GpuFacts facts) {
-    return choose_on_gpu(direction, 64 * 4 * kKiB, 64, facts).executor;
+  expect(chosen({kInside, int64_t{1} << 30, 1}) == Executor::kKernel, "on a device, the kernel");
+  for (const PolicyRow& row : default_gpu_policy().rows) {
+    expect(row.executor != Executor::kBulk, "bulk is for who names it");
+  }
+}
+
+void check_refusals() {
+  const std::pair<Executor, std::string> no_kernel{Executor::kKernel, "pageable"};
+  const std::pair<Executor, std::string> no_dma{Executor::kDma, "ids"};
+  const std::pair<Executor, std::string> no_ring{Executor::kStaged, "no memory"};
+  const std::pair<Executor, std::string> no_triton{Executor::kTriton, "not installed"};
+  const auto small = [](Direction direction, int64_t ring_copy_bytes, decltype(Asked::refusals) refusals = {}) {
+    return chosen({direction, 4 * kKiB, 64, Copies::kBatched, std::move(refusals), ring_copy_bytes});
   };
-  const Direction to_host = Direction::kDeviceToHost;
-  const Direction to_device = Direction::kHostToDevice;
-  expect(small(to_device, {true, "", true, 0}) == Executor::kBulk, "aligned fragments take bulk copies");
-  expect(small(to_device, {true, "", true, 1 << 20}) == Executor::kBulk, "loads need no ring");
-  expect(small(to_device, {true, "pageable", true, 28 * kKiB}) == Executor::kStaged, "but where a kernel cannot load");
-  expect(small(to_host, {true, "", true, 28 * kKiB}) == Executor::kStaged, "long host runs take the ring");
-  expect(small(to_host, {true, "", true, 28 * kKiB - 1}) == Executor::kBulk, "short ones do not");
-  expect(small(to_host, {true, "pageable", false, 28 * kKiB - 1}) == Executor::kDma, "nor the kernel");
-  expect(small(Direction::kDeviceToDevice, {true, "", true, 1 << 20}) == Executor::kKernel, "no link, no ring");
-  expect(small(Direction::kDeviceToDevice, {true, "no code", true, 1 << 20}) == Executor::kDma, "it needs no code");
-  expect(chosen(to_device, 28 * kKiB, 16, true) == Executor::kDma, "from the limit on");
+  expect(small(kToDevice, 1 << 20) == Executor::kKernel, "loads need no ring");
+  expect(small(kToDevice, 28 * kKiB, {no_kernel}) == Executor::kStaged, "but where a kernel cannot load");
+  expect(small(kToDevice, 28 * kKiB - 1, {no_kernel}) == Executor::kDma, "unless its copies are short");
+  expect(small(kToHost, 28 * kKiB) == Executor::kStaged, "to the host long copies take the ring");
+  expect(small(kToHost, 28 * kKiB - 1) == Executor::kKernel, "short ones do not");
+  expect(small(kToHost, 1 << 20, {no_ring}) == Executor::kKernel, "nor where there is none");
+  expect(small(kToHost, 0, {no_kernel}) == Executor::kDma, "a kernel that cannot reach is not taken");
+  expect(small(kInside, 1 << 20, {no_kernel}) == Executor::kTriton, "inside a device another kernel may");
+  expect(small(kInside, 1 << 20, {no_kernel, no_triton}) == Executor::kDma, "the copy engine needs no code");
+  expect(chosen({kToDevice, 1 << 20, 1, Copies::kBatched, {no_dma}}) == Executor::kKernel,
+         "no row, and no copy engine");
+  expect(chosen({kToDevice, 1 << 20, 1, Copies::kBatched, {no_dma, no_kernel}}) == Executor::kTriton, "nor code");
+  expect(!choice_of({kToDevice, 1 << 20, 1, Copies::kBatched, {no_dma, no_kernel, no_triton}}), "nobody serves");
+  const auto reason = [](const Asked& asked) { return choice_of(asked)->reason; };
+  expect(reason({}) ==
+             "16 fragments of 4096 bytes on average to the device, where copies are batched: kernel by rows[2] of the "
+             "default policy (at least 16 of them, fewer than 50000 of them, below 131072 bytes)",
+         "the row is told");
+  expect(reason({kInside}) ==
+             "16 fragments of 4096 bytes on average inside the device: kernel by rows[0] of the default "
+             "policy",
+         "one without limits");
+  expect(reason({kToHost, 4096, 4, Copies::kOneByOne, {no_kernel}}) ==
+             "4 fragments of 4096 bytes on average to the host, where copies go one by one: dma because no row of the "
+             "default policy serves them; kernel cannot: pageable",
+         "and who refused");
+}
+
+void check_rows() {
+  const auto fits = [](PolicyRow row, const Asked& asked) {
+    row.executor = Executor::kBulk;
+    return choice_of(asked, {{row}, "this"})->executor == Executor::kBulk;
+  };
+  PolicyRow row;
+  expect(fits(row, {}) && fits(row, {kInside, 1, 1}), "a row without limits is for every call");
+  row.link = Link::kCoherent;
+  expect(!fits(row, {}) && fits(row, {.link = Link::kCoherent}), "links");
+  row = {};
+  row.copies = Copies::kOneByOne;
+  expect(!fits(row, {}) && fits(row, {.copies = Copies::kOneByOne}), "copies");
+  row = {};
+  row.direction = kToHost;
+  expect(!fits(row, {}) && fits(row, {.direction = kToHost}), "directions");
+  row = {};
+  row.capability_at_least = 90;
+  row.capability_below = 100;
+  expect(!fits(row, {.capability = 89}) && fits(row, {.capability = 90}), "capabilities from one on");
+  expect(fits(row, {.capability = 99}) && !fits(row, {.capability = 100}), "to before another");
+  row = {};
+  row.count_at_least = 5;
+  row.count_below = 7;
+  expect(!fits(row, {.count = 4}) && fits(row, {.count = 5}), "counts from one on");
+  expect(fits(row, {.count = 6}) && !fits(row, {.count = 7}), "to before another");
+  row = {};
+  row.fragment_bytes_below = 100;
+  expect(fits(row, {.bytes = 99}) && !fits(row, {.bytes = 100}), "bytes");
+  row = {};
+  row.ring_copy_bytes_at_least = 100;
+  expect(fits(row, {.ring_copy_bytes = 100}) && !fits(row, {.ring_copy_bytes = 99}), "the ring's copies");
+  PolicyRow every{Executor::kKernel, kToDevice, Link::kCoherent, 90, 121, Copies::kBatched, 1, 17, 4097, 3};
+  expect(
+      choice_of({.ring_copy_bytes = 3, .link = Link::kCoherent}, {{every}, "this"})->reason ==
+          "16 fragments of 4096 bytes on average to the device, where copies are batched: kernel by rows[0] of this (a "
+          "coherent link, compute capability 9.0 or later, compute capability before 12.1, at least 1 of them, "
+          "fewer than 17 of them, below 4097 bytes, by way of the ring in copies of at least 3 bytes)",
+      "every limit is told");
+}
+
+void check_bulk_refusal() {
   expect(bulk_refusal({}, {89, 89, 99, 99}) == "it needs compute capability 9.0 or later, and the device has 8.9",
          "older devices are named");
   expect(bulk_refusal({}, {90, 80, 99, 99}) ==
@@ -125,34 +228,38 @@ void check_gpu_table() {
   moves[1].fragment_bytes = 511;
   expect(bulk_refusal(moves, {90, 90, 99, 99}) == "its fragments must have at least 512 bytes, and one has 511",
          "the shortest is named");
-  const Choice refused = choose_on_gpu(Direction::kHostToDevice, 16, 1, {true, "its memory is pageable", false, 0});
-  expect(refused.reason == "the kernel cannot: its memory is pageable", "the reason is told");
 }
 
-void check_bulk_pays() {
-  const auto pays = [](int64_t fragment_bytes, int64_t block_stride, int capability, int code) {
-    Move move{};
-    move.src.block_stride = move.dst.block_stride = block_stride;
-    move.fragment_bytes = fragment_bytes;
-    return bulk_pays({move}, {capability, code, 99, 99});
-  };
-  for (const int capability : {90, 100, 103}) expect(pays(4096, 4096, capability, 90), "in the data centre");
-  for (const int capability : {80, 89, 110, 120}) expect(!pays(4096, 4096, capability, 90), "but not elsewhere");
-  expect(!pays(4080, 4096, 90, 90), "for long fragments");
-  expect(!pays(4096, 4104, 90, 90), "that are aligned");
-  expect(!pays(4096, 4096, 90, 80), "with the code for it");
+void check_policy_in_force() {
+  expect(gpu_policy()->rows.size() == default_gpu_policy().rows.size(), "the default serves");
+  const auto before = gpu_policy();
+  set_gpu_policy({{{Executor::kBulk}}, "another"});
+  expect(gpu_policy()->source == "another" && gpu_policy()->rows.size() == 1, "until another is set");
+  expect(before->source == "the default policy", "who has the one before keeps it");
+  set_gpu_policy(default_gpu_policy());
 }
 
 void check_gpu_override() {
   const char* variable = "KVKERNELS_KERNEL_BELOW_BYTES";
   if (setenv(variable, "100", 1) != 0) throw std::runtime_error("setenv failed");
-  expect(chosen(Direction::kHostToDevice, 99, 16, true) == Executor::kKernel, "below the override");
-  expect(chosen(Direction::kHostToDevice, 100, 16, true) == Executor::kDma, "from the override on");
+  for (const int64_t count : {16, 50'000}) {
+    expect(chosen({kToDevice, 99, count}) == Executor::kKernel, "below the override");
+    expect(chosen({kToDevice, 100, count}) == Executor::kDma, "from the override on");
+  }
+  expect(chosen({.direction = kToHost, .bytes = 99, .ring_copy_bytes = 100}) == Executor::kStaged, "the ring's, too");
+  expect(chosen({.direction = kToHost, .bytes = 99, .ring_copy_bytes = 99}) == Executor::kKernel, "and below it");
+  expect(chosen({kInside, 100, 16}) == Executor::kKernel, "inside a device there is no limit");
+  PolicyRow inside{Executor::kBulk, kInside};
+  inside.fragment_bytes_below = 1000;
+  expect(choice_of({kInside, 500}, {{inside}, "this"})->executor == Executor::kBulk, "nor is one replaced there");
+  expect(choice_of({kToDevice, 99})->reason.find("by rows[2] of the default policy with " + std::string(variable)) !=
+             std::string::npos,
+         "the reason has it");
   for (const char* value : {"", "-1", "1k", "99999999999999999999"}) {
     if (setenv(variable, value, 1) != 0) throw std::runtime_error("setenv failed");
     std::string message;
     try {
-      chosen(Direction::kDeviceToHost, 1, 16, true);
+      chosen({kToHost, 1, 16});
     } catch (const std::invalid_argument& error) {
       message = error.what();
     }
@@ -186,11 +293,12 @@ void check_addresses_as_ids() {
     }
   }
   expect(matched == mixed.size(), "an id is its address");
+  const auto step_of = [](const Work& work) { return work.moves.front().src.block_stride; };
   const std::vector<Work> aligned = as_ids({{src + 16, dst + 1024, 4096 - 1024}, {src, dst, 512}});
-  expect(aligned.size() == 2 && is_vector_aligned(aligned[0].moves) && is_vector_aligned(aligned[1].moves),
+  expect(aligned.size() == 2 && step_of(aligned[0]) % 16 == 0 && step_of(aligned[1]) % 16 == 0,
          "addresses of 16 bytes are aligned");
   expect(aligned[0].shape == Shape::kPage && aligned[1].shape == Shape::kRow, "pages and rows");
-  expect(!is_vector_aligned(as_ids({{src + 8, dst, 512}})[0].moves), "one that is not");
+  expect(step_of(as_ids({{src + 8, dst, 512}})[0]) == 8, "one that is not");
   expect(as_ids({}).empty(), "an empty list");
 
   std::vector<Fragment> sizes;
@@ -213,7 +321,9 @@ void check_lowering() {
   expect(bind_runs({rows}, pools, pools, 1, 1, Direction::kHostToHost)[0].fragment_bytes == 8,
          "loops that continue on one side only stay");
   for (const Direction direction : {Direction::kHostToDevice, Direction::kDeviceToHost, Direction::kDeviceToDevice}) {
-    const Work work = lower_device_ids(moves, 7, direction);
+    DeviceIds ids;
+    ids.rows = 7;
+    const Work work = lower_device_ids(moves, ids, direction);
     expect(work.direction == direction && work.pairs == 7 && work.segments.empty(), "ids on the device");
     expect(work.bytes == 7 * 240 && work.descriptors == 7 * 30, "what ids on the device may move");
   }
@@ -242,8 +352,11 @@ int main() {
   expect_with("9223372036854775807", [] { return follows(INT64_MAX); });
   check_decisions();
   check_caches();
-  check_gpu_table();
-  check_bulk_pays();
+  check_default_policy();
+  check_refusals();
+  check_rows();
+  check_bulk_refusal();
+  check_policy_in_force();
   check_gpu_override();
   check_addresses_as_ids();
   check_lowering();

@@ -131,7 +131,7 @@ EXPORT cudaError_t cudaDriverGetVersion(int* version) {
 EXPORT cudaError_t cudaDeviceCanAccessPeer(int* can, int device, int peer) {
   if (const int code = fake::enter("cudaDeviceCanAccessPeer")) return done(code);
   if (!is_device(device) || !is_device(peer)) return done(cudaErrorInvalidDevice);
-  *can = device != peer;
+  *can = device != peer && fake::setting("no_peer_access") == 0;
   return done(0);
 }
 

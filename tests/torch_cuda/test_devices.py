@@ -132,18 +132,6 @@ def test_pinned_memory_decides_the_executor(sim, direction, place, executor):
 
 
 @pytest.mark.cuda(devices=2)
-@pytest.mark.parametrize("op", OPS)
-def test_two_devices_are_refused(sim, op):
-    call = make(op, on(0), on(1))
-    before = call.bytes()
-    kvkernels.reset_counters()
-    with pytest.raises(ValueError, match=rf"{call.op}: .*one cuda device, got cuda:[01] and cuda:[01]"):
-        call.run()
-    assert not any(counted["calls"] for counted in kvkernels.counters().values())
-    assert call.bytes() == before
-
-
-@pytest.mark.cuda(devices=2)
 def test_ids_must_be_on_the_tensors_device(sim):
     pool, out = _many_pages(on(0)), _many_pages(on(0))
     with pytest.raises(ValueError, match=r"gather_blocks: block_ids must be .*cuda:1"):

@@ -18,17 +18,19 @@ FUNCTIONS = sorted(
     {
         name
         for folder in ("core", "cuda", "ops")
-        for path in (CSRC / folder).iterdir()
+        for path in (CSRC / folder).rglob("*.*")
         for name in re.findall(r"\b(cu(?:da)?[A-Z]\w+)[(\"]", path.read_text())
     }
 )
-TAKES_EXECUTOR = ("gather_blocks", "scatter_blocks", "copy_pages")
+TAKES_DEVICE_IDS = ("gather_blocks", "scatter_blocks", "copy_pages")
+TAKES_TENSORS = (*TAKES_DEVICE_IDS, "swap_blocks", "concat", "split")
 LINK_EXECUTORS = ("kernel", "bulk", "dma", "staged")
 MOVES_BYTES = {"cudaMemcpyAsync", "cuMemcpyBatchAsync", "cudaLaunchKernelExC"}
 CALLS = [
     *itertools.product(OPS, ("h2d", "d2h", "d2d"), ("auto",), ("cpu",)),
-    *itertools.product(TAKES_EXECUTOR, ("h2d", "d2h"), LINK_EXECUTORS, ("cpu",)),
-    *itertools.product(TAKES_EXECUTOR, ("d2d",), ("kernel", "bulk"), ("cpu", "cuda:1")),
+    *itertools.product(TAKES_TENSORS, ("h2d", "d2h"), LINK_EXECUTORS, ("cpu",)),
+    *itertools.product(TAKES_TENSORS, ("d2d",), ("kernel", "bulk"), ("cpu",)),
+    *itertools.product(TAKES_DEVICE_IDS, ("d2d",), ("kernel", "bulk"), ("cuda:1",)),
     *itertools.product(("swap_blocks_batch",), ("h2d", "d2h", "d2d"), ("kernel", "bulk", "dma"), ("cpu",)),
 ]
 PAGE_BYTES = 1024

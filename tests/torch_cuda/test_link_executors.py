@@ -42,25 +42,24 @@ def _check(op, arguments, destinations, expected, **options):
 @pytest.mark.parametrize(
     ("direction", "host", "page_bytes", "executor"),
     [
-        pytest.param("h2d", pinned, 4096, "bulk", marks=pytest.mark.cuda(bulk=True)),
-        ("h2d", pinned, 4080, "kernel"),
+        ("h2d", pinned, 4096, "kernel"),
         ("h2d", pageable, 4096, "staged"),
         ("d2h", pinned, 4096, "staged"),
         ("d2h", pinned, 80, "kernel"),
         ("d2h", pageable, 4096, "staged"),
         ("d2h", pageable, 80, "dma"),
-        ("h2d", pinned, 32768, "dma"),
+        ("h2d", pinned, 32768, "kernel"),
+        ("d2h", pinned, 32768, "dma"),
+        ("h2d", pinned, 131072, "dma"),
     ],
 )
 def test_small_fragments_find_their_executor(sim, direction, host, page_bytes, executor):
-    """By where the host's memory is, how much of it lies together, and whether bulk copies pay."""
+    """By where the host's memory is, how much of it lies together, and which way the bytes go."""
     with torch.cuda.stream(torch.cuda.Stream()):
         explanation = _check(*_call(direction, host, page_bytes))
     assert explanation.executor == executor, explanation.reason
     if executor == "staged":
         assert explanation.device["ring_bytes"] <= 32 << 20 and explanation.device["chunks"] == 1
-    if executor == "bulk":
-        assert explanation.device["shared_bytes"] == 4 * 12 * 4096
 
 
 @pytest.mark.parametrize("executor", [BULK, "staged"])

@@ -85,10 +85,10 @@ explained = kvkernels.explain("gather_blocks", *arguments).executor
 kvkernels.gather_blocks(*arguments)
 found = [first, second, calls, frees, took(), explained]
 """)
-    assert first == ["staged", "bulk"]
-    assert second == ["bulk", "bulk"]
+    assert first == ["staged", "kernel"]
+    assert second == ["kernel", "kernel"]
     assert (calls, frees) == (0, 0)
-    assert explained == "bulk"
+    assert explained == "kernel"
     # There may be memory again, 256 calls later.
     assert after == ["staged", "staged"]
 

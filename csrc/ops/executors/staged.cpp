@@ -52,6 +52,9 @@ std::string refusal(const Job& job, Site& site) {
   if (job.work.device_ids) return "the ids are on the device";
   const std::string no_code = cuda_of(site).no_code();
   if (!no_code.empty() || job.work.bytes == 0) return no_code;
+  if (job.asked == Executor::kAuto && !cuda_of(site).may_have_ring()) {
+    return "there was no memory for its ring on the device a moment ago";
+  }
   return cuda_of(site).staging(job).refusal;
 }
 

@@ -57,6 +57,7 @@ class TritonPlan : public Plan {
 
 std::string refusal(const Job& job, Site& site) {
   if (job.has_addresses) return "it takes tensors, and got addresses";
+  if (job.peer >= 0) return "its tensors are on two devices";
   const std::string reason = call_triton_refusal(site.device());
   return !reason.empty() || site.is_host() ? reason : site.unreachable(job);
 }
