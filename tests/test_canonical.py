@@ -111,7 +111,7 @@ def _mamba(padded: int | None, *, storage: torch.Tensor | None = None, blocks: i
 
 def test_mamba_is_the_page_its_states_share():
     spec, states, storage = _mamba(18432)
-    assert spec.unpadded_page_size_bytes == 18176
+    assert spec.unpadded_page_size_bytes == 18176 and spec.block_size == 1
     canonical = _one(states, spec)
     assert _geometry(canonical) == [((B, 18432), 18432, 18432)] and _refs(canonical) == [[(0, 18176)]]
     assert canonical.tensors[0].tensor.data_ptr() == storage.data_ptr()
@@ -211,6 +211,13 @@ def test_refusals():
         ValueError, match="layer 'layer' must have the spec of an attention layer or of a state, got dict_keys"
     ):
         _one(cache, {}.keys())
+    known = {"num_kv_heads": H, "head_size": D, "dtype": torch.float16, "block_size": N, "page_size_bytes": PAGE}
+    assert _geometry(_one(cache, SimpleNamespace(**known))) == [((B, PAGE), PAGE, PAGE)]
+    state = {"shapes": ((8,),), "dtypes": (torch.float32,), "page_size_bytes": 32}
+    for names in (known, state):
+        for name in names:
+            with pytest.raises(ValueError, match="must have the spec of an attention layer or of a state, got Simple"):
+                _one(cache, SimpleNamespace(**{key: value for key, value in names.items() if key != name}))
     with pytest.raises(ValueError, match="kv_caches must have layer 'other' of the groups"):
         canonicalize({"layer": cache}, [KVCacheGroup(["other"], FULL)])
     with pytest.raises(ValueError, match="specs must have layer 'layer', got"):

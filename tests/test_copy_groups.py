@@ -9,6 +9,9 @@ import pytest
 import torch
 
 from kvkernels.layout import (
+    CanonicalKVCacheRef,
+    CanonicalKVCaches,
+    CanonicalKVCacheTensor,
     canonicalize,
     copy_groups,
     empty_host_caches,
@@ -155,6 +158,35 @@ def test_sides_that_are_parts_of_one_storage_are_refused():
     with pytest.raises(ValueError, match=PARTS):
         copy_groups(engine, replace(engine, tensors=larger), *IDS, [0, 0, 1])
     assert copy_groups(engine, engine, *IDS, [0, 0, 1]) == 24
+
+
+def _with_pages(*pages: int, refs: int | None = None) -> CanonicalKVCaches:
+    """A tensor of so many bytes a page each, all of one group."""
+    tensors = [CanonicalKVCacheTensor(torch.zeros(4, page, dtype=torch.int8), page) for page in pages]
+    return CanonicalKVCaches(
+        tensors, [[CanonicalKVCacheRef(i, 8) for i in range(len(pages) if refs is None else refs)]]
+    )
+
+
+@pytest.mark.parametrize(
+    ("src", "dst", "match"),
+    [
+        (_with_pages(8, 8), _with_pages(8, 8, 8, refs=2), "the same tensors and references, got 2 and 3 tensors"),
+        (_with_pages(8, 8), _with_pages(8, 8, refs=1), "the same tensors and references, got 2 and 2 tensors"),
+        (_with_pages(16), _with_pages(24), r"one multiple of the other's, got \[\(16, 24\)\]"),
+        (_with_pages(16, 16), _with_pages(32, 24), r"one multiple of the other's, got \[\(16, 32\), \(16, 24\)\]"),
+        (_with_pages(8, 8), _with_pages(16, 24), r"one multiple of the other's, got \[\(8, 16\), \(8, 24\)\]"),
+        (_with_pages(8, 16), _with_pages(16, 8), r"one multiple of the other's, got \[\(8, 16\), \(16, 8\)\]"),
+    ],
+)
+def test_sides_that_do_not_match_are_refused(src, dst, match):
+    with pytest.raises(ValueError, match=f"^copy_groups: .*{match}$"):
+        copy_groups(src, dst, *IDS, [1])
+
+
+def test_a_group_of_layers_that_keep_nothing():
+    nothing = CanonicalKVCaches([], [[]])
+    assert copy_groups(nothing, nothing, torch.tensor([1, 2]), torch.tensor([3, 0]), [2]) == 0
 
 
 def test_host_caches_may_have_no_blocks():

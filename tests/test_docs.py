@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import doctest
 import importlib.util
+import inspect
 import pkgutil
 import re
 from pathlib import Path
 
 import pytest
+import torch
 
 import kvkernels
-from kvkernels.registration import schemas
+from kvkernels import reference
+from kvkernels.registration import fake, schemas
 
 MODULES = sorted(
     found.name
@@ -53,6 +56,29 @@ def test_the_code_of_the_layouts_page_runs():
 @pytest.mark.parametrize("word", ["Parameters", "Raises", "IndexError", "ValueError", "stream", "graph", ">>>"])
 def test_each_conversion_says(function, word):
     assert word in getattr(kvkernels.layout, function).__doc__
+
+
+@pytest.mark.parametrize("op", schemas.PUBLIC)
+@pytest.mark.parametrize("functions", [kvkernels, reference.ops, fake], ids=lambda module: module.__name__)
+def test_each_op_has_the_schemas_defaults(op, functions):
+    given = {name: one.default for name, one in inspect.signature(getattr(functions, op)).parameters.items()}
+    arguments = getattr(torch.ops.kvkernels, op).default._schema.arguments
+    assert given == {one.name: one.default_value if one.has_default_value() else inspect.Parameter.empty
+                     for one in arguments}  # fmt: skip
+
+
+DEFAULTS = {
+    "convert_blocks": {"layer": None, "allow_partial": False, "unit_tokens": None, "skip_negative": False},
+    "copy_slots": {"pattern": "K L T H D", "skip_first": 0},
+    "copy_groups": {"first_blocks": None},
+}
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_conversions_have_the_defaults_of_the_ops(name):
+    parameters = inspect.signature(getattr(kvkernels.layout, name)).parameters
+    given = {key: one.default for key, one in parameters.items() if one.default is not inspect.Parameter.empty}
+    assert given == {**DEFAULTS[name], "executor": "auto", "sm_budget": 0}
 
 
 @pytest.mark.parametrize("module", [kvkernels, kvkernels.layout], ids=lambda module: module.__name__)

@@ -269,3 +269,84 @@ def test_a_padded_whole_leaves_no_doubt_about_a_shards_buffer():
     shard = KVLayout("B N H D", **sizes, scales=scales).shard(0, 2)
     with pytest.raises(ValueError, match=r"tensors\[1\] must be of 6 bytes"):
         KVCache(shard, [torch.zeros(24, dtype=torch.uint8), torch.zeros(18, dtype=torch.uint8)])
+
+
+OPAQUE = KVLayout("B", B=5, opaque=True, page_bytes=20)
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        _zeros(5, 2, 5),
+        _zeros(5, 2, 5).transpose(1, 2),
+        _zeros(5, 10).t(),
+        _zeros(5, 5, 1, dtype=torch.float32),
+        _zeros(5, 2, 2, 5, dtype=torch.uint8),
+        _zeros(1, 5, 10),
+        _zeros(50),
+    ],
+    ids=lambda t: f"{list(t.shape)} {t.dtype}",
+)
+def test_an_opaque_page_may_be_seen_as_anything_without_a_gap(tensor):
+    (pool,) = KVCache(OPAQUE, tensor).pools
+    assert pool.data_ptr() == tensor.data_ptr() and (pool.shape, pool.stride()) == ((5, 20), (20, 1))
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        _zeros(5, 2, 6)[..., :5],
+        _zeros(5, 3, 5)[:, :2],
+        _zeros(5, 2, 4),
+        _zeros(5, 2, 6),
+        _zeros(6, 2, 5),
+        _zeros(2, 5, 5),
+        _zeros(5, 1, 5).expand(5, 2, 5),
+        _zeros(49),
+    ],
+    ids=lambda t: f"{list(t.shape)} {list(t.stride())}",
+)
+def test_an_opaque_page_has_no_gap_and_no_other_size(tensor):
+    shape, strides = (", ".join(map(str, numbers)) for numbers in (tensor.shape, [2 * n for n in tensor.stride()]))
+    got = rf"got shape \[{shape}\] with strides of \[{strides}\] bytes$"
+    with pytest.raises(ValueError, match=rf"a flat buffer of 100 bytes for KVLayout\(\"B\", .*{got}"):
+        KVCache(OPAQUE, tensor)
+
+
+def test_rows_of_opaque_pages_may_be_longer():
+    padded = replace(OPAQUE, row_bytes=32)
+    for tensor in (_zeros(5, 16), _zeros(5, 2, 8)[..., :5].as_strided((5, 2, 5), (16, 5, 1))):
+        assert KVCache(padded, tensor).pools[0].stride() == (32, 1)
+
+
+def test_memory_is_counted_from_a_tensors_own_begin():
+    """Behind a tensor that begins inside its storage there must be enough of it."""
+    for dtype in (torch.float16, torch.uint8):
+        whole = torch.zeros(7 * 16 + 5 * 2 * PAGE, dtype=torch.uint8).view(dtype)
+        tensor = whole[7 * 16 // dtype.itemsize :]
+        assert KVCache(NHD, tensor).pools[0].data_ptr() == tensor.data_ptr()
+        whole.untyped_storage().resize_(7 * 16 + 5 * 2 * PAGE - 1)
+        have = 5 * 2 * PAGE - 1
+        with pytest.raises(ValueError, match=f"must have {have + 1} bytes of storage behind it for .*, got {have}$"):
+            KVCache(NHD, tensor)
+
+
+def test_what_has_an_offset_or_other_sizes_in_k_and_v_is_a_flat_buffer():
+    shifted = replace(NHD, offset_bytes=8)
+    with pytest.raises(ValueError, match=rf"tensors\[0\] must be a flat buffer of {8 + 10 * PAGE} bytes for"):
+        KVCache(shifted, _zeros(5, 2, 4, 3, 8))
+    uneven = KVLayout("B K N D", K=2, B=3, N=2, D=4, D_v=2, dtype=torch.uint8)
+    assert KVCache(uneven, torch.zeros(3 * 12, dtype=torch.uint8)).pools[0].shape == (3, 12)
+    assert KVCache(uneven, torch.zeros(3, 12, dtype=torch.uint8)).pools[0].shape == (3, 12)
+    with pytest.raises(ValueError, match=r"tensors\[0\] must be a flat buffer of 36 bytes for"):
+        KVCache(uneven, torch.zeros(3, 2, 6, dtype=torch.uint8))
+
+
+def test_tensors_come_in_a_list():
+    tensor = _zeros(5, 2, 4, 3, 8)
+    for tensors, kind in (({tensor}, "set"), ([tensor, 1], "list"), ((None,), "tuple"), (iter([tensor]), "list_it")):
+        with pytest.raises(ValueError, match=f"tensors must be a Tensor or a list of them, got {kind}"):
+            KVCache(NHD, tensors)
+    with pytest.raises(ValueError, match="has 1 tensors, got 0"):
+        KVCache(NHD, [])
+    assert KVCache(NHD, (tensor,)).num_blocks == 5

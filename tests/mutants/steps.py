@@ -43,12 +43,16 @@ def _reference(first: str) -> list[Step]:
 
 
 DOCTESTS = ("tests/test_info.py::test_examples_in_docstrings",)
-CALLS = _files("errors explain swap_blocks batch concat gather_scatter copy_pages refusals threads large_offsets")
+CALLS = _files(
+    "errors explain swap_blocks batch concat gather_scatter copy_pages refusals threads prepared large_offsets"
+)
 CORE = Step(CPU, _files("core_cpp"))
 HOST = Step(SIMGPU, _files("cuda_host staged cuda_failures kernel_body"))
-ON_A_DEVICE = _on_torch("link_executors addresses host_memory rings memory graphs code triton old_driver devices")
-OPS = "errors explain refusals gather_scatter swap_blocks copy_pages concat batch autograd info"
-REFERENCE = "reference errors refusals copy_pages gather_scatter swap_blocks batch concat explain"
+ON_A_DEVICE = _on_torch(
+    "link_executors addresses host_memory prepared rings memory graphs code triton old_driver devices"
+)
+OPS = "errors explain refusals gather_scatter swap_blocks copy_pages concat batch prepared autograd info"
+REFERENCE = "reference errors refusals copy_pages gather_scatter swap_blocks batch concat explain prepared"
 LAYOUTS = "layout plan convert slots canonical copy_groups page_mapping"
 
 PLANS = {
@@ -59,10 +63,7 @@ PLANS = {
     "csrc/cpu": [Step(CPU, CALLS), Step(CPU, (*CORE.tests, *_files("streaming")))],
     "csrc/cuda": [HOST, Step(SIMGPU, _files("cuda_time ptx_bulk ptx_kernels"))],
     "csrc/ops": _ops("errors refusals"),
-    "csrc/ops/address_facts": [
-        Step(STAND_IN, _on_torch("addresses old_driver devices")),
-        Step(STAND_IN, _files("batch")),
-    ],
+    "csrc/ops/address_facts": [Step(STAND_IN, _on_torch("addresses old_driver devices") + _files("batch"))],
     "csrc/ops/autograd": _ops("autograd"),
     "csrc/ops/batch": _ops("batch"),
     "csrc/ops/build_info": _ops("info"),
@@ -77,6 +78,7 @@ PLANS = {
     "csrc/ops/fork": _ops("fork"),
     "csrc/ops/gather": _ops("gather_scatter"),
     "csrc/ops/library": _ops("info compile"),
+    "csrc/ops/prepared": _ops("prepared"),
     "csrc/ops/swap": _ops("swap_blocks"),
     "csrc/ops/triton_table": [Step(STAND_IN, _on_torch("triton link_executors"))],
     "kvkernels": [Step(PYTHON, _files("info docs explain names"))],
@@ -94,10 +96,12 @@ PLANS = {
     "kvkernels/layout/slots": _layouts("slots"),
     "kvkernels/layout/specs": _layouts("canonical copy_groups"),
     "kvkernels/names": [Step(PYTHON, (*_files("names"), *DOCTESTS))],
+    "kvkernels/prepared": [Step(PYTHON, _files("prepared docs explain modes"))],
     "kvkernels/reference": _reference(""),
     "kvkernels/reference/checks": _reference("errors refusals swap_blocks concat compile"),
     "kvkernels/reference/ledger": _reference("explain info"),
     "kvkernels/reference/overlap": _reference("overlap"),
+    "kvkernels/reference/prepared": _reference("prepared"),
     "kvkernels/registration": [Step(PYTHON, _files("info compile lazy_bits errors modes"))],
     "kvkernels/triton": [Step(PYTHON, _files("triton triton_interpreter triton_ptx"))],
 }
