@@ -89,7 +89,7 @@ def test_no_code_at_all():
             {"code_capability": 80},
             "it needs code for compute capability 9.0 or later, and the library's for this device is for 8.0",
         ),
-        ({"shared_bytes": 99 << 10}, "it needs 199680 bytes of shared memory a CTA, and the device has 101376"),
+        ({"shared_bytes": 99 << 10}, "it needs 196704 bytes of shared memory a CTA, and the device has 101376"),
     ],
     ids=["older code", "less shared memory"],
 )
