@@ -142,7 +142,7 @@ int64_t shortest_fragment(const std::vector<Move>& moves) {
 // Asks each executor once, and keeps why those that refused did.
 class Asked {
  public:
-  explicit Asked(const GpuAnswers& answers) : answers_(answers) {}
+  Asked(const GpuAnswers& answers, bool keeps_words) : answers_(answers), keeps_words_(keeps_words) {}
 
   bool serves(Executor executor) {
     const auto found = std::find(refused_.begin(), refused_.end(), executor);
@@ -150,7 +150,7 @@ class Asked {
     const std::string refusal = answers_.refusal(executor);
     if (refusal.empty()) return true;
     refused_.push_back(executor);
-    refusals_ += text("; ", name_of(executor), " cannot: ", refusal);
+    if (keeps_words_) refusals_ += text("; ", name_of(executor), " cannot: ", refusal);
     return false;
   }
 
@@ -158,6 +158,7 @@ class Asked {
 
  private:
   const GpuAnswers& answers_;
+  const bool keeps_words_;
   std::vector<Executor> refused_;
   std::string refusals_;
 };
@@ -185,21 +186,24 @@ void set_gpu_policy(GpuPolicy policy) {
   state.policy = std::move(next);
 }
 
-std::optional<Choice> choose_on_gpu(const GpuPolicy& policy, const GpuCall& call, const GpuAnswers& answers) {
+std::optional<Choice> choose_on_gpu(const GpuPolicy& policy, const GpuCall& call, const GpuAnswers& answers,
+                                    bool wants_reason) {
   const std::optional<int64_t> replaced = override_bytes();
-  const std::string policy_name = policy.source + (replaced ? " with KVKERNELS_KERNEL_BELOW_BYTES" : "");
-  Asked asked(answers);
+  const auto policy_name = [&] { return policy.source + (replaced ? " with KVKERNELS_KERNEL_BELOW_BYTES" : ""); };
+  Asked asked(answers, wants_reason);
   for (size_t i = 0; i < policy.rows.size(); ++i) {
     PolicyRow row = policy.rows[i];
     if (replaced) replace_bytes(*replaced, row);
     if (!fits(row, call) || !asked.serves(row.executor)) continue;
     if (row.ring_copy_bytes_at_least && answers.ring_copy_bytes() < *row.ring_copy_bytes_at_least) continue;
-    return Choice{row.executor, text(words_of(call), ": ", name_of(row.executor), " by rows[", i, "] of ", policy_name,
-                                     limits_of(row), asked.refusals())};
+    if (!wants_reason) return Choice{row.executor, ""};
+    return Choice{row.executor, text(words_of(call), ": ", name_of(row.executor), " by rows[", i, "] of ",
+                                     policy_name(), limits_of(row), asked.refusals())};
   }
   for (const Executor executor : {Executor::kDma, Executor::kKernel, Executor::kTriton}) {
     if (!asked.serves(executor)) continue;
-    return Choice{executor, text(words_of(call), ": ", name_of(executor), " because no row of ", policy_name,
+    if (!wants_reason) return Choice{executor, ""};
+    return Choice{executor, text(words_of(call), ": ", name_of(executor), " because no row of ", policy_name(),
                                  " serves them", asked.refusals())};
   }
   return std::nullopt;

@@ -65,7 +65,9 @@ struct GpuAnswers {
 
 // Where no row serves, the first of dma, kernel and triton that does; nullopt where none of them does.
 // KVKERNELS_KERNEL_BELOW_BYTES, where set, replaces the limits in bytes of all rows for calls between host and device.
-std::optional<Choice> choose_on_gpu(const GpuPolicy& policy, const GpuCall& call, const GpuAnswers& answers);
+// The words of a reason take longer than the choice: without `wants_reason` there are none.
+std::optional<Choice> choose_on_gpu(const GpuPolicy& policy, const GpuCall& call, const GpuAnswers& answers,
+                                    bool wants_reason = true);
 
 // What bulk copies need: a device, and code, for this compute capability (in tens of a major version), and fragments
 // that are worth one.

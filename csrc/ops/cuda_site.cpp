@@ -200,7 +200,7 @@ Choice CudaSite::choose(const Job& job) {
                      job.work.bytes,     job.work.descriptors};
   const GpuAnswers answers{[&](Executor executor) { return room_of(executor).refusal(job, *this); },
                            [&] { return job.work.bytes > 0 ? staging(job).mean_copy_bytes() : 0; }};
-  const std::optional<Choice> choice = choose_on_gpu(*gpu_policy(), call, answers);
+  const std::optional<Choice> choice = choose_on_gpu(*gpu_policy(), call, answers, only_explains_);
   if (choice) return *choice;
   // Its refusal is then the call's error.
   return {no_code().empty() ? Executor::kKernel : Executor::kTriton, ""};

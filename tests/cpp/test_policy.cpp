@@ -158,6 +158,10 @@ void check_refusals() {
          "no row, and no copy engine");
   expect(chosen({kToDevice, 1 << 20, 1, Copies::kBatched, {no_dma, no_kernel}}) == Executor::kTriton, "nor code");
   expect(!choice_of({kToDevice, 1 << 20, 1, Copies::kBatched, {no_dma, no_kernel, no_triton}}), "nobody serves");
+  const GpuAnswers all_serve{[](Executor) { return std::string(); }, [] { return int64_t{0}; }};
+  const GpuCall to_device{kToDevice, Link::kPcie, 90, Copies::kBatched, 16 * 4096, 16};
+  const std::optional<Choice> silent = choose_on_gpu(default_gpu_policy(), to_device, all_serve, false);
+  expect(silent && silent->executor == Executor::kKernel && silent->reason.empty(), "no reason where none is wanted");
   const auto reason = [](const Asked& asked) { return choice_of(asked)->reason; };
   expect(reason({}) ==
              "16 fragments of 4096 bytes on average to the device, where copies are batched: kernel by rows[2] of the "
