@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -105,9 +106,14 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
     if name not in schemas.PUBLIC:
         raise ValueError(f"explain: op must be one of {', '.join(schemas.PUBLIC)}, got {name}")
+    return explain_call(name, partial(getattr(ops, name), *args, **kwargs))
+
+
+def explain_call(name: str, call: Callable[[], Any]) -> Explanation:
+    """What one op that ``call`` makes would come to; errors call it ``name``."""
     _private._explain_begin()
     try:
-        getattr(ops, name)(*args, **kwargs)
+        call()
     finally:
         text = ask(_private._explain_end)
     said = json.loads(text)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kvkernels import ops
 from kvkernels.common.arguments import has_values, integer
+from kvkernels.explain import Explanation, explain_call
 from kvkernels.layout.blocks import whole_page_runs
 from kvkernels.layout.plan import Plan
 
@@ -142,6 +143,10 @@ class PreparedCopy:
             ops.copy_pages(self._src.tensors, self._dst.tensors, mapping, self._runs_of(layer), *self._rest)
         else:
             _run(handle, mapping)
+
+    def explain(self, mapping: Tensor, *, layer: int | None = None) -> Explanation:
+        """What ``run`` would come to with these arguments: checked and lowered, and nothing moves."""
+        return explain_call("PreparedCopy.run", lambda: self.run(mapping, layer=layer))
 
     def release(self) -> None:
         """Free what was prepared; running it is an error after that. Also called when it is no longer referenced."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gc
 import pickle
 import threading
@@ -63,6 +64,19 @@ def test_it_issues_what_copy_pages_issues():
         issued.append(kvkernels.counters())
     assert issued[0] == issued[1]
     assert issued[0]["cpu"]["bytes"] == 3 * 3 * 48
+
+
+def test_explain_moves_nothing_and_agrees_with_copy_pages():
+    src, dst = _random_pools(14), _pools(100)
+    prepared = kvkernels.prepare(src, dst)
+    explained = prepared.explain(PAIRS)
+    assert [pool.unique().tolist() for pool in dst] == [[100], [101], [102]]
+    assert explained.op == "PreparedCopy.run"
+    by_copy_pages = kvkernels.explain("copy_pages", src, dst, PAIRS, kvkernels.whole_page_runs(src))
+    assert dataclasses.replace(explained, op="copy_pages") == by_copy_pages
+    assert prepared.explain(PAIRS, layer=2).bytes == 3 * 48
+    with pytest.raises(IndexError, match=r"PreparedCopy.run: mapping\[0, 0\] = 8 is out of range"):
+        prepared.explain(torch.tensor([[8, 0]]))
 
 
 def test_layers_of_whole_pages():
