@@ -6,8 +6,8 @@
 #include <cstdint>
 
 #include "core/fragments.h"
-#include "core/lower.h"
 #include "core/issued.h"
+#include "core/lower.h"
 #include "cuda/pointers.h"
 
 namespace kvkernels {

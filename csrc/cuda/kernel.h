@@ -9,10 +9,10 @@
 #include <string>
 #include <vector>
 
+#include "core/issued.h"
 #include "core/lower.h"
 #include "cuda/copy_kernel.h"
 #include "cuda/device.h"
-#include "core/issued.h"
 #include "cuda/launch.h"
 #include "cuda/pointers.h"
 

@@ -3,9 +3,9 @@
 
 #include <cuda_runtime_api.h>
 
+#include "core/issued.h"
 #include "core/lower.h"
 #include "core/staged.h"
-#include "core/issued.h"
 #include "cuda/kernel.h"
 #include "cuda/staging_ring.h"
 
