@@ -78,6 +78,7 @@ PLANS = {
     "csrc/ops/fork": _ops("fork"),
     "csrc/ops/gather": _ops("gather_scatter"),
     "csrc/ops/library": _ops("info compile"),
+    "csrc/ops/policy_ops": _ops("policy"),
     "csrc/ops/prepared": _ops("prepared"),
     "csrc/ops/swap": _ops("swap_blocks"),
     "csrc/ops/triton_table": [Step(STAND_IN, _on_torch("triton link_executors"))],

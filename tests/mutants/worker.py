@@ -85,8 +85,9 @@ class Worker:
 
     def failing(self, kind: str, tests: Sequence[str]) -> str:
         """Which of the tests fails first, or ""."""
-        python = self._root / ".venv-simgpu" / "bin" / "python" if kind == STAND_IN else self._bin / "python"
-        command = [str(python), "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--no-header", "-k", LEFT_OUT]
+        # Not python -m pytest, which would look for the package in the tree before all else.
+        pytest = self._root / ".venv-simgpu" / "bin" / "pytest" if kind == STAND_IN else self._bin / "pytest"
+        command = [str(pytest), "-x", "-q", "-p", "no:cacheprovider", "--no-header", "-k", LEFT_OUT]
         command += ["-o", f"timeout={TEST_SECONDS}", "-o", "timeout_method=thread", *tests]
         if kind == STAND_IN:
             command += ["-m", "cuda"]
