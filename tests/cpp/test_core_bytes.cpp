@@ -265,7 +265,7 @@ void lowers_to_each_byte_once() {
     for (const auto& [at, from] : touched.source_of) expected[static_cast<size_t>(at - dst_arena.data())] = *from;
     work.lanes = static_cast<int>(random.in(1, 5));
     work.streaming = random.once_in(2);
-    const cpu::Issued issued = cpu::copy(work, parallel_in_turn);
+    const Issued issued = cpu::copy(work, parallel_in_turn);
     expect(dst_arena == expected, text("case ", i, ": the cpu executor copies other bytes"));
     expect(issued.bytes == work.bytes && issued.descriptors == work.descriptors, "the cpu executor counts otherwise");
   }

@@ -373,7 +373,7 @@ void run_case(Random& random, Case test) {
     test.work.lanes = static_cast<int>(random.in(1, 4));
     test.work.streaming = random.once_in(2);
     std::memset(test.dst->data(), 0xa5, static_cast<size_t>(test.dst->size()));
-    const cpu::Issued issued =
+    const Issued issued =
         cpu::copy(test.work, random.once_in(8) ? in_threads : backwards, isa, random_tuning(random, isa));
     const std::string what = describe(test, isa);
     const int64_t difference = test.dst->difference(expected.bytes);
