@@ -47,7 +47,7 @@ CALLS = _files(
     "errors explain swap_blocks batch concat gather_scatter copy_pages refusals threads prepared large_offsets"
 )
 CORE = Step(CPU, _files("core_cpp"))
-HOST = Step(SIMGPU, _files("cuda_host staged cuda_failures kernel_body"))
+HOST = Step(SIMGPU, _files("cuda_host cuda_grid staged cuda_failures kernel_body"))
 ON_A_DEVICE = _on_torch(
     "link_executors addresses host_memory prepared rings memory graphs code triton old_driver devices"
 )

@@ -7,7 +7,7 @@ import mmap
 
 import numpy as np
 
-from .sim import D2H, DEVICE, H2D, DeviceIds, IdColumn, Move, Side, Sim, copy_naively, ids_in_column
+from .sim import D2H, DEVICE, H2D, LEGACY, DeviceIds, IdColumn, Move, Side, Sim, copy_naively, ids_in_column
 
 
 def check(sim: Sim, moves, pairs, src, dst, **options):
@@ -289,3 +289,20 @@ def _earlier_fault(sim: Sim, src, dst):
     ids = DeviceIds(ids_in_column(sim, [-1, 9]), IdColumn(), 2, 1, 2, skip_negative=True, op=3)
     sim.kernel([Move(Side(0, 16), Side(0, 16), 16)], [], src, dst, ids=ids)
     return ids.op
+
+
+def check_kernel(sim, moves, pairs, src, dst, stream=LEGACY, **options):
+    """Copied as a loop would copy it, and launched as the plan and what was issued say; the run and its launches."""
+    dst ^= 0xFF  # what an earlier call copied must not pass for this one's work
+    expected = dst.copy()
+    copy_naively(moves, pairs, src, expected)
+    sim.clear_log()
+    run = sim.kernel(moves, pairs, src, dst, stream, **options)
+    launches = sim.log("launch")
+    assert np.array_equal(dst, expected)
+    assert len(launches) == run.launches == run.issued.launches
+    assert max(entry["ctas"] for entry in launches) == run.ctas
+    assert {entry["threads"] for entry in launches} == {run.threads}
+    assert {entry["stream"] for entry in launches} == {stream}
+    assert (run.issued.descriptors, run.issued.bytes) == (run.descriptors, run.bytes)
+    return run, launches
