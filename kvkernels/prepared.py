@@ -100,6 +100,7 @@ class PreparedCopy:
         self._runs = runs
         self._rest = (*subblocks, skip_negative, executor, sm_budget)
         self._handles: dict[int | None, int] = {}
+        self._is_released = False
         self._finalizer = weakref.finalize(self, _release_all, self._handles)
         self._prepare(None)
         for pools in (src, dst):
@@ -136,13 +137,12 @@ class PreparedCopy:
         """
         if layer is not None:
             layer = integer("PreparedCopy.run: layer", layer, "an integer from 0", least=0)
-        handle = self._handles.get(layer)
-        if handle is None:
-            handle = self._prepare(layer)
         if torch.compiler.is_compiling() or not has_values(mapping):
+            self._check_is_bound()
             ops.copy_pages(self._src.tensors, self._dst.tensors, mapping, self._runs_of(layer), *self._rest)
-        else:
-            _run(handle, mapping)
+            return
+        handle = self._handles.get(layer)
+        _run(self._prepare(layer) if handle is None else handle, mapping)
 
     def explain(self, mapping: Tensor, *, layer: int | None = None) -> Explanation:
         """What ``run`` would come to with these arguments: checked and lowered, and nothing moves."""
@@ -150,11 +150,15 @@ class PreparedCopy:
 
     def release(self) -> None:
         """Free what was prepared; running it is an error after that. Also called when it is no longer referenced."""
+        self._is_released = True
         self._finalizer()
 
-    def _prepare(self, layer: int | None) -> int:
-        if not (self._src.is_bound and self._dst.is_bound and self._finalizer.alive):
+    def _check_is_bound(self) -> None:
+        if not (self._src.is_bound and self._dst.is_bound and not self._is_released):
             raise ValueError("PreparedCopy.run: the pools must be bound, got ones that were unbound or released")
+
+    def _prepare(self, layer: int | None) -> int:
+        self._check_is_bound()
         handle = _private._prepare(self._src.tensors, self._dst.tensors, self._runs_of(layer), *self._rest)
         self._handles[layer] = handle
         return int(handle)

@@ -24,6 +24,8 @@ OTHERS = [
     "copy_pages, triton refused",
     "info and counters",
 ]
+PREPARED = ["PreparedCopy.run", "PreparedCopy.run of a layer", "PreparedCopy.run, refused"]
+PREPARING = ["prepare and release", "copy_pages of new pools"]
 CONVERSIONS = ["convert_blocks", "copy_slots of two chunks", "copy_groups of two groups"]
 
 
@@ -64,12 +66,44 @@ def calls():
         ops._reset_counters()
 
     found |= conversions()
+    found |= prepared_copies()
     found["gather_blocks, refused"] = refused
     found["gather_blocks, reference"] = lambda: ops.gather_blocks(pools, ids, out, executor="reference")
     found["split_tp_shards, reference"] = lambda: ops.split_tp_shards(*small["split_tp_shards"], executor="reference")
     found["copy_pages, triton refused"] = triton_refused
     found["info and counters"] = info_and_counters
     return found, small
+
+
+def prepared_copies():
+    """With pools enough for what is bound to be kept between calls."""
+    import contextlib
+
+    import torch
+
+    from kvkernels import copy_pages, prepare, whole_page_runs
+
+    src, dst = ([torch.zeros(4, 16, dtype=torch.uint8) for _ in range(8)] for _ in range(2))
+    prepared, pair, wrong = prepare(src, dst), torch.tensor([[0, 1]]), torch.tensor([[0, 9]])
+    runs = whole_page_runs(src)
+
+    def refused() -> None:
+        with contextlib.suppress(IndexError):
+            prepared.run(wrong)
+
+    def prepare_and_release() -> None:
+        prepare(src, dst).run(pair, layer=1)
+
+    def new_pools() -> None:
+        copy_pages([pool.clone() for pool in src], dst, pair, runs)
+
+    return {
+        "PreparedCopy.run": lambda: prepared.run(pair),
+        "PreparedCopy.run of a layer": lambda: prepared.run(pair, layer=3),
+        "PreparedCopy.run, refused": refused,
+        "prepare and release": prepare_and_release,
+        "copy_pages of new pools": new_pools,
+    }
 
 
 def conversions():
@@ -111,8 +145,15 @@ def report(names: list[str], count: int) -> None:
 @pytest.mark.skipif(not LIBRARY.compiled, reason="what leaks is the boundary to compiled code")
 @pytest.mark.parametrize(
     ("names", "count"),
-    [(list(schemas.PUBLIC), 100_000), (EXPLAINED, 20_000), (OTHERS, 20_000), (CONVERSIONS, 20_000)],
-    ids=["ops", "explained", "others", "conversions"],
+    [
+        (list(schemas.PUBLIC), 100_000),
+        (EXPLAINED, 20_000),
+        (OTHERS, 20_000),
+        (CONVERSIONS, 20_000),
+        (PREPARED, 100_000),
+        (PREPARING, 20_000),
+    ],
+    ids=["ops", "explained", "others", "conversions", "prepared", "preparing"],
 )
 def test_calls_leave_nothing_behind(names, count):
     # In a process of its own, whose heap nothing else has used.

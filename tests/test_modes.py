@@ -70,6 +70,36 @@ class Caches:
         assert bool((self.buffer == 1).all())
 
 
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "fake"])
+def test_a_prepared_copy_is_of_no_mode(mode):
+    """Prepared in one mode and run in others, and in another thread."""
+    src, dst = ([torch.full((4, 8), fill + i, device="cpu") for i in range(5)] for fill in (1, 100))
+    with MODES[mode]():
+        prepared = kvkernels.prepare(src, dst)
+        prepared.run(torch.tensor([[0, 1]], device="cpu"), layer=1)
+    prepared.run(torch.tensor([[0, 2]]))
+    with MODES[mode]():
+        thread = threading.Thread(target=lambda: prepared.run(torch.tensor([[0, 3]]), layer=4))
+        thread.start()
+        thread.join()
+        prepared.run(torch.tensor([[1, 0]], device="cpu"), layer=2)
+    written = [[block for block in range(4) if torch.equal(b[block], a[0])] for a, b in zip(src, dst, strict=True)]
+    assert written == [[2], [1, 2], [0, 2], [2], [2, 3]]
+
+
+def test_what_a_fake_mode_meets_of_prepared_copies():
+    """What is prepared stays as it was; fake pools have no memory to be bound."""
+    src, dst = ([torch.full((4, 8), fill + i) for i in range(5)] for fill in (1, 100))
+    prepared = kvkernels.prepare(src, dst)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        prepared.run(torch.tensor([[0, 1]]), layer=1)
+        with pytest.raises(ValueError, match="bind: pools must be tensors with memory"):
+            kvkernels.bind([torch.zeros(4, 8)])
+    assert [pool.unique().tolist() for pool in dst] == [[100 + i] for i in range(5)]
+    prepared.run(torch.tensor([[0, 1]]), layer=1)
+    assert torch.equal(dst[1][1], src[1][0])
+
+
 @in_each_mode
 @pytest.mark.parametrize("then", ["plain", "inference", "device"])
 def test_plans_of_one_mode_serve_another(mode, then):

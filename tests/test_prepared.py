@@ -290,9 +290,12 @@ def test_in_a_compiled_graph():
     src, dst = _random_pools(13), _pools(100)
     prepared = kvkernels.prepare(src, dst)
 
-    def call(mapping: torch.Tensor) -> torch.Tensor:
-        prepared.run(mapping)
+    def call(mapping: torch.Tensor, layer: int | None) -> torch.Tensor:
+        prepared.run(mapping, layer=layer)
         return mapping + 1
 
-    assert torch.equal(torch.compile(call)(PAIRS), PAIRS + 1)
+    compiled = torch.compile(call)
+    assert torch.equal(compiled(PAIRS, 1), PAIRS + 1)
+    assert [torch.equal(b[[0, 1, 7]], a[[3, 4, 0]]) for a, b in zip(src, dst, strict=True)] == [False, True, False]
+    assert torch.equal(compiled(PAIRS, None), PAIRS + 1)
     assert all(torch.equal(b[[0, 1, 7]], a[[3, 4, 0]]) for a, b in zip(src, dst, strict=True))
