@@ -177,6 +177,7 @@ void carry_out_reshard(Reshard reshard) {
   call.dst_list = reshard.concatenates ? reshard.whole_name : shards.list;
   call.dst_is_list = !reshard.concatenates;
   call.soon_read = true;
+  call.recurs = false;  // shards and what is made of them mostly are new tensors
   Pools& one = reshard.concatenates ? call.dst : call.src;
   Pools& many = reshard.concatenates ? call.src : call.dst;
   one.pools = {whole_tensor(reshard.whole, reshard.whole_facts, reshard.concatenates)};

@@ -51,7 +51,9 @@ BoundCopies& bound_copies() {
   return copies;
 }
 
-bool is_kept(const CopyCall& call) { return call.runs.size() >= kLeastKeptRuns && call.runs.size() <= kMostKeptRuns; }
+bool is_kept(const CopyCall& call) {
+  return call.recurs && call.runs.size() >= kLeastKeptRuns && call.runs.size() <= kMostKeptRuns;
+}
 
 // Takes the pools and the runs out of the call.
 BoundCopy content_of(CopyCall& call) {

@@ -34,6 +34,7 @@ struct CopyCall {
   bool ids_on_device = false;
   bool skip_negative = false;
   bool dst_is_list = true;
+  bool recurs = true;      // the same pools come again, so that what is bound is worth keeping
   bool soon_read = false;  // the destination is a buffer that its caller reads next
   Executor executor = Executor::kAuto;
   int64_t sm_budget = 0;
