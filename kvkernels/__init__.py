@@ -22,7 +22,7 @@ from kvkernels.ops import (
     swap_blocks,
     swap_blocks_batch,
 )
-from kvkernels.prepared import BoundPools, PreparedCopy, bind, prepare
+from kvkernels.prepared import BoundPools, PreparedCopy, PreparedGroups, SlabbedCopy, bind, prepare
 from kvkernels.version import __version__
 
 __all__ = [
@@ -32,6 +32,8 @@ __all__ = [
     "KVLayout",
     "Plan",
     "PreparedCopy",
+    "PreparedGroups",
+    "SlabbedCopy",
     "__version__",
     "bind",
     "check_device",

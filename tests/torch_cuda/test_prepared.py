@@ -91,3 +91,28 @@ def test_memory_that_moved(sim):
     with pytest.raises(ValueError, match=r"PreparedCopy.run: src\[1\] must be in the memory that it had"):
         prepared.run(PAIRS)
     assert pinned(dst[0].cpu()).unique().tolist() == [255]
+
+
+@pytest.mark.parametrize("direction", ["h2d", "d2h"])
+def test_slabs_and_groups(sim, direction):
+    """A slab on each side, two groups that share the pools: a call each, and none where one of them is refused."""
+    src_place, dst_place = places(direction, 0)
+    torch.manual_seed(6)
+    data = torch.randint(0, 256, (6, 64), dtype=torch.uint8)
+    src = [[src_place(data[:2].clone()), src_place(data[2:].clone())]]
+    dst = [[dst_place(torch.full((n, 64), 255, dtype=torch.uint8)) for n in (4, 1)]]
+    prepared = kvkernels.prepare(src, dst)
+    pairs = torch.tensor([[5, 0], [1, 4], [0, 2]])
+    with pytest.raises(ValueError, match=r"^PreparedCopy.run: mapping must be on the cpu"):
+        prepared.run(pairs.cuda())
+    prepared.run(pairs)
+    torch.cuda.synchronize()
+    assert _arrived([data], [torch.cat([slab.cpu() for slab in dst[0]])], pairs)
+    whole_src, whole_dst = [src_place(data)], [dst_place(torch.full((6, 64), 255, dtype=torch.uint8))]
+    groups = kvkernels.PreparedGroups([kvkernels.prepare(whole_src, whole_dst) for _ in range(2)])
+    with pytest.raises(ValueError, match=r"must be on the cpu, with values, got another in group 1"):
+        groups.run([pairs, torch.tensor([[3, 1]]).cuda()])
+    torch.cuda.synchronize()
+    assert whole_dst[0].cpu().unique().tolist() == [255]
+    groups.run([pairs, torch.tensor([[3, 1]])])
+    assert _arrived(whole_src, whole_dst, torch.cat([pairs, torch.tensor([[3, 1]])]))
