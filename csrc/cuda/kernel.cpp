@@ -45,36 +45,57 @@ FormSide form_side(const Side& side, const Move& move, int64_t Loop::* stride) {
   return form;
 }
 
-Form make_form(const Move& move, const Cut& cut) {
+Form make_form(const Move& move, int64_t units_per_pair, const Cut& cut) {
   Form form{};
   form.src = form_side(move.src, move, &Loop::src_stride);
   form.dst = form_side(move.dst, move, &Loop::dst_stride);
   form.fragment_bytes = move.fragment_bytes;
-  form.units_per_pair = static_cast<uint32_t>(cut.pieces_per_pair(move));
+  form.units_per_pair = static_cast<uint32_t>(units_per_pair);
   form.loop_count = static_cast<uint32_t>(move.loop_count);
   form.parts = make_divisor(cut.pieces_per_fragment(move));
   for (int i = 0; i < move.loop_count; ++i) form.extents[i] = make_divisor(move.loops[move.loop_count - 1 - i].extent);
   return form;
 }
 
-static_assert(std::has_unique_object_representations_v<Form>, "forms are compared byte by byte");
+// A move, or a part of one, and how many pieces it has.
+struct CutMove {
+  const Move* move;
+  int64_t pieces_per_pair;
+
+  // Where both begin is no part of a form.
+  bool has_form_of(const CutMove& other) const {
+    const auto are_alike = [](const Side& a, const Side& b) {
+      return a.block_stride == b.block_stride && a.subblock_stride == b.subblock_stride && a.subblocks == b.subblocks;
+    };
+    return pieces_per_pair == other.pieces_per_pair && move->fragment_bytes == other.move->fragment_bytes &&
+           move->loop_count == other.move->loop_count && are_alike(move->src, other.move->src) &&
+           are_alike(move->dst, other.move->dst) &&
+           std::memcmp(move->loops, other.move->loops, static_cast<size_t>(move->loop_count) * sizeof(Loop)) == 0;
+  }
+};
 
 // The forms of a group of moves. Moves that share a form mostly follow each other or alternate: looking a few back
 // keeps this linear.
 struct MoveTables {
+  std::vector<CutMove> firsts;  // by form
   std::vector<Form> forms;
   std::vector<MoveEntry> moves;
 
   size_t bytes() const { return forms.size() * sizeof(Form) + moves.size() * sizeof(MoveEntry); }
 
-  void add(const Move& move, const Form& form) {
+  void add(const CutMove& cut_move, const Cut& cut) {
     constexpr size_t kLookBack = 8;
     size_t at = forms.size();
-    for (size_t back = 1; back <= std::min(kLookBack, forms.size()); ++back) {
-      if (std::memcmp(&forms[forms.size() - back], &form, sizeof form) == 0) at = forms.size() - back;
+    const size_t oldest = at - std::min(kLookBack, at);
+    while (at > oldest && !cut_move.has_form_of(firsts[at - 1])) --at;
+    if (at == oldest) {
+      at = forms.size();
+      firsts.push_back(cut_move);
+      forms.push_back(make_form(*cut_move.move, cut_move.pieces_per_pair, cut));
+    } else {
+      --at;
     }
-    if (at == forms.size()) forms.push_back(form);
-    moves.push_back({move.src.base, move.dst.base, 0, static_cast<uint32_t>(at)});
+    moves.push_back({cut_move.move->src.base, cut_move.move->dst.base, 0, static_cast<uint32_t>(at)});
   }
 };
 
@@ -125,7 +146,13 @@ class Planner {
       plan_.shared_bytes = static_cast<int64_t>(bulk_shared_bytes(static_cast<uint32_t>(cut_.tile_bytes())));
     plan_.bytes = work_.bytes;
     if (work_.bytes == 0) return plan_;
-    const std::vector<Move> moves = cut_.split(work_.moves, limits_.max_items);
+    std::vector<CutMove> moves = cut_moves(work_.moves);
+    std::vector<Move> parts;
+    if (std::any_of(moves.begin(), moves.end(),
+                    [&](const CutMove& move) { return move.pieces_per_pair > limits_.max_items; })) {
+      parts = cut_.split(work_.moves, limits_.max_items);
+      moves = cut_moves(parts);
+    }
     for (size_t begin = 0; begin < moves.size();) {
       MoveTables tables;
       const size_t end = take_group(moves, begin, tables);
@@ -139,15 +166,22 @@ class Planner {
  private:
   bool is_bulk() const { return work_.executor == Executor::kBulk; }
 
-  int64_t group_pieces(std::span<const Move> moves) const {
+  std::vector<CutMove> cut_moves(const std::vector<Move>& moves) const {
+    std::vector<CutMove> out;
+    out.reserve(moves.size());
+    for (const Move& move : moves) out.push_back({&move, cut_.pieces_per_pair(move)});
+    return out;
+  }
+
+  static int64_t group_pieces(std::span<const CutMove> moves) {
     int64_t pieces = 0;
-    for (const Move& move : moves) pieces += cut_.pieces_per_pair(move);
+    for (const CutMove& move : moves) pieces += move.pieces_per_pair;
     return pieces;
   }
 
   // A warp takes a tile, or so many chunks, at a time.
-  int64_t tiles_of(const Move& move, int64_t pairs) const {
-    const int64_t pieces = cut_.pieces_per_pair(move) * pairs;
+  int64_t tiles_of(const CutMove& move, int64_t pairs) const {
+    const int64_t pieces = move.pieces_per_pair * pairs;
     return cut_.has_chunks() ? (pieces + kTileChunks - 1) / kTileChunks : pieces;
   }
 
@@ -155,22 +189,22 @@ class Planner {
 
   // Takes as many moves as one launch can have: by pieces and, while capturing, by what the parameters hold, of which
   // pairs keep half.
-  size_t take_group(const std::vector<Move>& moves, size_t begin, MoveTables& tables) const {
+  size_t take_group(const std::vector<CutMove>& moves, size_t begin, MoveTables& tables) const {
     int64_t pieces = 0;
     size_t end = begin;
     for (; end < moves.size(); ++end) {
-      const int64_t more = cut_.pieces_per_pair(moves[end]);
+      const int64_t more = moves[end].pieces_per_pair;
       if (end > begin && pieces + more > limits_.max_items) break;
       const size_t after = tables.bytes() + sizeof(Form) + sizeof(MoveEntry);
       const size_t room = kLargeTables - std::min(pair_bytes(), kLargeTables / 2);
       if (capturing_ && after > room) break;
-      tables.add(moves[end], make_form(moves[end], cut_));
+      tables.add(moves[end], cut_);
       pieces += more;
     }
     return end;
   }
 
-  void launch_group(std::span<const Move> moves, MoveTables& tables, bool records) {
+  void launch_group(std::span<const CutMove> moves, MoveTables& tables, bool records) {
     int64_t pairs_per_launch = std::max<int64_t>(1, limits_.max_items / group_pieces(moves));
     if (capturing_ && id_width_ > 0) {
       const size_t room = (kLargeTables - tables.bytes()) / (2 * id_width_);
@@ -181,7 +215,7 @@ class Planner {
     }
   }
 
-  void add_launch(std::span<const Move> moves, MoveTables& tables, int64_t begin, int64_t pairs, bool records) {
+  void add_launch(std::span<const CutMove> moves, MoveTables& tables, int64_t begin, int64_t pairs, bool records) {
     KernelLaunch launch{};
     Head& head = launch.head;
     const int64_t first_tiles = tiles_of(moves[0], pairs);
