@@ -468,3 +468,87 @@ def test_mappings_that_leave_a_page_or_hold_a_byte_twice_are_refused(run):
 def test_opaque_mappings_lie_side_by_side():
     mapping = CanonicalPageMapping(768, 256, (CopyRun(0, 256, 256, 1, 256, 256),), 1, 0, False)
     assert mapping_of_plan(plan_of_mapping(mapping)) == mapping
+
+
+def test_the_last_page_may_end_with_its_storage():
+    """Padding included, as long as the storage has it: to the byte."""
+    row = PAGE + 512
+    spec = FullAttention(block_size=N, num_kv_heads=H, head_size=D, dtype=torch.float16, page_size_padded=row)
+    for short in (0, 2):
+        storage = _half((B * row - short) // 2)
+        cache = storage.as_strided((B, 2, N, H, D), (row // 2, N * H * D, H * D, D, 1))
+        if short:
+            with pytest.raises(ValueError, match=rf"10 pages of {row} bytes, padding included, must lie in their stor"):
+                _one(cache, spec, num_blocks=B)
+        else:
+            assert _geometry(_one(cache, spec, num_blocks=B)) == [((B, row), row, row)]
+    single = _half(PAGE // 2 + 8)[8:].view(1, 2, N, H, D)
+    assert _geometry(_one(single)) == [((1, PAGE), PAGE, PAGE)]
+
+
+def test_dimensions_that_count_blocks():
+    flat = _half(B * PAGE // 2)
+    assert _geometry(_one(flat, num_blocks=B)) == [((B, PAGE), PAGE, PAGE)]
+    assert _geometry(_one(flat.view(B, -1), block_dim=0)) == [((B, PAGE), PAGE, PAGE)]
+    with pytest.raises(ValueError, match="block_dim must be one of 2 dimensions, got 2"):
+        _one(flat.view(B, -1), block_dim=2)
+    with pytest.raises(ValueError, match="must have 10 blocks of 16384 bytes, each in one piece"):
+        _one(flat.view(B, -1), block_dim=1)
+    with pytest.raises(ValueError, match="'of all layers' must be on the cpu"):
+        canonicalize(torch.zeros(B, PAGE, device="meta"), [KVCacheGroup(["a"], FULL)])
+
+
+def test_separate_tensors_must_come_to_a_page():
+    k, v = _half(B, N, H, D), _half(B, N, H, D)
+    assert _refs(_one([k, v])) == [[(0, PAGE // 2), (1, PAGE // 2)]]
+    with pytest.raises(
+        ValueError, match=r"have 16384 bytes a block in its tensors, as its spec says, got \[8192, 4096\]"
+    ):
+        _one([k, _half(B, N, H, D // 2)], num_blocks=B)
+    with pytest.raises(ValueError, match="layer 'layer' must have"):
+        _one([k, v], num_blocks=0)
+
+
+def test_states_of_one_block_have_no_distance():
+    """What torch calls the stride of one block says nothing."""
+    spec = Mamba(shapes=((8,), (4,)), dtypes=(torch.float32, torch.float32))
+    storage = torch.zeros(12)
+    states = [storage.as_strided((1, 8), (1, 1)), storage.as_strided((1, 4), (3, 1), 8)]
+    canonical = _one(states, spec)
+    assert _refs(canonical) == [[(0, 32), (1, 16)]]
+    assert [t.tensor.data_ptr() - storage.data_ptr() for t in canonical.tensors] == [0, 32]
+
+
+def test_states_that_are_no_page_together_are_a_tensor_each():
+    """Another order, a gap, or a block that does not hold them: each is copied where it is."""
+    spec = Mamba(shapes=((8,), (4,)), dtypes=(torch.float32, torch.float32))
+    storage = torch.zeros(200)
+
+    def state(size: int, row: int, at: int) -> torch.Tensor:
+        return storage.as_strided((B, size), (row, 1), at)
+
+    page = [state(8, 12, 0), state(4, 12, 8)]
+    assert _geometry(_one(page, spec)) == [((B, 48), 48, 48)]
+    wider = [state(8, 16, 0), state(4, 16, 8)]
+    assert _geometry(_one(wider, spec)) == [((B, 48), 64, 48)]
+    padded = Mamba(shapes=spec.shapes, dtypes=spec.dtypes, page_size_padded=56)
+    assert _geometry(_one(wider, padded)) == [((B, 56), 64, 56)]
+    for apart in (
+        [state(8, 16, 0), state(4, 16, 9)],
+        [state(8, 12, 4), state(4, 12, 0)],
+        [state(8, 8, 0), state(4, 4, 80)],
+    ):
+        assert len(_one(apart, spec).tensors) == 2
+    with pytest.raises(ValueError, match="must have 10 blocks, each in one piece"):
+        _one([storage.as_strided((B, 4, 2), (12, 3, 1)), page[1]], spec)
+
+
+def test_kernel_blocks_need_no_gap_between_them():
+    """Two kernel blocks of a page, with padding between: no page can say them."""
+    spec = FullAttention(block_size=N, num_kv_heads=H, head_size=D, dtype=torch.float16)
+    half = PAGE // 4
+    gaps = _half(2 * B, half + 8).as_strided((2 * B, N // 2, H, 2 * D), (half + 8, H * 2 * D, 2 * D, 1))
+    with pytest.raises(ValueError, match="must have 10 blocks of 16384 bytes, each in one piece"):
+        _one(gaps, spec, num_blocks=B)
+    dense = _half(2 * B, N // 2, H, 2 * D)
+    assert _geometry(_one(dense, spec, num_blocks=B)) == [((B, PAGE), PAGE, PAGE)]
