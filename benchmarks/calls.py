@@ -161,8 +161,8 @@ def markdown(result: dict[str, Any]) -> str:
         f"Microseconds of the thread's own clock, called from Python: the lower quartile of {result['rounds']} bursts "
         f"of {BURST_CALLS} calls, packages taking turns. Pools have {BLOCKS} blocks of {PAGE_BYTES} bytes; ids are "
         'random. Where a case says neither "copied" nor "nothing to copy", the call is explained: it checks, lowers '
-        "and chooses, moves nothing, and pays about 2 us for the explanation's text instead. Nearly all of a call that is "
-        "refused by its first check is torch handing over its tensors: what 320 of them take more than 2 do, only "
+        "and chooses, moves nothing, and pays about 2 us for the explanation's text instead. Nearly all of a call that "
+        "is refused by its first check is torch handing over its tensors: what 320 of them take more than 2 do, only "
         "passing fewer can save, which is what a prepared copy is for.",
         "",
         f"| call | {'before | ' if before else ''}us | goal |",
