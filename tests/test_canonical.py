@@ -519,6 +519,13 @@ def test_states_of_one_block_have_no_distance():
     assert [t.tensor.data_ptr() - storage.data_ptr() for t in canonical.tensors] == [0, 32]
 
 
+def test_states_of_two_blocks_have_one():
+    spec = Mamba(shapes=((8,), (4,)), dtypes=(torch.float32, torch.float32))
+    storage = torch.zeros(40)
+    states = [storage.as_strided((2, 8), (20, 1)), storage.as_strided((2, 4), (20, 1), 8)]
+    assert _geometry(_one(states, spec)) == [((2, 48), 80, 48)]
+
+
 def test_states_that_are_no_page_together_are_a_tensor_each():
     """Another order, a gap, or a block that does not hold them: each is copied where it is."""
     spec = Mamba(shapes=((8,), (4,)), dtypes=(torch.float32, torch.float32))

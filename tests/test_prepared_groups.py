@@ -203,6 +203,7 @@ def test_a_group_that_is_refused_stops_all_of_them():
             r"other blocks of it where one writes, got 2 in group 0",
         ),
         ([good, torch.tensor([[0, 2]]).int()], ValueError, r"got 2 in group 0 and in group 1"),
+        ([torch.tensor([[1, 0]]), torch.tensor([[2, 0]])], ValueError, r"got 0 in group 0 and in group 1"),
         ([good], ValueError, r"^PreparedGroups.run: mappings must be 2, got 1"),
         ([good, torch.tensor([3])], ValueError, r"^PreparedCopy.run: mapping must have shape"),
         ([good, torch.empty(1, 2, dtype=torch.int64, device="meta")], ValueError, r"must be on the cpu, with values"),
