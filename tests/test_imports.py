@@ -21,7 +21,7 @@ FLOORS = (
     ("registration",),
     ("ops",),
     ("layout", "explain", "names", "policy"),
-    ("info", "prepared"),
+    ("info", "memory", "prepared"),
     ("__init__", "cli"),
     ("__main__",),
 )
