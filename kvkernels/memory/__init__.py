@@ -8,6 +8,7 @@ from kvkernels.memory.eviction import (
     NothingEvictable,
     make_policy,
 )
+from kvkernels.memory.pinned import PinnedFacts, PinnedPool
 
 __all__ = [
     "BlockContext",
@@ -15,5 +16,7 @@ __all__ = [
     "EvictionPolicy",
     "NotEnoughEvictable",
     "NothingEvictable",
+    "PinnedFacts",
+    "PinnedPool",
     "make_policy",
 ]
