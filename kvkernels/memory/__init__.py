@@ -9,14 +9,28 @@ from kvkernels.memory.eviction import (
     make_policy,
 )
 from kvkernels.memory.pinned import PinnedFacts, PinnedPool
+from kvkernels.memory.registration import RegistrationError
+from kvkernels.memory.shared import (
+    NoOwnerError,
+    OwnedElsewhereError,
+    SharedPoolError,
+    SharedSizeError,
+    StaleSegmentError,
+)
 
 __all__ = [
     "BlockContext",
     "EvictionError",
     "EvictionPolicy",
+    "NoOwnerError",
     "NotEnoughEvictable",
     "NothingEvictable",
+    "OwnedElsewhereError",
     "PinnedFacts",
     "PinnedPool",
+    "RegistrationError",
+    "SharedPoolError",
+    "SharedSizeError",
+    "StaleSegmentError",
     "make_policy",
 ]
