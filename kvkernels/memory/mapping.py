@@ -21,6 +21,8 @@ HUGE_PAGE_BYTES = 2 << 20
 TOUCH_BYTES = 32 << 20
 QUIET_SECONDS = 1.0
 
+_GIB = 1 << 30
+_NUMA_MAPS = Path("/proc/self/numa_maps")
 _SETTINGS = Path("/sys/kernel/mm/transparent_hugepage")
 _LOG = logging.getLogger(__name__)
 
@@ -89,7 +91,7 @@ def nodes_of(memory: Any) -> dict[int, float]:
     end = memory.address + memory.mapped_bytes
     counts: dict[int, int] = {}
     try:
-        with open("/proc/self/numa_maps") as lines:
+        with _NUMA_MAPS.open() as lines:
             for line in lines:
                 start = int(line[: line.index(" ")], 16)
                 if start >= end:  # they are in order, and each costs a walk over its pages
@@ -229,9 +231,14 @@ def touch_by_all_cores(memory: Any, how: str, progress: Progress | None) -> None
         failures.insert(0, error)
     for thread in others:
         thread.join()
-    if failures:
-        raise failures[0]
+    failure = failures[0] if failures else None
+    failures.clear()  # its frames refer to this list, and the memory is to go with it
+    try:
+        if failure is not None:
+            raise failure
+    finally:
+        del failure
 
 
 def _log_progress(touched: int, total: int) -> None:
-    _LOG.info("PinnedPool: %.1f of %.1f GiB are touched", touched / 2**30, total / 2**30)
+    _LOG.info("PinnedPool: %.1f of %.1f GiB are touched", touched / _GIB, total / _GIB)
