@@ -166,7 +166,7 @@ def _prefer(memory: Any, node: int) -> None:
     except OSError as error:
         if error.errno == errno.EINVAL:
             raise ValueError(f"PinnedPool: numa_node must be a node of this machine with memory, got {node}") from error
-        raise PermissionError(error.errno, f"PinnedPool: numa_node cannot be set: {error.strerror}") from error
+        raise OSError(error.errno, f"PinnedPool: numa_node cannot be set: {error.strerror}") from error
 
 
 def _touch(memory: Any, without_populate: str | None, progress: Progress | None) -> None:

@@ -112,8 +112,9 @@ class Owner:
         fcntl.fcntl(file, fcntl.F_ADD_SEALS, _SEALS)
         self._file = os.dup(file)
         message = json.dumps({"version": _VERSION, **asdict(segment)}).encode()
-        self._thread = threading.Thread(target=self._serve, args=(message,), name="kvkernels-share", daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=self._serve, args=(message,), name="kvkernels-share", daemon=True)
+        thread.start()
+        self._thread = thread
 
     def close(self) -> None:
         """Give the name back; who is attached keeps the memory. A second call does nothing."""
