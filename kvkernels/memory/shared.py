@@ -31,6 +31,7 @@ from typing import NoReturn
 
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _CREDENTIALS = struct.Struct("3i")  # process, user and group
+_DESCRIPTOR = struct.Struct("i")
 _MESSAGE_BYTES = 4096
 _VERSION = 1
 
@@ -279,14 +280,16 @@ def _connect(connection: socket.socket, name: str, timeout_s: float) -> int:
 
 def _receive(connection: socket.socket, name: str, timeout_s: float) -> tuple[Segment, int]:
     try:
-        data, files, _, _ = socket.recv_fds(connection, _MESSAGE_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
+        # socket.recv_fds ignores the flag, without which a program that is started meanwhile would inherit the file.
+        room = socket.CMSG_SPACE(_DESCRIPTOR.size)
+        data, ancillary, _, _ = connection.recvmsg(_MESSAGE_BYTES, room, socket.MSG_CMSG_CLOEXEC)
     except TimeoutError as error:
         raise TimeoutError(f"PinnedPool: the owner of {name!r} did not answer in {timeout_s} seconds") from error
     except ConnectionError:
-        data, files = b"", []
-    if not files:
+        ancillary = []
+    if not ancillary:
         raise NoOwnerError(f"PinnedPool: the owner of {name!r} ended before it had a pool to share")
-    (file,) = files
+    (file,) = _DESCRIPTOR.unpack(ancillary[0][2])
     try:
         message = json.loads(data)
         if message.pop("version") != _VERSION:
