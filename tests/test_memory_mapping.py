@@ -232,8 +232,9 @@ def test_nodes_are_counted(monkeypatch, tmp_path):
     assert mapping.nodes_of(memory) == {}
     maps.write_text(
         f"{memory.address - PAGE:x} default anon=9 N0=9 kernelpagesize_kB=4\n"
-        f"{memory.address:x} prefer:1 anon=4 N0=1 N10=3 kernelpagesize_kB=4\n"
-        f"{memory.address + 4 * PAGE:x} default anon=9 N2=9 kernelpagesize_kB=4\n"
+        f"{memory.address:x} prefer:1 anon=4 N0=1 N10=1 kernelpagesize_kB=4\n"
+        f"{memory.address + 2 * PAGE:x} prefer:1 anon=4 N10=2 kernelpagesize_kB=4\n"
+        f"{memory.address + 3 * PAGE:x} default anon=9 N2=9 kernelpagesize_kB=4\n"
     )
     assert mapping.nodes_of(memory) == {0: 0.25, 10: 0.75}
 
@@ -316,8 +317,8 @@ def test_progress_is_for_what_takes_long(one_core, monkeypatch, caplog):
     assert seen and {total for _, total in seen} == {10_000}
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
     assert caplog.records == []
-    monkeypatch.setattr(mapping, "_GIB", 1000)
-    touch_by_all_cores(Recorder(10_000), "write", None)
+    monkeypatch.setattr(mapping, "TOUCH_BYTES", 1 << 30)
+    touch_by_all_cores(Recorder(10 << 30), "write", None)
     assert re.fullmatch(r"PinnedPool: \d+\.0 of 10\.0 GiB are touched", caplog.records[0].getMessage())
 
 

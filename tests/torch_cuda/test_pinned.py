@@ -195,3 +195,16 @@ def test_neighbours_on_both_sides_of_an_edge_are_one_copy_and_are_cut_there(stan
         torch.cuda.synchronize()
     assert torch.equal(pool.cpu(), out.cpu())
     assert stand_in.counters().descriptors >= 2
+
+
+@pytest.mark.parametrize("direction", ["h2d", "d2h"])
+@pytest.mark.parametrize("op", OPS)
+def test_chunks_that_the_device_sees_at_addresses_of_their_own(stand_in, chunks, op, direction):
+    """No executor takes one chunk's address for the next one's; which a kernel refuses, and auto knows."""
+    stand_in.set("device_addresses_differ", 1)
+    place = Places("apart")
+    call = make(op, *sides(direction, place), PAGE)
+    compare(call, make(op, pageable, pageable, PAGE))
+    address = place.pools[0].pages.data_ptr()
+    assert len({row["device_offset"] for row in stand_in.find([address, address + 2 * PAGE])}) == 2
+    place.pools[0].close()
