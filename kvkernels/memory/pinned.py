@@ -102,6 +102,10 @@ class PinnedPool:
     Tensors that were made of `pages` keep the memory, and its registration, alive beyond `close`. With the last of them
     it is unregistered, then unmapped, and whatever CUDA still does with it has to be done by then.
 
+    Registrations are of 64 GiB at most and end between pages. The ops copy across their edges; one copy by torch of
+    pages on both sides of an edge is an error of CUDA's. What CUDA has a part in was run on a stand-in for CUDA alone:
+    on a GPU it is unverified.
+
     A shared pool leaves nothing behind, however its owner ends: the name and the memory are the kernel's, and no file
     has them. Names are apart for users and for network namespaces, and processes that share must be in one of each. A
     process that the owner forks loses the name, not the memory; of a pool without a name it has a copy.

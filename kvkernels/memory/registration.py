@@ -9,7 +9,7 @@ import os
 
 import torch
 
-#: The most that is registered at a time; drivers refuse single registrations of hundreds of GiB.
+#: The most that is registered at a time: from driver 580 on, one of 512 GiB or more fails (vLLM issue 51080).
 CHUNK_BYTES = 64 << 30
 
 _PORTABLE = 1  # for the contexts of all devices
@@ -38,7 +38,8 @@ class Registration:
         | chunk 0: whole rows .... | chunk 1 .................. | chunk 2: the rest |
           at most CHUNK_BYTES        begins with a row on a page's boundary
 
-    A chunk ends where a row does, unless rows end on a page's boundary too rarely for that.
+    A chunk ends where a row does, unless rows end on a page's boundary too rarely for that: CUDA refuses a copy that
+    spans two registrations (SGLang pull request 36798), and whoever copies by itself copies rows.
 
     Parameters
     ----------

@@ -92,7 +92,6 @@ class Owner:
     """
 
     def __init__(self, name: str) -> None:
-        self._name = name
         self._ends = threading.Event()
         self._thread: threading.Thread | None = None
         self._file = -1
