@@ -71,8 +71,14 @@ def is_mapped_range(address: int, byte_count: int) -> bool:
     return False
 
 
+@pytest.fixture(autouse=True)
+def no_cuda(monkeypatch):
+    """Also where there is a device: what it does is for tests/torch_cuda."""
+    monkeypatch.setattr(pinned, "why_no_cuda", lambda: "this test has none")
+
+
 @pytest.fixture
-def cuda(monkeypatch):
+def cuda(no_cuda, monkeypatch):
     made = Cuda()
     monkeypatch.setattr(torch.cuda, "cudart", lambda: made)
     monkeypatch.setattr(pinned, "why_no_cuda", lambda: "")
@@ -218,11 +224,13 @@ def test_modes_that_it_is_made_under():
         assert pool.pages.sum() == 8
 
 
-def test_without_cuda():
-    """This test is for a torch that finds no device; tests/torch_cuda has the others."""
-    if torch.cuda.is_available():
-        pytest.skip("there is a CUDA device")
-    why = "this torch was built without CUDA" if torch.version.cuda is None else "torch finds no CUDA device"
+@pytest.mark.parametrize(
+    "version,why", [(None, "this torch was built without CUDA"), ("13.0", "torch finds no CUDA device")]
+)
+def test_without_cuda(monkeypatch, version, why):
+    monkeypatch.setattr(torch.version, "cuda", version)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(pinned, "why_no_cuda", registration.why_no_cuda)
     with PinnedPool(1, 1) as pool:
         assert (pool.facts.pinned, pool.facts.why_not_pinned) == (False, why)
     with PinnedPool(1, 1, pin=False) as pool:
@@ -302,6 +310,15 @@ def test_what_cannot_be_unregistered_stops_nothing(cuda, monkeypatch):
     del pool
     assert not is_mapped(address) and cuda.registered == {}
     assert cuda.errors_forgotten == 3
+
+
+def test_a_forked_process_has_no_cuda(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
+    assert registration.why_no_cuda() == "CUDA cannot be used in a forked process"
+    monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: False)
+    assert registration.why_no_cuda() == ""
 
 
 def test_cuda_that_cannot_be_initialised(cuda, monkeypatch):
@@ -440,13 +457,13 @@ from pathlib import Path
 import torch
 from kvkernels.memory import PinnedPool
 torch.set_num_threads(1)
-PinnedPool(1, 1)
+PinnedPool(1, 1, pin=False)
 size = int(Path("/proc/self/statm").read_text().split()[0]) * 4096
 refused = 0
 for room in range(0, 160 << 20, 8 << 20):
     resource.setrlimit(resource.RLIMIT_AS, (size + room, resource.RLIM_INFINITY))
     try:
-        pool = PinnedPool(64, 1 << 20)
+        pool = PinnedPool(64, 1 << 20, pin=False)
     except MemoryError:
         refused += 1
         continue

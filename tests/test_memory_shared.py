@@ -25,12 +25,19 @@ from kvkernels.memory import (
     SharedSizeError,
     StaleSegmentError,
     mapping,
+    pinned,
     shared,
 )
 
 pytest.importorskip("kvkernels._host")
 # Each is a process that is killed, and two that live on.
 KILLS = int(os.environ.get("KVKERNELS_KILLS", "50"))
+
+
+@pytest.fixture(autouse=True)
+def no_cuda(monkeypatch):
+    """Also where there is a device: processes are forked here."""
+    monkeypatch.setattr(pinned, "why_no_cuda", lambda: "this test has none")
 
 
 @pytest.fixture
