@@ -319,7 +319,7 @@ def test_an_owner_that_never_is_ready(name, monkeypatch):
     with pytest.raises(MemoryError):
         pool_named(name)
     thread.join(30)
-    assert raised == [f"PinnedPool: the owner of '{name}' ended before it had a pool to share"]
+    assert raised == [f"PinnedPool: the owner of '{name}' ended before it answered"]
 
 
 def test_an_owner_that_is_not_ready_in_time(name):

@@ -77,10 +77,8 @@ void HostMemory::touch(int64_t begin, int64_t end, Touch how) {
   const int64_t small_page = sysconf(_SC_PAGESIZE);
   begin = begin / small_page * small_page;
   if (how == Touch::kPopulate) {
-    while (madvise(data_ + begin, static_cast<size_t>(end - begin), MADV_POPULATE_WRITE) != 0) {
-      // A page that was on its way elsewhere; the next try continues where this one stopped.
-      if (errno != EAGAIN && errno != EINTR) fail("madvise(MADV_POPULATE_WRITE)", end - begin);
-    }
+    const auto length = static_cast<size_t>(end - begin);
+    if (madvise(data_ + begin, length, MADV_POPULATE_WRITE) != 0) fail("madvise(MADV_POPULATE_WRITE)", end - begin);
     return;
   }
   for (int64_t i = begin; i < end; i += small_page) {

@@ -287,7 +287,7 @@ def _receive(connection: socket.socket, name: str, timeout_s: float) -> tuple[Se
     except ConnectionError:
         ancillary = []
     if not ancillary:
-        raise NoOwnerError(f"PinnedPool: the owner of {name!r} ended before it had a pool to share")
+        raise NoOwnerError(f"PinnedPool: the owner of {name!r} ended before it answered")
     (file,) = _DESCRIPTOR.unpack(ancillary[0][2])
     try:
         message = json.loads(data)
