@@ -1,0 +1,66 @@
+"""Which of the keys that are held go first when room is needed: one protocol, and a policy a file."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from kvkernels.memory.eviction.lru import LRU
+from kvkernels.memory.eviction.protocol import (
+    BlockContext,
+    EvictionError,
+    EvictionPolicy,
+    NotEnoughEvictable,
+    NothingEvictable,
+)
+
+#: The policies by the names that ``make_policy`` takes.
+POLICIES: dict[str, type[EvictionPolicy]] = {policy.name: policy for policy in (LRU,)}
+
+
+def make_policy(name: str, capacity: int, *, clock: Callable[[], float] = time.monotonic) -> EvictionPolicy:
+    """A policy by its name.
+
+    Parameters
+    ----------
+    name : str
+        One of ``POLICIES``.
+    capacity : int
+        The most keys that its owner will hold.
+    clock : callable
+        The time in seconds.
+
+    Returns
+    -------
+    EvictionPolicy
+
+    Raises
+    ------
+    ValueError
+        An unknown name, or a capacity below 1.
+
+    Examples
+    --------
+    >>> from kvkernels.memory import make_policy
+    >>> lru = make_policy("lru", 3)
+    >>> for key in "abc":
+    ...     lru.insert(key)
+    >>> lru.touch("a")
+    >>> lru.victims(2)
+    ['b', 'c']
+    """
+    if name not in POLICIES:
+        raise ValueError(f"make_policy: name must be one of {', '.join(map(repr, POLICIES))}, got {name!r}")
+    return POLICIES[name](capacity, clock=clock)
+
+
+__all__ = [
+    "LRU",
+    "POLICIES",
+    "BlockContext",
+    "EvictionError",
+    "EvictionPolicy",
+    "NotEnoughEvictable",
+    "NothingEvictable",
+    "make_policy",
+]
