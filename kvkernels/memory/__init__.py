@@ -1,5 +1,20 @@
 """Host memory for KV pages: who holds which page, which pages are worth keeping, and where they lie."""
 
+from kvkernels.memory.errors import (
+    ClosedPoolError,
+    DuplicateRequestError,
+    ForeignHandleError,
+    FreedHandleError,
+    HandleError,
+    NotCachedError,
+    NotHeldError,
+    OverBudgetError,
+    PinnedHandleError,
+    ReservationEndedError,
+    SharedHandleError,
+    StalePlanError,
+    UnknownRequestError,
+)
 from kvkernels.memory.eviction import (
     BlockContext,
     EvictionError,
@@ -8,12 +23,40 @@ from kvkernels.memory.eviction import (
     NothingEvictable,
     make_policy,
 )
+from kvkernels.memory.handle import KVHandle
+from kvkernels.memory.hashes import BlockHasher
+from kvkernels.memory.pool import KVPool, num_blocks
+from kvkernels.memory.prefix import PrefixCache
+from kvkernels.memory.reservations import Fence, Reservation
+from kvkernels.memory.scheduler import RequestPlan, SchedulerBridge
 
 __all__ = [
     "BlockContext",
+    "BlockHasher",
+    "ClosedPoolError",
+    "DuplicateRequestError",
     "EvictionError",
     "EvictionPolicy",
+    "Fence",
+    "ForeignHandleError",
+    "FreedHandleError",
+    "HandleError",
+    "KVHandle",
+    "KVPool",
+    "NotCachedError",
     "NotEnoughEvictable",
+    "NotHeldError",
     "NothingEvictable",
+    "OverBudgetError",
+    "PinnedHandleError",
+    "PrefixCache",
+    "RequestPlan",
+    "Reservation",
+    "ReservationEndedError",
+    "SchedulerBridge",
+    "SharedHandleError",
+    "StalePlanError",
+    "UnknownRequestError",
     "make_policy",
+    "num_blocks",
 ]
