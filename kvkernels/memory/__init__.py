@@ -25,6 +25,7 @@ from kvkernels.memory.eviction import (
 )
 from kvkernels.memory.handle import KVHandle
 from kvkernels.memory.hashes import BlockHasher
+from kvkernels.memory.pinned import PinnedFacts, PinnedPool
 from kvkernels.memory.pool import KVPool, num_blocks
 from kvkernels.memory.prefix import PrefixCache
 from kvkernels.memory.reservations import Fence, Reservation
@@ -48,7 +49,9 @@ __all__ = [
     "NotHeldError",
     "NothingEvictable",
     "OverBudgetError",
+    "PinnedFacts",
     "PinnedHandleError",
+    "PinnedPool",
     "PrefixCache",
     "RequestPlan",
     "Reservation",

@@ -75,14 +75,14 @@ class Chains:
         if parent is not None:
             if parent.children is None:
                 parent.children = set()
-            if not parent.children and not parent.users:
+            if not parent.children:
                 self.policy.set_evictable(parent.key, False)
             parent.children.add(entry)
         return entry
 
     def use(self, entry: Entry) -> None:
         """One user more, for whom it stays."""
-        if entry.users == 0 and not entry.children:
+        if entry.users == 0:
             self.policy.set_evictable(entry.key, False)
         entry.users += 1
         self._lock(entry)
@@ -178,7 +178,6 @@ class Chains:
                 gone.append((one.key, one.block))
             if one is not entry:
                 one.parent = None
-            one.children = None
         if was_locked and parent is not None:
             self._unlock(parent)
         self._leave_parent(entry)

@@ -22,6 +22,7 @@ from kvkernels.memory.errors import (
     SharedHandleError,
 )
 from kvkernels.memory.handle import BlockIds, KVHandle, Place
+from kvkernels.memory.pages import Pages
 
 #: Called with the tokens that were asked for and those that there are.
 OnOverBudget = Callable[[int, int], object]
@@ -112,8 +113,6 @@ class KVPool:
         self._check_layout(layout, page_bytes)
         self._pages = None
         if layout is not None or page_bytes is not None:
-            from kvkernels.memory.pages import Pages
-
             self._pages = Pages(self.num_blocks, layout, page_bytes or 0, device)
             device = self._pages.device
         self._place = Place(self.block_size, layout, str(device), rank)
@@ -192,13 +191,12 @@ class KVPool:
         wanted = -(-num_tokens // self.block_size)
         with self._lock:
             handle = self._take(num_tokens, wanted, request_id, place)
-            available = self.num_free_blocks * self.block_size
         if handle is None and self._on_over_budget is not None:
-            self._on_over_budget(num_tokens, available)
+            self._on_over_budget(num_tokens, self.num_free_blocks * self.block_size)
             with self._lock:
                 handle = self._take(num_tokens, wanted, request_id, place)
-                available = self.num_free_blocks * self.block_size
         if handle is None:
+            available = self.num_free_blocks * self.block_size
             raise OverBudgetError(
                 f"KVPool.alloc: num_tokens must be at most the {available} that are available, got {num_tokens}",
                 num_tokens,
@@ -225,10 +223,10 @@ class KVPool:
         end = head + wanted
         if end > self.num_blocks:
             return None
+        used_tokens, num_handles = self._used_tokens + num_tokens, self._num_handles + 1
         handle = KVHandle(next(self._next_id), request_id, num_tokens, place, self._ids[head:end].copy(), self)
-        self._head = end
-        self._used_tokens += num_tokens
-        self._num_handles += 1
+        # What could run out of memory is above.
+        self._head, self._used_tokens, self._num_handles = end, used_tokens, num_handles
         return handle
 
     def free(self, handle: KVHandle) -> None:
@@ -305,8 +303,8 @@ class KVPool:
                     next(self._next_id), handle.request_id, tokens, handle.place, blocks[i : i + 1].copy(), self
                 )
                 parts.append(part)
-            handle.ref_count = 0
             self._num_handles += len(parts) - 1
+            handle.ref_count = 0
             return parts
 
     def _check(self, method: str, handle: KVHandle) -> None:
@@ -327,11 +325,10 @@ class KVPool:
 
     def _give_back(self, handle: KVHandle) -> None:
         blocks = handle._blocks
-        head = self._head - len(blocks)
+        head, used_tokens = self._head - len(blocks), self._used_tokens - handle.num_tokens
+        num_handles = self._num_handles - 1
         self._ids[head : self._head] = blocks
-        self._head = head
-        self._used_tokens -= handle.num_tokens
-        self._num_handles -= 1
+        self._head, self._used_tokens, self._num_handles = head, used_tokens, num_handles
         handle.ref_count = 0
 
     def stats(self) -> dict[str, int]:
