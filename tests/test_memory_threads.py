@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import sys
@@ -54,7 +55,6 @@ def run_threads(work, check) -> None:
 
 def test_a_pool():
     pool = KVPool(4 * 64, 4)
-    own = threading.local()
     live: dict[int, list] = {}
 
     def work(draw: random.Random, count: int) -> None:
@@ -64,7 +64,6 @@ def test_a_pool():
             try:
                 if kind < 0.45 or not handles:
                     handles.append(pool.alloc(draw.randint(1, 40)))
-                    own.ids = handles[-1].block_array
                 elif kind < 0.8:
                     pool.free(handles.pop(draw.randrange(len(handles))))
                 elif kind < 0.9:
@@ -131,10 +130,8 @@ def test_a_cache():
                 blocks = take(len(reservation.missing))
                 give(reservation.abort() if blocks is None else reservation.commit(blocks))
             elif kind < 0.95:
-                try:
+                with contextlib.suppress(memory.EvictionError):
                     give(cache.evict(draw.randint(0, 3)))
-                except memory.EvictionError:
-                    pass
             elif kind < 0.98:
                 give(cache.drop(hashes[-1:]))
             elif kind < 0.99:
@@ -160,17 +157,14 @@ def test_a_cache():
 
 def test_a_bridge():
     bridge = SchedulerBridge(KVPool(4 * 64, 4), PrefixCache(4, 40))
-    stale = 0
 
     def work(draw: random.Random, count: int) -> None:
-        nonlocal stale
         name = str(threading.get_ident())
         for _ in range(count // 4):  # each is a plan, an allocation, a free, and mostly an eviction
             hashes = chain(draw)
             try:
                 bridge.allocate(bridge.plan(name, 4 * len(hashes) + draw.randint(0, 9) + 1, hashes))
             except (memory.StalePlanError, memory.OverBudgetError):
-                stale += 1
                 continue
             bridge.free(name)
 
