@@ -45,10 +45,11 @@ def test_each_op_says(op, word):
     assert word in getattr(kvkernels, op).__doc__
 
 
-def test_the_code_of_the_layouts_page_runs():
-    page = (Path(__file__).resolve().parents[1] / "docs" / "layouts.md").read_text()
+@pytest.mark.parametrize("name,count", [("layouts", 3), ("memory", 7)])
+def test_the_code_of_a_page_runs(name, count):
+    page = (Path(__file__).resolve().parents[1] / "docs" / f"{name}.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == count
     exec("\n".join(blocks), {})
 
 

@@ -82,7 +82,7 @@ class Chains:
 
     def use(self, entry: Entry) -> None:
         """One user more, for whom it stays."""
-        if entry.users == 0:
+        if entry.users == 0 and not entry.children:  # with children it is not evictable anyway
             self.policy.set_evictable(entry.key, False)
         entry.users += 1
         self._lock(entry)

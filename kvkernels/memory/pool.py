@@ -6,6 +6,7 @@ import itertools
 import threading
 from collections.abc import Callable
 from types import TracebackType
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -246,7 +247,8 @@ class KVPool:
         """
         with self._lock:
             self._check("free", handle)
-            self._check_can_go("free", handle)
+            if handle.pin_count or handle.ref_count > 1:
+                self._refuse_to_free("free", handle)
             self._give_back(handle)
 
     def ref(self, handle: KVHandle) -> None:
@@ -262,9 +264,10 @@ class KVPool:
             self._check("unref", handle)
             if handle.ref_count > 1:
                 handle.ref_count -= 1
-            else:
-                self._check_can_go("unref", handle)
-                self._give_back(handle)
+                return
+            if handle.pin_count:
+                self._refuse_to_free("unref", handle)
+            self._give_back(handle)
 
     def pin(self, handle: KVHandle) -> None:
         """Keep a handle from being freed until as many ``unpin``; raises as ``ref`` does."""
@@ -294,7 +297,8 @@ class KVPool:
         """
         with self._lock:
             self._check("split", handle)
-            self._check_can_go("split", handle)
+            if handle.pin_count or handle.ref_count > 1:
+                self._refuse_to_free("split", handle)
             size, rest, blocks = self.block_size, handle.num_tokens, handle.block_array
             parts = []
             for i in range(len(blocks)):
@@ -315,13 +319,12 @@ class KVPool:
         if handle.ref_count == 0:
             raise FreedHandleError(f"KVPool.{method}: handle must not be freed, got {handle!r}")
 
-    def _check_can_go(self, method: str, handle: KVHandle) -> None:
+    def _refuse_to_free(self, method: str, handle: KVHandle) -> NoReturn:
         if handle.pin_count:
             raise PinnedHandleError(f"KVPool.{method}: handle must not be pinned, got {handle!r}")
-        if handle.ref_count > 1:
-            raise SharedHandleError(
-                f"KVPool.{method}: handle must have no other users, got {handle!r} with {handle.ref_count}"
-            )
+        raise SharedHandleError(
+            f"KVPool.{method}: handle must have no other users, got {handle!r} with {handle.ref_count}"
+        )
 
     def _give_back(self, handle: KVHandle) -> None:
         blocks = handle._blocks
