@@ -123,8 +123,11 @@ def vllm_cases() -> dict[str, Case]:
     return cases
 
 
-def work(cases: dict[str, Case]) -> None:
+def work(make_cases: Callable[[], dict[str, Case]]) -> None:
     """A burst of every case for each line that comes in."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # vLLM says things on stdout
+    cases = make_cases()
     for _ in sys.stdin:
         burst = {}
         for name, (run, repeat, blocks) in cases.items():
@@ -133,7 +136,7 @@ def work(cases: dict[str, Case]) -> None:
                 run()
             seconds = (time.thread_time() - begin) / repeat
             burst[name] = blocks / seconds if blocks else seconds * 1e6
-        print(json.dumps(burst), flush=True)
+        print(json.dumps(burst), file=answers, flush=True)
 
 
 def measure(pythons: dict[str, str], rounds: int) -> dict[str, float]:
@@ -199,7 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--work", choices=("ours", "vllm"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.work:
-        return work({"ours": our_cases, "vllm": vllm_cases}[options.work]())
+        return work({"ours": our_cases, "vllm": vllm_cases}[options.work])
     import torch
 
     import machine

@@ -117,8 +117,8 @@ class PrefixCache:
         with self._lock:
             found = self._chains.match(hashes)
             touch = self._chains.policy.touch
-            for entry in found:
-                touch(entry.key)
+            for key in hashes[: len(found)]:
+                touch(key)
             if hold:
                 self._hold(found)
             counts = self._counts

@@ -32,11 +32,14 @@ class LRU(EvictionPolicy):
         self._line.join(key, self._place)
 
     def touch(self, key: Hashable, context: BlockContext | None = None) -> None:
-        if key not in self._line:
-            raise self._unknown("touch", key)
-        self._line.leave(key)
-        self._place += 1
-        self._line.join(key, self._place)
+        order = self._line.order
+        try:
+            order.move_to_end(key)  # lookups come through here, block by block
+        except KeyError:
+            if key not in self._line:
+                raise self._unknown("touch", key) from None
+            self._line.leave(key)
+        self._place = order[key] = self._place + 1
 
     def victims(self, n: int, protected: Collection[Hashable] = ()) -> list[Hashable]:
         kept = self._check_victims(n, protected)
