@@ -212,12 +212,19 @@ def test_a_reset_is_reclaimed():
     pairs = bridge.cache.reset().freed
     bridge.reclaim(pairs)
     assert bridge.pool.num_free_blocks == 8
-    with pytest.raises(ValueError, match=r"SchedulerBridge.reclaim: pairs must be what the cache gave back, got block"):
+    with pytest.raises(ValueError, match=r"SchedulerBridge.reclaim: pairs must be what the cache gave back, each once"):
         bridge.reclaim(pairs)
     serve(bridge, "a", 1, 2)
     bridge.free("a")
+    for block in [0, *bridge.cache.lookup(prompt(bridge, 1))[0]]:
+        with pytest.raises(ValueError, match=r"SchedulerBridge.reclaim"):
+            bridge.reclaim([(b"", block)])
+    pairs = bridge.cache.drop(prompt(bridge, 1))
     with pytest.raises(ValueError, match=r"SchedulerBridge.reclaim"):
-        bridge.reclaim([(b"", 0)])
+        bridge.reclaim([*pairs, pairs[0]])
+    free = bridge.pool.num_free_blocks
+    bridge.reclaim(pairs)
+    assert bridge.pool.num_free_blocks == free + 2
     check(bridge)
 
 

@@ -195,7 +195,7 @@ class SchedulerBridge:
             prefix = plan.hashes[: len(plan.reused)]
             self.cache.lookup(plan.hashes, hold=True)
             try:
-                self._reclaim(self.cache._evict_these(key for key, _ in plan.evicted))
+                self._reclaim(block for _, block in self.cache._evict_these(key for key, _ in plan.evicted))
                 handle = self._alloc(plan)
             except BaseException:
                 self.cache.release(prefix)
@@ -253,8 +253,8 @@ class SchedulerBridge:
             del self._live[request_id]
             self._cached.update(zip(blocks, parts, strict=True))
             pairs = self.cache.insert(new, blocks[: len(new)], parent=parent if new else None)
-            pairs += [(b"", block) for block in blocks[len(new) :]]
-            self._reclaim(pairs + self.cache.release(prefix))
+            pairs += self.cache.release(prefix)
+            self._reclaim([*blocks[len(new) :], *(block for _, block in pairs)])
 
     def reclaim(self, pairs: Iterable[Pair]) -> None:
         """Free the blocks that the cache gave back when somebody called its ``drop``, ``invalidate`` or ``reset``.
@@ -265,14 +265,14 @@ class SchedulerBridge:
             A block that the cache did not have from this bridge.
         """
         with self._lock, self._pool_lock:
-            pairs = list(pairs)
-            for _, block in pairs:
-                if block not in self._cached or block in self.cache._chains.by_block:
-                    raise ValueError(
-                        f"SchedulerBridge.reclaim: pairs must be what the cache gave back, got block {block}"
-                    )
-            self._reclaim(pairs)
+            blocks = [block for _, block in pairs]
+            cached = self.cache._chains.by_block
+            if len(set(blocks)) < len(blocks) or any(one not in self._cached or one in cached for one in blocks):
+                raise ValueError(
+                    f"SchedulerBridge.reclaim: pairs must be what the cache gave back, each once, got blocks {blocks}"
+                )
+            self._reclaim(blocks)
 
-    def _reclaim(self, pairs: Iterable[Pair]) -> None:
-        for _, block in pairs:
+    def _reclaim(self, blocks: Iterable[int]) -> None:
+        for block in blocks:
             self.pool.free(self._cached.pop(block))
