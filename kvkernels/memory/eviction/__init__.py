@@ -5,7 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from kvkernels.memory.eviction.lru import LRU
+from kvkernels.memory.eviction.arc import ARC
+from kvkernels.memory.eviction.buckets import LFU, Priority
+from kvkernels.memory.eviction.lru import FIFO, LRU
 from kvkernels.memory.eviction.protocol import (
     BlockContext,
     EvictionError,
@@ -13,9 +15,14 @@ from kvkernels.memory.eviction.protocol import (
     NotEnoughEvictable,
     NothingEvictable,
 )
+from kvkernels.memory.eviction.s3fifo import S3FIFO
+from kvkernels.memory.eviction.sieve import SIEVE
+from kvkernels.memory.eviction.ttl import TTL
 
 #: The policies by the names that ``make_policy`` takes.
-POLICIES: dict[str, type[EvictionPolicy]] = {policy.name: policy for policy in (LRU,)}
+POLICIES: dict[str, type[EvictionPolicy]] = {
+    policy.name: policy for policy in (LRU, LFU, FIFO, TTL, Priority, ARC, S3FIFO, SIEVE)
+}
 
 
 def make_policy(name: str, capacity: int, *, clock: Callable[[], float] = time.monotonic) -> EvictionPolicy:
@@ -55,12 +62,19 @@ def make_policy(name: str, capacity: int, *, clock: Callable[[], float] = time.m
 
 
 __all__ = [
+    "ARC",
+    "FIFO",
+    "LFU",
     "LRU",
     "POLICIES",
+    "S3FIFO",
+    "SIEVE",
+    "TTL",
     "BlockContext",
     "EvictionError",
     "EvictionPolicy",
     "NotEnoughEvictable",
     "NothingEvictable",
+    "Priority",
     "make_policy",
 ]

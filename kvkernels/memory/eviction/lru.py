@@ -1,4 +1,4 @@
-"""Least recently used."""
+"""Least recently used, and first in, first out."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from kvkernels.memory.eviction.protocol import BlockContext, EvictionPolicy
 class LRU(EvictionPolicy):
     """The key that was used longest ago leaves first; insertion is a use.
 
-    L. A. Belady, "A study of replacement algorithms for a virtual-storage computer", IBM Systems Journal 5(2), 1966.
-    Priorities and lifetimes are not looked at.
+    R. L. Mattson, J. Gecsei, D. R. Slutz, I. L. Traiger, "Evaluation techniques for storage hierarchies", IBM Systems
+    Journal 9(2), 1970. Priorities and lifetimes are not looked at.
     """
 
     name = "lru"
@@ -26,28 +26,31 @@ class LRU(EvictionPolicy):
     def insert(
         self, key: Hashable, *, priority: int = 0, ttl: float | None = None, context: BlockContext | None = None
     ) -> None:
-        if key in self._line:
+        line = self._line
+        if key in line.order or key in line.aside:
             raise self._known(key)
         self._place += 1
-        self._line.join(key, self._place)
+        line.order[key] = self._place
 
     def touch(self, key: Hashable, context: BlockContext | None = None) -> None:
         order = self._line.order
-        try:
-            order.move_to_end(key)  # lookups come through here, block by block
-        except KeyError:
-            if key not in self._line:
-                raise self._unknown("touch", key) from None
+        if key in order:
+            order.move_to_end(key)
+        elif key in self._line.aside:
             self._line.leave(key)
-        self._place = order[key] = self._place + 1
+        else:
+            raise self._unknown("touch", key)
+        self._place += 1
+        order[key] = self._place
 
     def victims(self, n: int, protected: Collection[Hashable] = ()) -> list[Hashable]:
         kept = self._check_victims(n, protected)
         return self._line.first(n, self._blocked, kept)
 
     def evicted(self, keys: Iterable[Hashable]) -> None:
-        for key in keys:
-            self.remove(key)
+        for key in self._held(keys):
+            self._line.leave(key)
+            self._blocked.discard(key)
 
     def remove(self, key: Hashable) -> None:
         if key not in self._line:
@@ -70,3 +73,17 @@ class LRU(EvictionPolicy):
 
     def _unblock(self, key: Hashable) -> None:
         self._line.back(key)
+
+
+class FIFO(LRU):
+    """The key that came first leaves first, however often it was used.
+
+    L. A. Belady, "A study of replacement algorithms for a virtual-storage computer", IBM Systems Journal 5(2), 1966.
+    Priorities and lifetimes are not looked at.
+    """
+
+    name = "fifo"
+
+    def touch(self, key: Hashable, context: BlockContext | None = None) -> None:
+        if key not in self._line:
+            raise self._unknown("touch", key)
