@@ -204,9 +204,31 @@ def test_the_policy_is_told_where_a_block_is(monkeypatch):
     policy = make_policy("lru", 8)
     told = {}
     real = policy.insert
-    monkeypatch.setattr(policy, "insert", lambda key, *, context: (told.update({key: context}), real(key)))
+    monkeypatch.setattr(policy, "insert", lambda key, *, context, **_: (told.update({key: context}), real(key)))
     PrefixCache(16, policy=policy).insert(KEYS[:3], range(3))
     assert [tuple(told[key]) for key in KEYS[:3]] == [(0, None), (1, KEYS[0]), (2, KEYS[1])]
+
+
+def test_priorities_and_lifetimes_reach_their_policies():
+    cache = PrefixCache(16, policy="priority")
+    cache.insert(KEYS[:1], [0], priority=2)
+    with cache.reserve(OTHERS[:1], priority=1) as reservation:
+        reservation.commit([1])
+    cache.insert([b"c"], [2], priority=3)
+    assert [block for _, block in cache.evict(3)] == [1, 0, 2]
+    cache = PrefixCache(16, policy="ttl")
+    cache.insert(KEYS[:1], [0], ttl_s=20)
+    with cache.reserve(OTHERS[:1], ttl_s=10) as reservation:
+        reservation.commit([1])
+    cache.insert([b"c"], [2])
+    assert [block for _, block in cache.evict(3)] == [1, 0, 2]
+    for options in ({"ttl_s": -1}, {"ttl_s": float("nan")}, {"priority": 1.5}):
+        before = state(cache)
+        for call in (lambda options=options: cache.insert(KEYS[:1], [0], **options),
+                     lambda options=options: cache.reserve(KEYS[:1], **options)):  # fmt: skip
+            with pytest.raises(ValueError, match=r"PrefixCache\.(insert|reserve): (ttl_s|priority) must be"):
+                call()
+            assert state(cache) == before
 
 
 # Whose block it is.

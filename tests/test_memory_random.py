@@ -10,6 +10,7 @@ from memory_model import Model, TooFew
 
 from kvkernels import memory
 from kvkernels.memory import KVPool, PrefixCache
+from kvkernels.memory.eviction import POLICIES
 
 # 100,000 take half a minute.
 OPERATIONS = int(os.environ.get("KVKERNELS_MEMORY_OPERATIONS", "6000"))
@@ -203,6 +204,41 @@ def test_a_prefix_cache_is_its_model(cap):
     for _ in range(OPERATIONS // 5):
         getattr(run, run.draw.choices(list(WEIGHTS), WEIGHTS.values())[0])()
         run.check()
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_the_books_add_up_by_every_policy(name):
+    """The order is the policy's affair; the cap, leaves first, and the plan's victims are not."""
+    draw = random.Random(name)
+    pool, cache = KVPool(4 * 60, 4), PrefixCache(4, 40, policy=name)
+    bridge = memory.SchedulerBridge(pool, cache)
+    live: list[str] = []
+    evicted = 0
+    for step in range(OPERATIONS // 20):
+        path, hashes = b"", []
+        for _ in range(draw.randint(1, 7)):
+            path += bytes([draw.choice(b"abc")])
+            hashes.append(path)
+        if draw.random() < 0.5 and live:
+            bridge.free(live.pop(draw.randrange(len(live))))
+        try:
+            plan = bridge.plan(f"r{step}", 4 * len(hashes) + draw.randint(0, 20) + 1, hashes)
+        except memory.OverBudgetError:
+            bridge.free(live.pop())
+            continue
+        before = dict(cache._chains.entries)
+        bridge.allocate(plan)
+        live.append(plan.request_id)
+        evicted += len(plan.evicted)
+        assert before.keys() - cache._chains.entries.keys() == {key for key, _ in plan.evicted}
+        chains = cache._chains
+        for key, one in chains.entries.items():
+            assert len(key) == 1 or chains.entries[key[:-1]] is one.parent
+        leaves = [one for one in chains.entries.values() if not one.children and not one.users]
+        assert chains.policy.num_evictable == len(leaves) and len(chains.policy) == len(cache) <= 40
+        used = sum(one.num_blocks for one in (bridge._live[name].handle for name in live) if one)
+        assert pool.num_free_blocks == 60 - len(cache) - used
+    assert evicted > 10
 
 
 def test_a_pool_is_its_model():

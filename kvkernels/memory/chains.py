@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
+from typing import NamedTuple
 
 from kvkernels.memory.eviction import BlockContext, EvictionError, EvictionPolicy, NotEnoughEvictable, NothingEvictable
 
 #: A hash and the block that holds, or held, its tokens.
 Pair = tuple[bytes, int]
+
+
+class Worth(NamedTuple):
+    """What the caller says of a block for the policies that look at it."""
+
+    priority: int = 0
+    ttl_s: float | None = None
 
 
 class Entry:
@@ -66,10 +74,11 @@ class Chains:
             found.append(entry)
         return found
 
-    def add(self, key: bytes, block: int, parent: Entry | None) -> Entry:
+    def add(self, key: bytes, block: int, parent: Entry | None, worth: Worth) -> Entry:
         """A new block, behind another or as the beginning of a prompt."""
         entry = Entry(key, block, parent)
-        self.policy.insert(key, context=BlockContext(entry.depth, parent.key if parent else None))
+        context = BlockContext(entry.depth, parent.key if parent else None)
+        self.policy.insert(key, priority=worth.priority, ttl=worth.ttl_s, context=context)
         self.entries[key] = entry
         self.by_block[block] = entry
         if parent is not None:

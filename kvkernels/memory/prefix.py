@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvkernels.common.arguments import integer
-from kvkernels.memory.chains import Chains, Entry, Pair
+from kvkernels.memory.chains import Chains, Entry, Pair, Worth
 from kvkernels.memory.errors import NotCachedError, NotHeldError, ReservationEndedError
 from kvkernels.memory.eviction import EvictionPolicy, make_policy
 from kvkernels.memory.hashes import BlockHasher, Tokens
@@ -169,8 +169,9 @@ class PrefixCache:
     # Writing.
 
     def insert(
-        self, hashes: Sequence[bytes], blocks: Sequence[int] | npt.NDArray[np.int64], *, parent: bytes | None = None
-    ) -> list[Pair]:
+        self, hashes: Sequence[bytes], blocks: Sequence[int] | npt.NDArray[np.int64], *, parent: bytes | None = None,
+        priority: int = 0, ttl_s: float | None = None,
+    ) -> list[Pair]:  # fmt: skip
         """Make the blocks of a chain readable.
 
         Parameters
@@ -181,6 +182,10 @@ class PrefixCache:
             The block of each.
         parent : bytes, optional
             The hash of the block before the first; by default they begin a prompt.
+        priority : int
+            For the policy ``priority``, by which the lowest leave first.
+        ttl_s : float, optional
+            For the policy ``ttl``: seconds after the last use from which on they are worth nothing.
 
         Returns
         -------
@@ -193,13 +198,14 @@ class PrefixCache:
         NotCachedError
             The parent is not cached.
         ValueError
-            Not one block a hash, a hash or a block twice, a block that is cached under another hash, or a hash that is
-            cached behind another parent.
+            Not one block a hash, a hash or a block twice, a block that is cached under another hash, a hash that is
+            cached behind another parent, or a lifetime that is negative.
         """
         with self._lock:
             given = _as_list(blocks)
             known, tail = self._check_insert(hashes, given, parent)
-            return self._append(tail, hashes, given, known, missed=True)
+            worth = self._checked_worth("insert", priority, ttl_s)
+            return self._append(tail, hashes, given, known, worth, missed=True)
 
     def _check_insert(
         self, hashes: Sequence[bytes], blocks: list[int], parent: bytes | None
@@ -209,12 +215,14 @@ class PrefixCache:
         self._check_count("insert", hashes, blocks)
         return self._check_chain("insert", tail, hashes, blocks)
 
-    def reserve(self, hashes: Sequence[bytes], *, parent: bytes | None = None) -> Reservation:
+    def reserve(
+        self, hashes: Sequence[bytes], *, parent: bytes | None = None, priority: int = 0, ttl_s: float | None = None
+    ) -> Reservation:
         """Make room for the blocks of a chain that are not cached, before they are copied.
 
         Parameters
         ----------
-        hashes, parent
+        hashes, parent, priority, ttl_s
             As for ``insert``.
 
         Returns
@@ -235,6 +243,7 @@ class PrefixCache:
             chains = self._chains
             tail = self._cached("reserve", "parent", parent) if parent is not None else None
             known, tail = self._check_chain("reserve", tail, hashes, None)
+            worth = self._checked_worth("reserve", priority, ttl_s)
             missing = list(hashes[known:])
             excess = 0 if self.max_cached_blocks is None else max(0, len(missing) - self._room())
             if tail is not None:
@@ -249,7 +258,7 @@ class PrefixCache:
                 chains.policy.missed(key)
             evicted = self._evict(excess)
             self._reserved += len(missing)
-            reservation = Reservation(missing, evicted, tail, self._end)
+            reservation = Reservation(missing, evicted, tail, worth, self._end)
             self._reservations.add(reservation)
             return reservation
 
@@ -275,7 +284,10 @@ class PrefixCache:
             return pairs
 
     def preview(self, hashes: Sequence[bytes], count: int) -> tuple[list[int], list[Pair]]:
-        """What ``lookup`` would find, and what ``evict`` would then take out while that is held; nothing changes.
+        """What ``lookup`` would find, and what would be evicted then while that is held; nothing changes.
+
+        What ``evict`` takes out is the same by policies that only order blocks; those that adapt to each eviction (ARC,
+        S3-FIFO, SIEVE) may change their mind on the way.
 
         Raises
         ------
@@ -393,6 +405,11 @@ class PrefixCache:
         self._counts["evicted"] += len(pairs)
         return pairs
 
+    def _checked_worth(self, method: str, priority: int, ttl_s: float | None) -> Worth:
+        if ttl_s is not None and not ttl_s >= 0:
+            raise ValueError(f"PrefixCache.{method}: ttl_s must be seconds from 0, got {ttl_s!r}")
+        return Worth(integer(f"PrefixCache.{method}: priority", priority), ttl_s)
+
     def _check_count(self, method: str, hashes: Sequence[bytes], blocks: list[int]) -> None:
         if len(blocks) != len(hashes):
             raise ValueError(f"PrefixCache.{method}: blocks must be one a hash, {len(hashes)}, got {len(blocks)}")
@@ -433,7 +450,7 @@ class PrefixCache:
                 raise ValueError(f"PrefixCache.{method}: blocks[{i}] must not be cached, got {block}")
 
     def _append(
-        self, tail: Entry | None, hashes: Sequence[bytes], blocks: list[int], known: int, *, missed: bool
+        self, tail: Entry | None, hashes: Sequence[bytes], blocks: list[int], known: int, worth: Worth, *, missed: bool
     ) -> list[Pair]:
         """Add what is not known behind ``tail``, the last that is; returns what is the caller's."""
         chains = self._chains
@@ -453,7 +470,7 @@ class PrefixCache:
                     return pairs + list(zip(hashes[i:], blocks[i:], strict=True))
                 self._counts["evicted"] += 1
                 pairs.append(evicted)
-            tail = chains.add(key, blocks[i], tail)
+            tail = chains.add(key, blocks[i], tail, worth)
             self._counts["inserted"] += 1
         return pairs
 
@@ -476,7 +493,7 @@ class PrefixCache:
             if blocks is None or is_lost:
                 pairs = list(zip(missing, given, strict=False))
             else:
-                pairs = self._append(end, missing, given, known, missed=False)
+                pairs = self._append(end, missing, given, known, reservation._worth, missed=False)
             if tail is not None:
                 pairs += self._unuse([tail])
             self._tell_fences(reservation)

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Sequence
 from types import TracebackType
 
-from kvkernels.memory.chains import Entry, Pair
+from kvkernels.memory.chains import Entry, Pair, Worth
 
 
 class Reservation:
@@ -31,7 +31,7 @@ class Reservation:
     """
 
     def __init__(
-        self, missing: list[bytes], evicted: list[Pair], tail: Entry | None,
+        self, missing: list[bytes], evicted: list[Pair], tail: Entry | None, worth: Worth,
         end: Callable[[Reservation, Sequence[int] | None], list[Pair]],
     ) -> None:  # fmt: skip
         self.missing = missing
@@ -39,6 +39,7 @@ class Reservation:
         self.is_ended = False
         self.is_stale = False  # the cache was reset
         self._tail = tail
+        self._worth = worth
         self._end = end
 
     def commit(self, blocks: Sequence[int]) -> list[Pair]:
