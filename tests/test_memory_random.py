@@ -49,6 +49,7 @@ class Run:
         self.held: list[bytes] = []
         self.open: list[tuple] = []
         self.fences: list[tuple[object, set]] = []
+        self.seen: tuple[int, list] = (0, [])
 
     def chain(self) -> list[bytes]:
         path, found = b"", []
@@ -79,6 +80,13 @@ class Run:
         assert blocks == self.model.lookup(hashes, hold) and tokens == 4 * len(blocks)
         if hold:
             self.held += hashes[: len(blocks)]
+
+    def hold(self) -> None:
+        hashes = self.model.chain(self.chain())
+        self.cache.hold(hashes)
+        for key in hashes:
+            self.model.row(key)[3] += 1
+        self.held += hashes
 
     def release(self) -> None:
         if not self.held:
@@ -175,6 +183,10 @@ class Run:
 
     def check(self) -> None:
         check_same(self.cache, self.model)
+        # Plans are made on a version.
+        version, rows = self.cache._version, [tuple(row) for row in self.model.blocks]
+        assert version > self.seen[0] or rows == self.seen[1]
+        self.seen = version, rows
         # Every block is somewhere, once.
         cached = list(self.cache._chains.by_block)
         assert sorted(self.free + cached) == list(range(60))
@@ -192,6 +204,7 @@ WEIGHTS = {
     "end": 11,
     "reserve": 10,
     "evict": 5,
+    "hold": 2,
     "drop": 2,
     "invalidate": 2,
     "reset": 0.3,

@@ -85,6 +85,7 @@ class PrefixCache:
         self._chains = Chains(policy)
         self._lock = threading.RLock()
         self._reserved = 0
+        self._version = 0  # grows with each change, so that who planned something sees that there was none
         self._reservations: set[Reservation] = set()
         self._fences: list[Fence] = []
         self._counts = dict.fromkeys(("calls", "call_hits", "blocks", "block_hits", "inserted", "evicted"), 0)
@@ -121,6 +122,7 @@ class PrefixCache:
                 touch(key)
             if hold:
                 self._hold(found)
+            self._version += bool(found)
             counts = self._counts
             counts["calls"] += bool(hashes)
             counts["call_hits"] += bool(found)
@@ -279,6 +281,7 @@ class PrefixCache:
     def _evict_these(self, keys: Iterable[bytes]) -> list[Pair]:
         """Take out what ``preview`` said, in its order."""
         with self._lock:
+            self._version += 1
             pairs = self._chains.evict_these(keys)
             self._counts["evicted"] += len(pairs)
             return pairs
@@ -319,6 +322,7 @@ class PrefixCache:
             The caller's. What is held is unreadable at once, and comes from the last ``release``.
         """
         with self._lock:
+            self._version += 1
             entries = self._chains.entries
             return [pair for key in hashes if key in entries for pair in self._chains.drop(entries[key])]
 
@@ -338,6 +342,7 @@ class PrefixCache:
         Fence
         """
         with self._lock:
+            self._version += 1
             freed = self._chains.drop_all()
             for reservation in self._reservations:
                 reservation.is_stale = True
@@ -382,11 +387,13 @@ class PrefixCache:
         return entry
 
     def _hold(self, entries: Sequence[Entry]) -> None:
+        self._version += 1
         for entry in entries:
             entry.holds += 1
             self._chains.use(entry)
 
     def _unuse(self, entries: Iterable[Entry]) -> list[Pair]:
+        self._version += 1
         pairs = []
         for entry in entries:
             pair = self._chains.unuse(entry)
@@ -401,6 +408,7 @@ class PrefixCache:
         self._fences = [fence for fence in self._fences if not fence.is_passed]
 
     def _evict(self, count: int) -> list[Pair]:
+        self._version += 1
         pairs = self._chains.evict(count)
         self._counts["evicted"] += len(pairs)
         return pairs
@@ -453,6 +461,7 @@ class PrefixCache:
         self, tail: Entry | None, hashes: Sequence[bytes], blocks: list[int], known: int, worth: Worth, *, missed: bool
     ) -> list[Pair]:
         """Add what is not known behind ``tail``, the last that is; returns what is the caller's."""
+        self._version += 1
         chains = self._chains
         pairs: list[Pair] = []
         if known:

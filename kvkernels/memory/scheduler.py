@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -45,6 +45,7 @@ class RequestPlan:
     reused_tokens: int
     num_new_blocks: int
     evicted: tuple[Pair, ...]
+    _of: tuple[int, int] = field(default=(-1, -1), repr=False, compare=False)  # the cache's and the pool's state
 
     @property
     def computed_tokens(self) -> int:
@@ -144,10 +145,7 @@ class SchedulerBridge:
                 f"SchedulerBridge.plan: num_tokens must be at least those of {len(hashes)} hashes, got {num_tokens}"
             )
         with self._lock, self._pool_lock:
-            if request_id in self._live:
-                raise DuplicateRequestError(
-                    f"SchedulerBridge.plan: request_id must not be that of a live request, got {request_id!r}"
-                )
+            self._check_not_live("plan", request_id)
             reused, _ = self.cache.preview(hashes, 0)
             needed = -(-num_tokens // size) - len(reused)
             free = self.pool.num_free_blocks
@@ -161,8 +159,9 @@ class SchedulerBridge:
                     most,
                 ) from error
             return RequestPlan(
-                request_id, num_tokens, tuple(hashes), tuple(reused), len(reused) * size, needed, tuple(evicted)
-            )
+                request_id, num_tokens, tuple(hashes), tuple(reused), len(reused) * size, needed, tuple(evicted),
+                (self.cache._version, free),
+            )  # fmt: skip
 
     def allocate(self, plan: RequestPlan) -> Tensor:
         """Do what a plan says.
@@ -185,13 +184,9 @@ class SchedulerBridge:
             As for ``plan``.
         """
         with self._lock, self._pool_lock:
-            now = self.plan(plan.request_id, plan.num_tokens, plan.hashes)
-            if now != plan:
-                raise StalePlanError(
-                    f"SchedulerBridge.allocate: plan must hold still, got one for {plan.request_id!r} that reused "
-                    f"{len(plan.reused)} blocks and evicted {len(plan.evicted)}, where now {len(now.reused)} "
-                    f"and {len(now.evicted)} are"
-                )
+            self._check_not_live("allocate", plan.request_id)
+            if plan._of != (self.cache._version, self.pool.num_free_blocks):
+                self._check_holds(plan, self.plan(plan.request_id, plan.num_tokens, plan.hashes))
             prefix = plan.hashes[: len(plan.reused)]
             self.cache.lookup(plan.hashes, hold=True)
             try:
@@ -204,6 +199,20 @@ class SchedulerBridge:
             reused = np.array(plan.reused, dtype=np.int64)
             new = handle.block_array if handle is not None else reused[:0]
             return torch.from_numpy(np.concatenate([reused, new]))
+
+    def _check_not_live(self, method: str, request_id: str) -> None:
+        if request_id in self._live:
+            raise DuplicateRequestError(
+                f"SchedulerBridge.{method}: request_id must not be that of a live request, got {request_id!r}"
+            )
+
+    def _check_holds(self, plan: RequestPlan, now: RequestPlan) -> None:
+        if now != plan:
+            raise StalePlanError(
+                f"SchedulerBridge.allocate: plan must hold still, got one for {plan.request_id!r} that reused "
+                f"{len(plan.reused)} blocks and evicted {len(plan.evicted)}, where now {len(now.reused)} "
+                f"and {len(now.evicted)} are"
+            )
 
     def _alloc(self, plan: RequestPlan) -> KVHandle | None:
         tokens = plan.computed_tokens
