@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from kvkernels.memory.eviction.arc import ARC
 from kvkernels.memory.eviction.buckets import LFU, Priority
+from kvkernels.memory.eviction.chain import Chain
 from kvkernels.memory.eviction.lru import FIFO, LRU
 from kvkernels.memory.eviction.protocol import (
     BlockContext,
@@ -21,7 +22,7 @@ from kvkernels.memory.eviction.ttl import TTL
 
 #: The policies by the names that ``make_policy`` takes.
 POLICIES: dict[str, type[EvictionPolicy]] = {
-    policy.name: policy for policy in (LRU, LFU, FIFO, TTL, Priority, ARC, S3FIFO, SIEVE)
+    policy.name: policy for policy in (LRU, LFU, FIFO, TTL, Priority, ARC, S3FIFO, SIEVE, Chain)
 }
 
 
@@ -70,6 +71,7 @@ __all__ = [
     "S3FIFO",
     "SIEVE",
     "TTL",
+    "Chain",
     "BlockContext",
     "EvictionError",
     "EvictionPolicy",
