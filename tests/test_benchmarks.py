@@ -268,3 +268,15 @@ def test_a_chart_without_matplotlib_names_the_extra(modules, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(SystemExit, match=r"kvkernels\[bench\]"):
         plot.require_matplotlib()
+
+
+def test_pinned_writes_what_it_measured(tmp_path):
+    done = run_script("pinned.py", "--gib", 1 / 64, "--rounds", 2, "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "pinned.json").read_text())
+    for row in result["rows"]:
+        assert row["ratio"] == pytest.approx(row["pool_s"] / row["first_touch_s"])
+    page = (tmp_path / "pinned.md").read_text()
+    assert [line.split(" | ")[0] for line in page.splitlines()[5:]] == [
+        f"| {case}" for case in ("pool", "---", 'huge_pages="auto"', "huge_pages=False", 'shared="name"')
+    ]

@@ -32,7 +32,7 @@ INCLUDES = {
     "core": {"core"},
     "cpu": {"core", "cpu"},
     "cuda": {"core", "cuda"},
-    "host": {"core", "cpu"},
+    "host": {"core", "cpu", "host"},
     "ops": {"core", "cpu", "cuda", "ops"},
 }
 FOREIGN = {"core": set(), "cpu": set(), "cuda": {"cuda"}, "host": {"pybind11"}, "ops": {"torch"}}

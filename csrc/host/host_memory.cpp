@@ -27,18 +27,27 @@ int64_t rounded_up(int64_t bytes, int64_t unit) { return (bytes + unit - 1) / un
 
 HostMemory::HostMemory(int64_t bytes, int file, bool is_hugetlb)
     : bytes_(bytes), mapped_bytes_(rounded_up(bytes, is_hugetlb ? kHugePageBytes : sysconf(_SC_PAGESIZE))) {
-  reserved_bytes_ = static_cast<size_t>(mapped_bytes_ + 2 * kHugePageBytes);
+  const auto mapped = static_cast<size_t>(mapped_bytes_);
+  int flags = file >= 0 ? MAP_SHARED : MAP_PRIVATE | MAP_ANONYMOUS;
+  // The size by its power of two: the system's default may be another.
+  if (is_hugetlb && file < 0) flags |= MAP_HUGETLB | 21 << MAP_HUGE_SHIFT;
+  // Tried where nothing is: a refusal below may leave a hole in the reservation, which another thread's memory can
+  // fill.
+  void* const tried = mmap(nullptr, mapped, PROT_READ | PROT_WRITE, flags, file, 0);
+  if (tried == MAP_FAILED) fail("mmap", bytes);
+  munmap(tried, mapped);
+
+  reserved_bytes_ = mapped + 2 * kHugePageBytes;
   reserved_ = mmap(nullptr, reserved_bytes_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (reserved_ == MAP_FAILED) fail("mmap", bytes);
   // A huge page or more after the start, so that a small page or more on either side stays unreadable.
-  const auto address = reinterpret_cast<uintptr_t>(reserved_);
+  auto* const start = static_cast<std::byte*>(reserved_);
+  const auto address = reinterpret_cast<uintptr_t>(start);
   data_ = reinterpret_cast<std::byte*>((address + 2 * kHugePageBytes - 1) / kHugePageBytes * kHugePageBytes);
-  int flags = MAP_FIXED | (file >= 0 ? MAP_SHARED : MAP_PRIVATE | MAP_ANONYMOUS);
-  // The size by its power of two: the system's default may be another.
-  if (is_hugetlb && file < 0) flags |= MAP_HUGETLB | 21 << MAP_HUGE_SHIFT;
-  if (mmap(data_, static_cast<size_t>(mapped_bytes_), PROT_READ | PROT_WRITE, flags, file, 0) == MAP_FAILED) {
+  if (mmap(data_, mapped, PROT_READ | PROT_WRITE, flags | MAP_FIXED, file, 0) == MAP_FAILED) {
     const int error = errno;
-    munmap(reserved_, reserved_bytes_);
+    munmap(start, static_cast<size_t>(data_ - start));
+    munmap(data_ + mapped, static_cast<size_t>(start + reserved_bytes_ - (data_ + mapped)));
     fail("mmap", bytes, error);
   }
 }
@@ -68,10 +77,8 @@ void HostMemory::touch(int64_t begin, int64_t end, Touch how) {
   const int64_t small_page = sysconf(_SC_PAGESIZE);
   begin = begin / small_page * small_page;
   if (how == Touch::kPopulate) {
-    while (madvise(data_ + begin, static_cast<size_t>(end - begin), MADV_POPULATE_WRITE) != 0) {
-      // A page that was on its way elsewhere; the next try continues where this one stopped.
-      if (errno != EAGAIN && errno != EINTR) fail("madvise(MADV_POPULATE_WRITE)", end - begin);
-    }
+    const auto length = static_cast<size_t>(end - begin);
+    if (madvise(data_ + begin, length, MADV_POPULATE_WRITE) != 0) fail("madvise(MADV_POPULATE_WRITE)", end - begin);
     return;
   }
   for (int64_t i = begin; i < end; i += small_page) {

@@ -39,33 +39,50 @@ void check_bytes(const char* what, int64_t bytes) {
   }
 }
 
-// To unmap what is large takes seconds, which other threads need not wait for.
-struct Unmap {
-  void operator()(HostMemory* memory) const {
+// What Python holds: the memory, and what is to be undone while it is still mapped.
+struct PyMemory {
+  PyMemory(int64_t bytes, int file, bool is_hugetlb) : memory(bytes, file, is_hugetlb) {}
+
+  HostMemory memory;
+  py::object before_unmap = py::none();
+};
+
+struct Release {
+  void operator()(PyMemory* held) const {
+    if (!held->before_unmap.is_none()) {
+      const py::error_scope keeps_pending_error;
+      try {
+        held->before_unmap();
+      } catch (py::error_already_set& error) {
+        error.discard_as_unraisable("kvkernels._host.HostMemory");
+      }
+      held->before_unmap = py::none();
+    }
+    // To unmap what is large takes seconds, which other threads need not wait for.
     const py::gil_scoped_release release;
-    delete memory;
+    delete held;
   }
 };
-using Memory = std::unique_ptr<HostMemory, Unmap>;
+using Holder = std::unique_ptr<PyMemory, Release>;
 
-Memory host_memory(int64_t bytes, int file, bool hugetlb) {
+Holder host_memory(int64_t bytes, int file, bool hugetlb) {
   check_bytes("HostMemory", bytes);
-  return Memory(new HostMemory(bytes, file, hugetlb));
+  return Holder(new PyMemory(bytes, file, hugetlb));
 }
 
-Memory huge_pages(int64_t bytes) {
+Holder huge_pages(int64_t bytes) {
   check_bytes("huge_pages", bytes);
   try {
-    Memory memory(new HostMemory(bytes, -1, false));
+    Holder held(new PyMemory(bytes, -1, false));
     try {
-      memory->advise_huge(true);
+      held->memory.advise_huge(true);
     } catch (const std::system_error& error) {
       // This kernel has no transparent huge pages: the memory is as good, and huge_page_bytes tells.
       if (error.code().value() != EINVAL) throw;
     }
     const py::gil_scoped_release release;
-    memory->touch(0, bytes, Touch::kWrite);
-    return memory;
+    held->memory.touch(0, bytes, Touch::kWrite);
+    return held;
   } catch (const std::system_error& error) {
     raise_memory_error(std::string("huge_pages: ") + error.what());
   }
@@ -78,22 +95,23 @@ Touch touch_of(const std::string& how) {
   throw std::invalid_argument("HostMemory: how must be one of 'populate', 'write', 'read', got '" + how + "'");
 }
 
-void touch(HostMemory& memory, int64_t begin, int64_t end, const std::string& how) {
+void touch(PyMemory& self, int64_t begin, int64_t end, const std::string& how) {
   const Touch touch = touch_of(how);
-  if (begin < 0 || begin > end || end > memory.bytes()) {
-    throw std::invalid_argument("HostMemory: begin and end must be inside of its " + std::to_string(memory.bytes()) +
-                                " bytes, got " + std::to_string(begin) + " and " + std::to_string(end));
+  if (begin < 0 || begin > end || end > self.memory.bytes()) {
+    throw std::invalid_argument("HostMemory: begin and end must be inside of its " +
+                                std::to_string(self.memory.bytes()) + " bytes, got " + std::to_string(begin) + " and " +
+                                std::to_string(end));
   }
   const py::gil_scoped_release release;
-  memory.touch(begin, end, touch);
+  self.memory.touch(begin, end, touch);
 }
 
-void prefer_node(HostMemory& memory, int node) {
+void prefer_node(PyMemory& self, int node) {
   // As many as Linux can be built for.
   if (node < 0 || node >= 1024) {
     throw std::invalid_argument("HostMemory: node must be from 0 to 1023, got " + std::to_string(node));
   }
-  memory.prefer_node(node);
+  self.memory.prefer_node(node);
 }
 
 struct Range {
@@ -152,8 +170,8 @@ int64_t huge_page_bytes(const py::buffer& buffer) {
 void bind_memory(py::module_& module) {
   py::register_local_exception_translator(&raise_os_error);
 
-  py::class_<HostMemory, Memory>(module, "HostMemory", py::buffer_protocol(),
-                                 R"(HostMemory(bytes: int, file: int = -1, hugetlb: bool = False)
+  py::class_<PyMemory, Holder>(module, "HostMemory", py::buffer_protocol(),
+                               R"(HostMemory(bytes: int, file: int = -1, hugetlb: bool = False)
 
 Host memory of a size: a writable one-dimensional buffer of unsigned bytes, unmapped with the last object that uses it.
 
@@ -179,19 +197,26 @@ Notes
 -----
 It starts on a 2 MiB boundary. No page exists before it is touched.)")
       .def(py::init(&host_memory), py::arg("bytes"), py::arg("file") = -1, py::arg("hugetlb") = false)
-      .def_buffer([](HostMemory& self) {
-        return py::buffer_info(self.data(), 1, py::format_descriptor<uint8_t>::format(), 1, {self.bytes()}, {1});
+      .def_buffer([](PyMemory& self) {
+        return py::buffer_info(self.memory.data(), 1, py::format_descriptor<uint8_t>::format(), 1,
+                               {self.memory.bytes()}, {1});
       })
-      .def("__len__", &HostMemory::bytes)
+      .def("__len__", [](const PyMemory& self) { return self.memory.bytes(); })
       .def("__repr__",
-           [](const HostMemory& self) {
-             return "<kvkernels._host.HostMemory of " + std::to_string(self.bytes()) + " bytes>";
+           [](const PyMemory& self) {
+             return "<kvkernels._host.HostMemory of " + std::to_string(self.memory.bytes()) + " bytes>";
            })
       .def_property_readonly(
-          "address", [](const HostMemory& self) { return reinterpret_cast<uintptr_t>(self.data()); },
+          "address", [](const PyMemory& self) { return reinterpret_cast<uintptr_t>(self.memory.data()); },
           "int: where it starts.")
-      .def_property_readonly("mapped_bytes", &HostMemory::mapped_bytes, "int: up to the end of its last page.")
-      .def("advise_huge", &HostMemory::advise_huge, py::arg("wanted"), R"(advise_huge(wanted: bool) -> None
+      .def_property_readonly(
+          "mapped_bytes", [](const PyMemory& self) { return self.memory.mapped_bytes(); },
+          "int: up to the end of its last page.")
+      .def_readwrite("before_unmap", &PyMemory::before_unmap,
+                     "callable or None: called without arguments just before it is unmapped.")
+      .def(
+          "advise_huge", [](PyMemory& self, bool wanted) { self.memory.advise_huge(wanted); }, py::arg("wanted"),
+          R"(advise_huge(wanted: bool) -> None
 
 Say whether pages that come to be from now on are to be huge ones.
 

@@ -28,8 +28,16 @@ from kvkernels.memory.hashes import BlockHasher
 from kvkernels.memory.pinned import PinnedFacts, PinnedPool
 from kvkernels.memory.pool import KVPool, num_blocks
 from kvkernels.memory.prefix import PrefixCache
+from kvkernels.memory.registration import RegistrationError
 from kvkernels.memory.reservations import Fence, Reservation
 from kvkernels.memory.scheduler import RequestPlan, SchedulerBridge
+from kvkernels.memory.shared import (
+    NoOwnerError,
+    OwnedElsewhereError,
+    SharedPoolError,
+    SharedSizeError,
+    StaleSegmentError,
+)
 
 __all__ = [
     "BlockContext",
@@ -44,21 +52,27 @@ __all__ = [
     "HandleError",
     "KVHandle",
     "KVPool",
+    "NoOwnerError",
     "NotCachedError",
     "NotEnoughEvictable",
     "NotHeldError",
     "NothingEvictable",
     "OverBudgetError",
+    "OwnedElsewhereError",
     "PinnedFacts",
     "PinnedHandleError",
     "PinnedPool",
     "PrefixCache",
+    "RegistrationError",
     "RequestPlan",
     "Reservation",
     "ReservationEndedError",
     "SchedulerBridge",
     "SharedHandleError",
+    "SharedPoolError",
+    "SharedSizeError",
     "StalePlanError",
+    "StaleSegmentError",
     "UnknownRequestError",
     "make_policy",
     "num_blocks",
