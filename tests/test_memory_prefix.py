@@ -202,11 +202,14 @@ def test_the_policy_hears_of_misses_and_is_cleared(monkeypatch):
 
 def test_the_policy_is_told_where_a_block_is(monkeypatch):
     policy = make_policy("lru", 8)
-    told = {}
-    real = policy.insert
-    monkeypatch.setattr(policy, "insert", lambda key, *, context, **_: (told.update({key: context}), real(key)))
-    PrefixCache(16, policy=policy).insert(KEYS[:3], range(3))
-    assert [tuple(told[key]) for key in KEYS[:3]] == [(0, None), (1, KEYS[0]), (2, KEYS[1])]
+    told = []
+    insert, touch = policy.insert, policy.touch
+    monkeypatch.setattr(policy, "insert", lambda key, *, context, **_: (told.append((key, *context)), insert(key)))
+    monkeypatch.setattr(policy, "touch", lambda key, context: (told.append((key, *context)), touch(key)))
+    cache = PrefixCache(16, policy=policy)
+    cache.insert(KEYS[:2], [0, 1])
+    cache.lookup(KEYS)
+    assert told == [(KEYS[0], 0, None), (KEYS[1], 1, KEYS[0])] * 2
 
 
 def test_priorities_and_lifetimes_reach_their_policies():

@@ -21,13 +21,13 @@ class Worth(NamedTuple):
 class Entry:
     """A cached block."""
 
-    __slots__ = ("block", "children", "depth", "holds", "key", "locks", "parent", "users")
+    __slots__ = ("block", "children", "context", "holds", "key", "locks", "parent", "users")
 
     def __init__(self, key: bytes, block: int, parent: Entry | None) -> None:
         self.key = key
         self.block = block
         self.parent = parent
-        self.depth: int = parent.depth + 1 if parent else 0
+        self.context: BlockContext = BlockContext(parent.context.depth + 1, parent.key) if parent else BlockContext()
         self.children: set[Entry] | None = None
         self.holds = 0  # of callers
         self.users = 0  # holds, and reservations of what comes behind it
@@ -77,8 +77,7 @@ class Chains:
     def add(self, key: bytes, block: int, parent: Entry | None, worth: Worth) -> Entry:
         """A new block, behind another or as the beginning of a prompt."""
         entry = Entry(key, block, parent)
-        context = BlockContext(entry.depth, parent.key if parent else None)
-        self.policy.insert(key, priority=worth.priority, ttl=worth.ttl_s, context=context)
+        self.policy.insert(key, priority=worth.priority, ttl=worth.ttl_s, context=entry.context)
         self.entries[key] = entry
         self.by_block[block] = entry
         if parent is not None:

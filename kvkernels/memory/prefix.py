@@ -118,8 +118,8 @@ class PrefixCache:
         with self._lock:
             found = self._chains.match(hashes)
             touch = self._chains.policy.touch
-            for key in hashes[: len(found)]:
-                touch(key)
+            for entry in found:
+                touch(entry.key, entry.context)
             if hold:
                 self._hold(found)
             self._version += bool(found)
