@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from array import array
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,8 +14,6 @@ from torch import Tensor
 from kvkernels.common.arguments import dtype_text
 from kvkernels.layout import KVLayout
 from kvkernels.memory.errors import FreedHandleError
-
-BlockIds = npt.NDArray[np.int64]
 
 
 class Place(NamedTuple):
@@ -76,7 +75,7 @@ class KVHandle:
     )
 
     def __init__(
-        self, handle_id: int, request_id: str | None, num_tokens: int, place: Place, blocks: BlockIds, owner: object,
+        self, handle_id: int, request_id: str | None, num_tokens: int, place: Place, blocks: array[int], owner: object,
     ) -> None:  # fmt: skip
         self.handle_id = handle_id
         self.request_id = request_id
@@ -92,14 +91,14 @@ class KVHandle:
     @property
     def block_ids(self) -> Tensor:
         """int64 ids of the blocks on the CPU, a copy, as the ops take them; FreedHandleError once it was freed."""
-        return torch.from_numpy(self.block_array.copy())
+        return torch.from_numpy(self.block_array)
 
     @property
-    def block_array(self) -> BlockIds:
-        """The ids as a numpy array, which is the handle's own: not to be written to."""
+    def block_array(self) -> npt.NDArray[np.int64]:
+        """The same as a numpy array."""
         if self.is_freed:
             raise FreedHandleError(f"KVHandle.block_ids: the handle must not be freed, got {self!r}")
-        return self._blocks
+        return np.array(self._blocks, dtype=np.int64)
 
     @property
     def num_blocks(self) -> int:
@@ -176,7 +175,7 @@ class KVHandle:
         """The handle that ``to_dict`` told of, equal to it; of no pool, so that none frees it."""
         layout = KVLayout.from_text(values["layout"]) if values["layout"] is not None else None
         place = Place(values["block_size"], layout, values["device"], values["rank"])
-        blocks = np.array(values["block_ids"], dtype=np.int64)
+        blocks = array("q", values["block_ids"])
         handle = cls(values["handle_id"], values["request_id"], values["num_tokens"], place, blocks, None)
         for name in ("pin_count", "ref_count", "created_s", "last_access_s"):
             setattr(handle, name, values[name])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+from array import array
 from collections.abc import Callable
 from types import TracebackType
 from typing import NoReturn
@@ -22,7 +23,7 @@ from kvkernels.memory.errors import (
     PinnedHandleError,
     SharedHandleError,
 )
-from kvkernels.memory.handle import BlockIds, KVHandle, Place
+from kvkernels.memory.handle import KVHandle, Place
 from kvkernels.memory.pages import Pages
 
 #: Called with the tokens that were asked for and those that there are.
@@ -119,8 +120,8 @@ class KVPool:
         self._place = Place(self.block_size, layout, str(device), rank)
         self._on_over_budget = on_over_budget
         self._lock = threading.RLock()
-        # The ids from _head on are free.
-        self._ids: BlockIds = np.arange(self.num_blocks, dtype=np.int64)
+        # The ids from _head on are free. Slices of an array are copies, at a third of the time of numpy's.
+        self._ids = array("q", np.arange(self.num_blocks, dtype=np.int64).tobytes())
         self._head = 0
         self._next_id = itertools.count()
         self._used_tokens = self._pinned_tokens = self._num_handles = self._num_pinned = 0
@@ -225,7 +226,7 @@ class KVPool:
         if end > self.num_blocks:
             return None
         used_tokens, num_handles = self._used_tokens + num_tokens, self._num_handles + 1
-        handle = KVHandle(next(self._next_id), request_id, num_tokens, place, self._ids[head:end].copy(), self)
+        handle = KVHandle(next(self._next_id), request_id, num_tokens, place, self._ids[head:end], self)
         # What could run out of memory is above.
         self._head, self._used_tokens, self._num_handles = end, used_tokens, num_handles
         return handle
@@ -299,13 +300,11 @@ class KVPool:
             self._check("split", handle)
             if handle.pin_count or handle.ref_count > 1:
                 self._refuse_to_free("split", handle)
-            size, rest, blocks = self.block_size, handle.num_tokens, handle.block_array
+            size, rest, blocks = self.block_size, handle.num_tokens, handle._blocks
             parts = []
             for i in range(len(blocks)):
                 tokens = min(size, rest - i * size)
-                part = KVHandle(
-                    next(self._next_id), handle.request_id, tokens, handle.place, blocks[i : i + 1].copy(), self
-                )
+                part = KVHandle(next(self._next_id), handle.request_id, tokens, handle.place, blocks[i : i + 1], self)
                 parts.append(part)
             self._num_handles += len(parts) - 1
             handle.ref_count = 0

@@ -116,19 +116,24 @@ class PrefixCache:
             Tokens in them.
         """
         with self._lock:
-            found = self._chains.match(hashes)
-            touch = self._chains.policy.touch
-            for entry in found:
-                touch(entry.key, entry.context)
+            find, touch = self._chains.entries.get, self._chains.policy.touch
+            blocks = []
+            for key in hashes:
+                entry = find(key)
+                if entry is None:
+                    break
+                touch(key, entry.context)
+                blocks.append(entry.block)
+            found = len(blocks)
             if hold:
-                self._hold(found)
+                self._hold(self._chains.match(hashes[:found]))
             self._version += bool(found)
             counts = self._counts
             counts["calls"] += bool(hashes)
             counts["call_hits"] += bool(found)
             counts["blocks"] += len(hashes)
-            counts["block_hits"] += len(found)
-            return [entry.block for entry in found], len(found) * self.block_size
+            counts["block_hits"] += found
+            return blocks, found * self.block_size
 
     def hold(self, hashes: Sequence[bytes]) -> None:
         """Keep blocks from being evicted until as many ``release``; NotCachedError where one is not cached."""
