@@ -14,8 +14,8 @@ class ARC(EvictionPolicy):
     """Keys used once and keys used again have a line each, and misses on what was evicted move room between them.
 
     N. Megiddo, D. S. Modha, "ARC: A self-tuning, low overhead replacement cache", FAST 2003, figure 4. T1 and T2 are
-    lines in LRU order, B1 and B2 the ghosts of each, p the room that T1 is to have. What the paper has in one step is in
-    three here: ``missed`` moves p, ``victims`` is REPLACE, and ``insert`` trims the ghosts. p is a real number, and
+    lines in LRU order, B1 and B2 the ghosts of each, p the room that T1 is to have. What the paper has in one step is
+    in three here: ``missed`` moves p, ``victims`` is REPLACE, and ``insert`` trims the ghosts. p is a real number, and
     grows and shrinks by real ratios. Where the line that REPLACE names has no key that may leave, the other gives one.
     """
 

@@ -82,9 +82,9 @@ class _Buckets(EvictionPolicy):
 class LFU(_Buckets):
     """The key that was used least often since it came leaves first; of several, the one used longest ago.
 
-    K. Shah, A. Mitra, D. Matani, "An O(1) algorithm for implementing the LFU cache eviction scheme", 2010, whose list of
-    frequencies is a sorted array here. The paper leaves open which key of the lowest frequency goes. Counts do not age,
-    and a key that left begins at 1 again.
+    K. Shah, A. Mitra, D. Matani, "An O(1) algorithm for implementing the LFU cache eviction scheme", 2010, whose list
+    of frequencies is a sorted array here. The paper leaves open which key of the lowest frequency goes. Counts do not
+    age, and a key that left begins at 1 again.
     """
 
     name = "lfu"

@@ -53,9 +53,9 @@ class Chain(EvictionPolicy):
     - **Order**: of one worth the oldest request first, and of a request the deepest block first, so that what is left
       of it is a prefix. Without a context, keys count as one request for a 64th of the capacity's uses.
 
-    Each operation is O(1) amortised: a request's blocks of a class are one run, runs wait in cells of class and age, and
-    there are 384 cells. A key that becomes evictable again after it was passed over goes back to its place, which takes
-    as many steps as its request has blocks.
+    Each operation is O(1) amortised: a request's blocks of a class are one run, runs wait in cells of class and age,
+    and there are 384 cells. A key that becomes evictable again after it was passed over goes back to its place, which
+    takes as many steps as its request has blocks.
     """
 
     name = "chain"
@@ -171,11 +171,11 @@ class Chain(EvictionPolicy):
         self._now += 1
 
     def _begin(self, is_chain: bool) -> None:
-        last = self._run_of.get(self._last)
-        if is_chain and last is not None and last is self._request[last.kind]:
-            place = last.keys.pop(self._last, None)
-            if place is not None:
-                self._join(self._last, last.kind + 1, place)
+        run = self._run_of.get(self._last)
+        if is_chain and run is not None:
+            tail = self._run_of[self._last] = self._run(run.kind + 1)
+            waits = self._last in run.aside
+            (tail.aside if waits else tail.keys)[self._last] = (run.aside if waits else run.keys).pop(self._last)
         self._request = [None] * _CLASSES
         self._last = None
         self._start = self._now
@@ -184,16 +184,20 @@ class Chain(EvictionPolicy):
         if self._now - self._learned_at >= self._learn_uses:
             self._learn()
 
-    def _join(self, key: Hashable, kind: int, place: int | None = None) -> None:
+    def _join(self, key: Hashable, kind: int) -> None:
+        run = self._run_of[key] = self._run(kind)
+        run.keys[key] = self._now
+        self._last = key
+
+    def _run(self, kind: int) -> _Run:
+        """The one of this request, in its cell."""
         run = self._request[kind]
         if run is None:
             run = self._request[kind] = _Run(kind, self._start)
             self._runs.append(run)
         if not run.is_listed:
             self._list(run)
-        run.keys[key] = self._now if place is None else place
-        self._run_of[key] = run
-        self._last = key
+        return run
 
     def _list(self, run: _Run) -> None:
         """Put a run into its cell, where it is not, and the cell into the heap."""

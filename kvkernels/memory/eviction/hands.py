@@ -41,7 +41,7 @@ class HandPolicy(EvictionPolicy):
     def _queues(self) -> tuple[Queue, ...]:
         """Where a key that is not aside may be."""
 
-    def _left(self, key: Hashable, queue: Queue) -> None:  # noqa: B027
+    def _left(self, key: Hashable, queue: Queue) -> None:
         """A key was evicted from the front of a queue, or from the midst of it."""
 
     def _home(self, queue: Queue) -> Queue:
@@ -52,7 +52,7 @@ class HandPolicy(EvictionPolicy):
         """Two queues change places, or change back: what a step says whose queues are both ``_away``."""
         raise NotImplementedError
 
-    def _settled(self) -> None:  # noqa: B027
+    def _settled(self) -> None:
         """Keys came or went for good."""
 
     def victims(self, n: int, protected: Collection[Hashable] = ()) -> list[Hashable]:
@@ -70,17 +70,18 @@ class HandPolicy(EvictionPolicy):
                 if to is None:
                     del self._count[key]
                     self._left(key, queue)
-                elif to is self._away and key in self._blocked:
+                elif to is self._away and queue is not to and key in self._blocked:
                     self._aside[key] = queue
+            self._settled()
             for key, queue, to, _ in reversed(self._steps):
-                if to is self._away and key not in self._blocked:
+                if to is self._away and queue is not to and key not in self._blocked:
                     self._put_before(key, self._home(queue))
             self._steps.clear()
             self._planned.clear()
         else:
             for key in given:
                 self._left(key, self._discard(key))
-        self._settled()
+            self._settled()
 
     def remove(self, key: Hashable) -> None:
         if key not in self._count:
@@ -144,7 +145,6 @@ class HandPolicy(EvictionPolicy):
         self._take_back(0)
         if key in self._aside:
             self._put_before(key, self._home(self._aside.pop(key)))
-            self._settled()
 
     @staticmethod
     def _put_before(key: Hashable, queue: Queue) -> None:

@@ -9,7 +9,6 @@ from typing import ClassVar, NamedTuple
 
 from kvkernels.common.arguments import integer
 
-
 _NONE: frozenset[Hashable] = frozenset()
 
 

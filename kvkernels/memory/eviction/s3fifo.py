@@ -13,11 +13,10 @@ from kvkernels.memory.eviction.protocol import BlockContext
 class S3FIFO(HandPolicy):
     """A small queue that most keys leave soon, a main one for those that were used in it, and a queue of ghosts.
 
-    J. Yang, Y. Zhang, Z. Qiu, Y. Yue, R. Vigfusson, "FIFO queues are all you need for cache eviction", SOSP 2023,
-    algorithm 1. S has a tenth of the capacity, M and the ghosts have the rest each. Counts go up to 3; a key goes from S
-    to M with a count above 1, as the algorithm says (its text says "more than once" as well), and begins at 0 there.
-    Where M is full by such a key, M gives the victim. The next ghost makes room by the oldest. A queue that has no key
-    that may leave is passed over.
+    J. Yang, Y. Zhang, Z. Qiu, Y. Yue, R. Vinayak, "FIFO queues are all you need for cache eviction", SOSP 2023,
+    algorithm 1. S has a tenth of the capacity, M and the ghosts have the rest each. Counts go up to 3; a key goes from
+    S to M with a count above 1, and begins at 0 there. Where M has become too long by that, M gives the victim. Keys
+    that are aside do not count in the length of their queue, and a queue without a key that may leave is passed over.
     """
 
     name = "s3fifo"

@@ -13,8 +13,8 @@ from kvkernels.memory.eviction.protocol import BlockContext
 class SIEVE(HandPolicy):
     """A queue in order of insertion, and a hand that goes from the oldest key to the newest and spares those visited.
 
-    Y. Zhang, J. Yang, Y. Yue, Y. Vigfusson, K. V. Rashmi, "SIEVE is simpler than LRU", NSDI 2024, algorithm 1. The queue
-    is two here, so that the hand is a front::
+    Y. Zhang, J. Yang, Y. Yue, Y. Vigfusson, K. V. Rashmi, "SIEVE is simpler than LRU", NSDI 2024, algorithm 1. The
+    queue is two here, so that the hand is a front::
 
         passed (oldest first) | hand -> ahead (newest last) <- new keys
 
