@@ -227,7 +227,7 @@ def test_ids_of_a_handle_are_a_copy_and_end_with_it():
 
 
 def test_the_budget_rounds_down_and_requests_round_up():
-    assert KVPool(1000, 16).num_blocks == num_blocks(1000, 16) == 62
+    assert KVPool(1000, 16).num_blocks == num_blocks(1000, 16) == num_blocks(1000) == 62
     assert KVPool(1000, 16).max_tokens == 992
     pool = KVPool(1000, 16)
     assert [pool.alloc(tokens).num_blocks for tokens in (1, 16, 17, 32, 33)] == [1, 1, 2, 2, 3]

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
+import itertools
+import json
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -232,6 +236,18 @@ def test_priorities_and_lifetimes_reach_their_policies():
             with pytest.raises(ValueError, match=r"PrefixCache\.(insert|reserve): (ttl_s|priority) must be"):
                 call()
             assert state(cache) == before
+
+
+@pytest.mark.parametrize("cap,hits", [(5860, 37_703), (None, 77_953)])
+def test_lru_s_hits_on_the_synthetic_trace(cap, hits):
+    """As many as the bare policy's: a prompt's blocks are used in order, so that its leaves are due first anyway."""
+    cache, blocks = PrefixCache(512, cap), itertools.count()
+    with gzip.open(Path(__file__).parent / "data" / "synthetic_trace.jsonl.gz") as lines:
+        for line in lines:
+            hashes = [one.to_bytes(4, "little") for one in dict.fromkeys(json.loads(line)["hash_ids"])]
+            cached, _ = cache.lookup(hashes)
+            cache.insert(hashes, [*cached, *itertools.islice(blocks, len(hashes) - len(cached))])
+    assert cache.get_stats()["block_hits"] == hits
 
 
 # Whose block it is.
