@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import kvkernels
+import kvkernels.memory
 from kvkernels import reference
 from kvkernels.registration import fake, schemas
 
@@ -82,7 +83,7 @@ def test_conversions_have_the_defaults_of_the_ops(name):
     assert given == {**DEFAULTS[name], "executor": "auto", "sm_budget": 0}
 
 
-@pytest.mark.parametrize("module", [kvkernels, kvkernels.layout], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [kvkernels, kvkernels.layout, kvkernels.memory], ids=lambda module: module.__name__)
 def test_everything_public_has_a_docstring(module):
     for name in module.__all__:
         value = getattr(module, name)

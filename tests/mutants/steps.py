@@ -102,7 +102,7 @@ PLANS = {
     "kvkernels/memory/hashes": [Step(PYTHON, _files("memory_hashes"))],
     "kvkernels/memory/mapping": [Step(PYTHON, _files("memory_mapping memory_pinned memory_shared"))],
     "kvkernels/memory/pinned": [Step(PYTHON, _files("memory_pinned memory_shared"))],
-    "kvkernels/memory/pages": [Step(PYTHON, _files("memory_pool"))],
+    "kvkernels/memory/pages": [Step(PYTHON, _files("memory_pool")), Step(STAND_IN, _on_torch("memory_pool"))],
     "kvkernels/memory/pool": [Step(PYTHON, _files("memory_pool memory_random memory_threads"))],
     "kvkernels/memory/prefix": [Step(PYTHON, _files("memory_prefix memory_random memory_threads"))],
     "kvkernels/memory/registration": [Step(PYTHON, _files("memory_pinned")), Step(STAND_IN, _on_torch("pinned"))],
