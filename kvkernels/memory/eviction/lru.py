@@ -53,7 +53,7 @@ class LRU(EvictionPolicy):
             self._blocked.discard(key)
 
     def remove(self, key: Hashable) -> None:
-        if key not in self._line:
+        if key not in self:
             raise self._unknown("remove", key)
         self._line.leave(key)
         self._blocked.discard(key)
@@ -63,10 +63,10 @@ class LRU(EvictionPolicy):
         self._blocked.clear()
 
     def __len__(self) -> int:
-        return len(self._line)
+        return len(self._line.order) + len(self._line.aside)
 
     def __contains__(self, key: object) -> bool:
-        return key in self._line
+        return key in self._line.order or key in self._line.aside
 
     def _block(self, key: Hashable) -> None:
         self._line.hold(key)
@@ -85,5 +85,5 @@ class FIFO(LRU):
     name = "fifo"
 
     def touch(self, key: Hashable, context: BlockContext | None = None) -> None:
-        if key not in self._line:
+        if key not in self:
             raise self._unknown("touch", key)
