@@ -3,6 +3,7 @@
 from kvkernels.memory.eviction import (
     BlockContext,
     EvictionError,
+    EvictionManager,
     EvictionPolicy,
     NotEnoughEvictable,
     NothingEvictable,
@@ -12,6 +13,7 @@ from kvkernels.memory.eviction import (
 __all__ = [
     "BlockContext",
     "EvictionError",
+    "EvictionManager",
     "EvictionPolicy",
     "NotEnoughEvictable",
     "NothingEvictable",
