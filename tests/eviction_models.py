@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 
 from kvkernels.memory.eviction.density import BUCKETS, EDGES, hit_densities
@@ -131,7 +132,8 @@ class ARC(Model):
             self.p = max(0, self.p - max(len(self.b1) / len(self.b2), 1))
 
     def choose(self, keys):
-        once, again = [key for key in self.t1 if key in keys], [key for key in self.t2 if key in keys]
+        may_leave = set(keys)
+        once, again = [key for key in self.t1 if key in may_leave], [key for key in self.t2 if key in may_leave]
         size = len(self.t1)
         from_t1 = size >= 1 and ((self.asked in self.b2 and size == self.p) or size > self.p)
         return once[0] if once and (from_t1 or not again) else again[0]
@@ -317,6 +319,11 @@ class SIEVE(Model):
             self.put_at_hand(key)
 
 
+@functools.cache
+def bucket_of_age(age):
+    return max(bucket for bucket in range(BUCKETS) if EDGES[bucket] <= age)
+
+
 class Chain(Model):
     """Each key with its class, its request and its place; everything is counted anew when it is needed."""
 
@@ -325,15 +332,14 @@ class Chain(Model):
         self.of, self.ghosts = {}, {}
         self.now = self.aged_at = self.learned_at = self.start = 0
         self.depth, self.last = -1, None
-        self.unit = max(1, self.capacity // 64)
+        self.unit = max(1, self.capacity // 32)
         self.learn_uses = max(500, self.capacity // 4)
         self.fade = math.exp(-self.learn_uses / (8 * self.capacity))
         self.gaps, self.again, self.gone = [0.0] * BUCKETS, [0.0] * 8, [0.0] * 8
         self.worth = [[1 / (1 + bucket) for bucket in range(BUCKETS)]] * 8
 
     def bucket(self, start, now):
-        age = max(0, now - start) // self.unit
-        return max(bucket for bucket in range(BUCKETS) if EDGES[bucket] <= age)
+        return bucket_of_age(max(0, now - start) // self.unit)
 
     def follow(self, context):
         depth = self.depth + 1 if context is None else context.depth

@@ -18,6 +18,7 @@ from kvkernels.memory.errors import (
 from kvkernels.memory.eviction import (
     BlockContext,
     EvictionError,
+    EvictionManager,
     EvictionPolicy,
     NotEnoughEvictable,
     NothingEvictable,
@@ -45,6 +46,7 @@ __all__ = [
     "ClosedPoolError",
     "DuplicateRequestError",
     "EvictionError",
+    "EvictionManager",
     "EvictionPolicy",
     "Fence",
     "ForeignHandleError",

@@ -27,6 +27,7 @@ class ARC(EvictionPolicy):
 
     def clear(self) -> None:
         self._t1, self._t2 = Line(), Line()
+        self._line_of: dict[Hashable, Line] = {}
         self._b1: OrderedDict[Hashable, None] = OrderedDict()
         self._b2: OrderedDict[Hashable, None] = OrderedDict()
         self._p = 0.0
@@ -45,39 +46,37 @@ class ARC(EvictionPolicy):
     def insert(
         self, key: Hashable, *, priority: int = 0, ttl: float | None = None, context: BlockContext | None = None
     ) -> None:
-        t1, t2, b1, b2 = self._t1, self._t2, self._b1, self._b2
-        if key in t1 or key in t2:
+        if key in self._line_of:
             raise self._known(key)
-        self._place += 1
+        b1, b2 = self._b1, self._b2
         self._missed_in_b2 = False
-        if key in b1 or key in b2:
-            b1.pop(key, None)
-            b2.pop(key, None)
-            t2.join(key, self._place)
-            return
-        if b1 and len(t1) + len(b1) >= self.capacity:
+        if key in b1:
+            del b1[key]
+            return self._join(key, self._t2)
+        if key in b2:
+            del b2[key]
+            return self._join(key, self._t2)
+        once = len(self._t1) + len(b1)
+        if b1 and once >= self.capacity:
             b1.popitem(last=False)
-        elif b2 and len(t1) + len(b1) + len(t2) + len(b2) >= 2 * self.capacity:
+        elif b2 and once + len(self._t2) + len(b2) >= 2 * self.capacity:
             b2.popitem(last=False)
-        t1.join(key, self._place)
+        self._join(key, self._t1)
 
     def touch(self, key: Hashable, context: BlockContext | None = None) -> None:
-        if key in self._t1:
-            self._t1.leave(key)
-        elif key in self._t2:
-            self._t2.leave(key)
-        else:
+        line = self._line_of.get(key)
+        if line is None:
             raise self._unknown("touch", key)
-        self._place += 1
-        self._t2.join(key, self._place)
+        line.leave(key)
+        self._join(key, self._t2)
 
     def victims(self, n: int, protected: Collection[Hashable] = ()) -> list[Hashable]:
         kept = self._check_victims(n, protected)
-        once = self._t1.first(n, self._blocked, kept)
-        again = self._t2.first(n, self._blocked, kept)
+        left = len(self._t1)
+        once = self._t1.first(n, self._blocked, kept) if left else []
+        again = self._t2.first(n, self._blocked, kept) if len(once) < n or left - n < self._p else []
         once.reverse()
         again.reverse()
-        left = len(self._t1)
         found: list[Hashable] = []
         while len(found) < n:
             is_too_long = left > self._p or (self._missed_in_b2 and left == self._p)
@@ -90,30 +89,36 @@ class ARC(EvictionPolicy):
 
     def evicted(self, keys: Iterable[Hashable]) -> None:
         for key in self._held(keys):
-            if key in self._t2:
-                self._t2.leave(key)
+            line = self._line_of[key]
+            if line is self._t2:
                 self._b2[key] = None
-            else:
+            elif len(line) < self.capacity or self._missed_in_b2:
                 # A T1 that fills the cache leaves no ghosts: the paper's case IV A.
-                if len(self._t1) < self.capacity or self._missed_in_b2:
-                    self._b1[key] = None
-                self._t1.leave(key)
-            self._blocked.discard(key)
+                self._b1[key] = None
+            self._leave(key)
 
     def remove(self, key: Hashable) -> None:
-        if key not in self:
+        if key not in self._line_of:
             raise self._unknown("remove", key)
-        (self._t1 if key in self._t1 else self._t2).leave(key)
-        self._blocked.discard(key)
+        self._leave(key)
 
     def __len__(self) -> int:
-        return len(self._t1) + len(self._t2)
+        return len(self._line_of)
 
     def __contains__(self, key: object) -> bool:
-        return key in self._t1 or key in self._t2
+        return key in self._line_of
+
+    def _join(self, key: Hashable, line: Line) -> None:
+        self._place += 1
+        self._line_of[key] = line
+        line.order[key] = self._place
+
+    def _leave(self, key: Hashable) -> None:
+        self._line_of.pop(key).leave(key)
+        self._blocked.discard(key)
 
     def _block(self, key: Hashable) -> None:
-        (self._t1 if key in self._t1 else self._t2).hold(key)
+        self._line_of[key].hold(key)
 
     def _unblock(self, key: Hashable) -> None:
-        (self._t1 if key in self._t1 else self._t2).back(key)
+        self._line_of[key].back(key)

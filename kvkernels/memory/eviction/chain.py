@@ -13,7 +13,7 @@ from kvkernels.memory.eviction.protocol import BlockContext, EvictionPolicy
 
 _MOST_USES = 4  # more are not told apart
 _CLASSES = 2 * _MOST_USES
-_AGES_A_CAPACITY = 64
+_AGES_A_CAPACITY = 32
 _GHOSTS_A_CAPACITY = 8
 _MEMORY_A_CAPACITY = 8  # uses after which what was learned counts 1/e
 _LEAST_USES_TO_LEARN = 500
@@ -22,14 +22,14 @@ _LEAST_USES_TO_LEARN = 500
 class _Run:
     """The keys of one class that one request left: they are of one age, and leave from the deepest on."""
 
-    __slots__ = ("aside", "bucket", "ghosts", "is_listed", "keys", "kind", "start")
+    __slots__ = ("aside", "bucket", "is_listed", "keys", "kind", "start", "watched")
 
     def __init__(self, kind: int, start: int) -> None:
         self.kind = kind
         self.start = start
         self.keys: dict[Hashable, int] = {}  # to their places, in order
         self.aside: dict[Hashable, int] = {}  # not evictable, and passed over
-        self.ghosts = 0
+        self.watched = 0  # keys, and the ghosts of those evicted
         self.bucket = 0
         self.is_listed = False
 
@@ -51,7 +51,7 @@ class Chain(EvictionPolicy):
       on. Right after a request that may be little, and more some time later, when the next turn is due: then keys that
       have waited stay, and of new prompts only as many as there is room for until they are due.
     - **Order**: of one worth the oldest request first, and of a request the deepest block first, so that what is left
-      of it is a prefix. Without a context, keys count as one request for a 64th of the capacity's uses.
+      of it is a prefix. Without a context, keys count as one request for a 32nd of the capacity's uses.
 
     Each operation is O(1) amortised: a request's blocks of a class are one run, runs wait in cells of class and age,
     and there are 384 cells. A key that becomes evictable again after it was passed over goes back to its place, which
@@ -64,6 +64,7 @@ class Chain(EvictionPolicy):
         super().__init__(capacity, clock=clock)
         self._age_uses = max(1, self.capacity // _AGES_A_CAPACITY)
         self._edges = [edge * self._age_uses for edge in EDGES]
+        self._most_ghosts = _GHOSTS_A_CAPACITY * self.capacity
         self._learn_uses = max(_LEAST_USES_TO_LEARN, self.capacity // 4)
         self._fade = math.exp(-self._learn_uses / (_MEMORY_A_CAPACITY * self.capacity))
         self.clear()
@@ -96,7 +97,7 @@ class Chain(EvictionPolicy):
         ghost = self._ghosts.pop(key, None)
         kind = 0
         if ghost is not None:
-            ghost.ghosts -= 1
+            ghost.watched -= 1
             self._again[ghost.kind] += 1.0
             self._gaps[self._bucket(ghost)] += 1.0
             kind = min(ghost.kind | 1, _CLASSES - 3) + 1
@@ -111,6 +112,7 @@ class Chain(EvictionPolicy):
         kind = run.kind
         self._again[kind] += 1.0
         self._gaps[run.bucket if run.is_listed else self._bucket(run)] += 1.0
+        run.watched -= 1
         if run.keys.pop(key, None) is None:
             del run.aside[key]
         self._join(key, min(kind | 1, _CLASSES - 3) + 1)
@@ -118,10 +120,10 @@ class Chain(EvictionPolicy):
     def victims(self, n: int, protected: Collection[Hashable] = ()) -> list[Hashable]:
         kept = self._check_victims(n, protected)
         found: list[Hashable] = []
-        if n == 1:
-            run = self._first_run()
-            key = next(reversed(run.keys)) if run else None
-            if run and key not in self._blocked and key not in kept:
+        run = self._first_run()
+        if n == 1 and run is not None:
+            key = next(reversed(run.keys))
+            if key not in self._blocked and key not in kept:
                 return [key]
         for _, cell in sorted(self._heap):
             for run in self._cells[cell]:
@@ -138,17 +140,17 @@ class Chain(EvictionPolicy):
             elif run.keys.pop(key, None) is None:
                 del run.aside[key]
             self._blocked.discard(key)
-            run.ghosts += 1
             self._ghosts[key] = run
-            if len(self._ghosts) > _GHOSTS_A_CAPACITY * self.capacity:
+            if len(self._ghosts) > self._most_ghosts:
                 _, forgotten = self._ghosts.popitem(last=False)
-                forgotten.ghosts -= 1
+                forgotten.watched -= 1
                 self._gone[forgotten.kind] += 1.0
 
     def remove(self, key: Hashable) -> None:
         if key not in self._run_of:
             raise self._unknown("remove", key)
         run = self._run_of.pop(key)
+        run.watched -= 1
         if run.keys.pop(key, None) is None:
             del run.aside[key]
         self._blocked.discard(key)
@@ -175,6 +177,8 @@ class Chain(EvictionPolicy):
         if is_chain and run is not None:
             tail = self._run_of[self._last] = self._run(run.kind + 1)
             waits = self._last in run.aside
+            run.watched -= 1
+            tail.watched += 1
             (tail.aside if waits else tail.keys)[self._last] = (run.aside if waits else run.keys).pop(self._last)
         self._request = [None] * _CLASSES
         self._last = None
@@ -187,6 +191,7 @@ class Chain(EvictionPolicy):
     def _join(self, key: Hashable, kind: int) -> None:
         run = self._run_of[key] = self._run(kind)
         run.keys[key] = self._now
+        run.watched += 1
         self._last = key
 
     def _run(self, kind: int) -> _Run:
@@ -251,21 +256,25 @@ class Chain(EvictionPolicy):
             while runs and runs[0].start <= latest:
                 run = runs.popleft()
                 run.is_listed = False
-                run.bucket = self._bucket(run)
                 if run.keys:
+                    run.bucket = self._bucket(run)
                     self._list(run)
 
     def _learn(self) -> None:
         """What keys are worth by now; only their order matters."""
         self._learned_at = self._now
-        self._runs = [run for run in self._runs if run.keys or run.aside or run.ghosts]
+        self._runs = [run for run in self._runs if run.watched]
         if not any(self._gaps):
             return
         left = survival(self._gaps)
         watched = [again + gone for again, gone in zip(self._again, self._gone, strict=True)]
-        for run in self._runs:
-            keys = len(run.keys) + len(run.aside) + run.ghosts
-            watched[run.kind] += keys * (1.0 - left[self._bucket(run)])
+        bucket, known, younger = BUCKETS, 1.0, -1
+        for run in self._runs:  # the oldest first
+            if run.start > younger:
+                bucket = self._bucket(run)
+                known = 1.0 - left[bucket]
+                younger = self._now - self._edges[bucket]
+            watched[run.kind] += run.watched * known
         self._rank = self._ranks(
             [hit_densities(left, again, all_) for again, all_ in zip(self._again, watched, strict=True)]
         )

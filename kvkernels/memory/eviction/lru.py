@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Hashable, Iterable
+from itertools import islice
 
 from kvkernels.memory.eviction.line import Line
 from kvkernels.memory.eviction.protocol import BlockContext, EvictionPolicy
@@ -44,16 +45,23 @@ class LRU(EvictionPolicy):
         order[key] = self._place
 
     def victims(self, n: int, protected: Collection[Hashable] = ()) -> list[Hashable]:
+        order = self._line.order
+        if not self._blocked and not protected and type(n) is int and 0 < n <= len(order):
+            return list(islice(order, n))
         kept = self._check_victims(n, protected)
         return self._line.first(n, self._blocked, kept)
 
     def evicted(self, keys: Iterable[Hashable]) -> None:
-        for key in self._held(keys):
+        given, order = list(keys), self._line.order
+        if len(given) == 1 and not self._blocked and given[0] in order:
+            del order[given[0]]
+            return
+        for key in self._held(given):
             self._line.leave(key)
             self._blocked.discard(key)
 
     def remove(self, key: Hashable) -> None:
-        if key not in self._line:
+        if key not in self:
             raise self._unknown("remove", key)
         self._line.leave(key)
         self._blocked.discard(key)
@@ -63,10 +71,10 @@ class LRU(EvictionPolicy):
         self._blocked.clear()
 
     def __len__(self) -> int:
-        return len(self._line)
+        return len(self._line.order) + len(self._line.aside)
 
     def __contains__(self, key: object) -> bool:
-        return key in self._line
+        return key in self._line.order or key in self._line.aside
 
     def _block(self, key: Hashable) -> None:
         self._line.hold(key)
@@ -85,5 +93,5 @@ class FIFO(LRU):
     name = "fifo"
 
     def touch(self, key: Hashable, context: BlockContext | None = None) -> None:
-        if key not in self._line:
+        if key not in self:
             raise self._unknown("touch", key)

@@ -179,7 +179,9 @@ class EvictionPolicy(ABC):
     def _held(self, keys: Iterable[Hashable]) -> list[Hashable]:
         """The keys, all of which are held, and none twice; else KeyError."""
         given = list(keys)
-        if len(given) > 1 and len(set(given)) < len(given):
+        if len(given) == 1 and given[0] in self:
+            return given
+        if len(set(given)) < len(given):
             raise KeyError(f"{type(self).__name__}.evicted: keys must be different, got {given!r}")
         for key in given:
             if key not in self:
@@ -191,7 +193,7 @@ class EvictionPolicy(ABC):
         if type(n) is not int or n < 0:
             n = integer(f"{type(self).__name__}.victims: n", n, "an integer from 0", least=0)
         kept = {key for key in protected if key in self and key not in self._blocked} if protected else _NONE
-        available = self.num_evictable - len(kept)
+        available = len(self) - len(self._blocked) - len(kept)
         if n > available:
             kind = NotEnoughEvictable if available else NothingEvictable
             raise kind(

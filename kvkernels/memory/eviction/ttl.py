@@ -48,6 +48,9 @@ class TTL(EvictionPolicy):
 
     def victims(self, n: int, protected: Collection[Hashable] = ()) -> list[Hashable]:
         kept = self._check_victims(n, protected)
+        if len(self._lines) == 1:
+            (line,) = self._lines.values()
+            return line.first(n, self._blocked, kept)
         fronts = [line.first(n, self._blocked, kept) for line in self._lines.values()]
         return list(islice(heapq.merge(*fronts, key=self._expiry_of.__getitem__), n))
 

@@ -56,8 +56,8 @@ def generate(kind: str, num_requests: int, seed: int = 0) -> Iterator[Line]:
     kind : str
         ``"chat"``: turns of conversations, each with all before it, after one of four system prompts; a minute passes
         between turns. ``"rag"``: a question after a system prompt and three to six documents, few of which are wanted
-        often. ``"agent"``: many short steps after a long prompt with tools, seconds apart; some split into several that
-        go on from the same context.
+        often; those come first. ``"agent"``: many short steps after a long prompt with tools, seconds apart; some split
+        into several that go on from the same context.
     num_requests : int
     seed : int
         Equal seeds give equal traces.
@@ -149,13 +149,15 @@ def _sessions(
 
 
 def _rag(rng: random.Random) -> _Made:
-    documents = [(f"document {i}", _tokens(rng, 1500, 0.6)) for i in range(5000)]
+    documents = [(f"document {i}", _tokens(rng, 1500, 0.6)) for i in range(400)]
+    rank_of = {document: rank for rank, document in enumerate(documents)}
     weights = [1 / (rank + 1) ** 0.9 for rank in range(len(documents))]
     at_ms, number = 0.0, 0
     while True:
         number += 1
         at_ms += rng.expovariate(1.0) * 1000
-        wanted = dict.fromkeys(rng.choices(documents, weights, k=rng.randint(3, 6)))
+        # The more wanted first, so that prefixes are shared.
+        wanted = sorted(set(rng.choices(documents, weights, k=rng.randint(3, 6))), key=rank_of.__getitem__)
         question = (f"question {number}", _tokens(rng, 60, 0.7))
         yield at_ms, [("system", 1100), *wanted, question], _tokens(rng, 250, 0.7)
 
