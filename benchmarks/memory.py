@@ -67,7 +67,7 @@ def our_cases() -> dict[str, Case]:
 
     cases["xxhash.xxh3_128_digest alone, in a loop"] = (digest_alone, 1, PROMPT_BLOCKS)
 
-    prompts = [hashers["xxh3_128"].hashes([i] * BLOCK_SIZE + tokens) for i in range(16)]
+    prompts = [hashers["xxh3_128"].hashes([i, *tokens])[:PROMPT_BLOCKS] for i in range(max(CACHED_PROMPTS))]
     for count in CACHED_PROMPTS:
         cases |= known_cases(prompts[:count])
 
@@ -78,7 +78,7 @@ def our_cases() -> dict[str, Case]:
         """Prompts that share nothing, in a cache with room for one: each block evicts another."""
         hashes = prompts[next(turn) % 2]
         given = range(PROMPT_BLOCKS) if hashes is prompts[0] else range(PROMPT_BLOCKS, 2 * PROMPT_BLOCKS)
-        full.insert(hashes[:PROMPT_BLOCKS], list(given))
+        full.insert(hashes, list(given))
 
     cases["insert of new ones, each evicting another"] = (churn, 1, PROMPT_BLOCKS)
 
