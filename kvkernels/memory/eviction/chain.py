@@ -118,13 +118,13 @@ class Chain(EvictionPolicy):
         self._join(key, min(kind | 1, _CLASSES - 3) + 1)
 
     def victims(self, n: int, protected: Collection[Hashable] = ()) -> list[Hashable]:
+        run = self._first_run()
+        if run is not None and not protected and type(n) is int and n == 1:
+            key = next(reversed(run.keys))
+            if key not in self._blocked:
+                return [key]
         kept = self._check_victims(n, protected)
         found: list[Hashable] = []
-        run = self._first_run()
-        if n == 1 and run is not None:
-            key = next(reversed(run.keys))
-            if key not in self._blocked and key not in kept:
-                return [key]
         for _, cell in sorted(self._heap):
             for run in self._cells[cell]:
                 if len(found) == n:
@@ -133,16 +133,18 @@ class Chain(EvictionPolicy):
         return found
 
     def evicted(self, keys: Iterable[Hashable]) -> None:
+        ghosts = self._ghosts
         for key in self._held(keys):
             run = self._run_of.pop(key)
-            if run.keys and next(reversed(run.keys)) == key:
-                run.keys.popitem()  # del would leave a gap at the end that each search passes over
-            elif run.keys.pop(key, None) is None:
+            waiting = run.keys
+            if waiting and next(reversed(waiting)) == key:
+                waiting.popitem()  # del would leave a gap at the end that each search passes over
+            elif waiting.pop(key, None) is None:
                 del run.aside[key]
             self._blocked.discard(key)
-            self._ghosts[key] = run
-            if len(self._ghosts) > self._most_ghosts:
-                _, forgotten = self._ghosts.popitem(last=False)
+            ghosts[key] = run
+            if len(ghosts) > self._most_ghosts:
+                _, forgotten = ghosts.popitem(last=False)
                 forgotten.watched -= 1
                 self._gone[forgotten.kind] += 1.0
 
@@ -166,10 +168,13 @@ class Chain(EvictionPolicy):
 
     def _follow(self, context: BlockContext | None) -> None:
         """A key is used: the clock goes on, and maybe another request begins."""
-        depth = self._depth + 1 if context is None else context.depth
-        if depth != self._depth + 1 or (context is None and self._now - self._start >= self._age_uses):
-            self._begin(is_chain=context is not None)
-        self._depth = depth
+        self._depth += 1
+        if context is None:
+            if self._now - self._start >= self._age_uses:
+                self._begin(is_chain=False)
+        elif context.depth != self._depth:
+            self._depth = context.depth
+            self._begin(is_chain=True)
         self._now += 1
 
     def _begin(self, is_chain: bool) -> None:
@@ -189,7 +194,10 @@ class Chain(EvictionPolicy):
             self._learn()
 
     def _join(self, key: Hashable, kind: int) -> None:
-        run = self._run_of[key] = self._run(kind)
+        run = self._request[kind]
+        if run is None or not run.is_listed:
+            run = self._run(kind)
+        self._run_of[key] = run
         run.keys[key] = self._now
         run.watched += 1
         self._last = key

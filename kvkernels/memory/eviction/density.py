@@ -68,15 +68,17 @@ def hit_densities(survival: Sequence[float], again: float, watched: float) -> li
         One for each bucket.
     """
     p = min(_MOST_LIKELY, (again + _PRIOR_KEYS / 2) / (watched + _PRIOR_KEYS))
-    hits = [p * (1.0 - share) for share in survival]
+    # After the longest gap there is nothing to come.
+    end = survival.index(0.0)
+    hits = [p * (1.0 - share) for share in survival[: end + 1]]
     room = [0.0]
-    for bucket in range(BUCKETS):
+    for bucket in range(end):
         width = EDGES[bucket + 1] - EDGES[bucket]
         room.append(room[-1] + width * (1.0 - (hits[bucket] + hits[bucket + 1]) / 2))
     found = [0.0] * BUCKETS
-    hull = [BUCKETS]
+    hull = [end]
     slopes = [0.0]  # from the point of the hull before, going back
-    for bucket in range(BUCKETS - 1, -1, -1):
+    for bucket in range(end - 1, -1, -1):
         slope = (hits[hull[-1]] - hits[bucket]) / (room[hull[-1]] - room[bucket])
         while len(hull) > 1 and slope <= slopes[-1]:
             hull.pop()
