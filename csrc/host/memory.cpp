@@ -10,6 +10,7 @@
 #include <string>
 #include <string_view>
 #include <system_error>
+#include <utility>
 
 #include "host/host_memory.h"
 
@@ -49,16 +50,16 @@ struct PyMemory {
 
 struct Release {
   void operator()(PyMemory* held) const {
-    if (!held->before_unmap.is_none()) {
+    {
       const py::error_scope keeps_pending_error;
+      const py::object before_unmap = std::exchange(held->before_unmap, py::object());
       try {
-        held->before_unmap();
+        if (!before_unmap.is_none()) before_unmap();
       } catch (py::error_already_set& error) {
         error.discard_as_unraisable("kvkernels._host.HostMemory");
       }
-      held->before_unmap = py::none();
     }
-    // To unmap what is large takes seconds, which other threads need not wait for.
+    // To unmap what is large takes seconds, which other threads need not wait for. Nothing of Python's is left in it.
     const py::gil_scoped_release release;
     delete held;
   }
