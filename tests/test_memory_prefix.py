@@ -5,13 +5,15 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
+import random
 import threading
 from pathlib import Path
 
 import pytest
 
 from kvkernels import memory
-from kvkernels.memory import PrefixCache, make_policy
+from kvkernels.memory import BlockContext, PrefixCache, make_policy
+from kvkernels.memory.eviction import POLICIES
 
 KEYS = [f"a{i}".encode() for i in range(8)]
 OTHERS = [f"b{i}".encode() for i in range(8)]
@@ -95,7 +97,7 @@ def test_eviction_never_ignores_the_cap(cap, monkeypatch):
 
         return call
 
-    for name in ("insert", "victims", "evicted", "touch", "set_evictable"):
+    for name in ("insert", "victims", "evicted", "touch_all", "set_evictable"):
         monkeypatch.setattr(cache._chains.policy, name, watched(getattr(cache._chains.policy, name)))
     back = cache.insert(KEYS, range(8))
     assert [block for _, block in back] == list(range(cap, 8))
@@ -204,16 +206,47 @@ def test_the_policy_hears_of_misses_and_is_cleared(monkeypatch):
     ]  # fmt: skip
 
 
-def test_the_policy_is_told_where_a_block_is(monkeypatch):
-    policy = make_policy("lru", 8)
+@pytest.mark.parametrize("name", POLICIES)
+def test_the_policy_is_told_where_a_block_is(name, monkeypatch):
+    policy = make_policy(name, 8)
     told = []
-    insert, touch = policy.insert, policy.touch
-    monkeypatch.setattr(policy, "insert", lambda key, *, context, **_: (told.append((key, *context)), insert(key)))
-    monkeypatch.setattr(policy, "touch", lambda key, context: (told.append((key, *context)), touch(key)))
+    insert, touch_all = policy.insert, policy.touch_all
+
+    def hear(keys, contexts):
+        contexts = list(contexts)
+        told.extend((key, *context) for key, context in zip(keys, contexts, strict=True))
+        touch_all(keys, contexts)
+
+    monkeypatch.setattr(
+        policy, "insert", lambda key, *, context, **rest: (told.append((key, *context)), insert(key, context=context))
+    )
+    monkeypatch.setattr(policy, "touch_all", hear)
     cache = PrefixCache(16, policy=policy)
     cache.insert(KEYS[:2], [0, 1])
     cache.lookup(KEYS)
     assert told == [(KEYS[0], 0, None), (KEYS[1], 1, KEYS[0])] * 2
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_touches_of_several_are_touches_of_each(name):
+    draw = random.Random(name)
+    together, alone = (make_policy(name, 8, clock=lambda: 0.0) for _ in range(2))
+    contexts = [BlockContext(i, None) for i in range(8)]
+    for policy in (together, alone):
+        for key in range(8):
+            policy.insert(key, context=contexts[key])
+    for _ in range(200):
+        keys = draw.sample(range(8), draw.randint(0, 4))
+        together.touch_all(keys, [contexts[key] for key in keys])
+        for key in keys:
+            alone.touch(key, contexts[key])
+        key, evictable = draw.randrange(8), draw.random() < 0.7
+        for policy in (together, alone):
+            policy.set_evictable(key, evictable)
+        count = draw.randint(0, alone.num_evictable)
+        assert together.victims(count) == alone.victims(count)
+    with pytest.raises(KeyError):
+        together.touch_all([99], [None])
 
 
 def test_priorities_and_lifetimes_reach_their_policies():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Sequence
+from operator import attrgetter
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,7 @@ from kvkernels.memory.eviction import EvictionPolicy, make_policy
 from kvkernels.memory.hashes import BlockHasher, Tokens
 from kvkernels.memory.reservations import Fence, Reservation
 
+_CONTEXT = attrgetter("context")
 # For policies that size their ghosts by the capacity, where there is none.
 _UNBOUNDED_CAPACITY = 1 << 20
 
@@ -116,24 +118,18 @@ class PrefixCache:
             Tokens in them.
         """
         with self._lock:
-            find, touch = self._chains.entries.get, self._chains.policy.touch
-            blocks = []
-            for key in hashes:
-                entry = find(key)
-                if entry is None:
-                    break
-                touch(key, entry.context)
-                blocks.append(entry.block)
-            found = len(blocks)
+            entries = self._chains.match(hashes)
+            found = len(entries)
+            self._chains.policy.touch_all(hashes[:found], map(_CONTEXT, entries))
             if hold:
-                self._hold(self._chains.match(hashes[:found]))
+                self._hold(entries)
             self._version += bool(found)
             counts = self._counts
             counts["calls"] += bool(hashes)
             counts["call_hits"] += bool(found)
             counts["blocks"] += len(hashes)
             counts["block_hits"] += found
-            return blocks, found * self.block_size
+            return [entry.block for entry in entries], found * self.block_size
 
     def hold(self, hashes: Sequence[bytes]) -> None:
         """Keep blocks from being evicted until as many ``release``; NotCachedError where one is not cached."""

@@ -44,9 +44,22 @@ class LRU(EvictionPolicy):
         self._place += 1
         order[key] = self._place
 
+    def touch_all(self, keys: Iterable[Hashable], contexts: Iterable[BlockContext | None]) -> None:
+        order, aside, place = self._line.order, self._line.aside, self._place
+        to_end = order.move_to_end
+        for key in keys:
+            if key in order:
+                to_end(key)
+            elif key in aside:
+                self._line.leave(key)
+            else:
+                raise self._unknown("touch_all", key)
+            self._place = place = place + 1
+            order[key] = place
+
     def victims(self, n: int, protected: Collection[Hashable] = ()) -> list[Hashable]:
         order = self._line.order
-        if not self._blocked and not protected and type(n) is int and 0 < n <= len(order):
+        if not self._blocked and not self._line.aside and not protected and type(n) is int and 0 < n <= len(order):
             return list(islice(order, n))
         kept = self._check_victims(n, protected)
         return self._line.first(n, self._blocked, kept)
@@ -91,6 +104,7 @@ class FIFO(LRU):
     """
 
     name = "fifo"
+    touch_all = EvictionPolicy.touch_all
 
     def touch(self, key: Hashable, context: BlockContext | None = None) -> None:
         if key not in self:
