@@ -211,6 +211,8 @@ def markdown(result: dict[str, Any]) -> str:
         for name, times in result["times"].items():
             goal = GOALS_TIMES[name]
             lines.append(f"| {name} | {times:.1f} | {goal:g}{' (missed)' if times < goal else ''} |")
+    if result["note"]:
+        lines += ["", result["note"]]
     return "\n".join(lines) + "\n"
 
 
@@ -218,6 +220,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=60, help="bursts of each case (%(default)s)")
     parser.add_argument("--vllm", metavar="PYTHON", help="a Python that has vLLM, to compare with")
+    parser.add_argument("--note", default="", help="a sentence for the end of the table")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", metavar="DIR")
     parser.add_argument("--work", choices=("ours", "vllm"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -234,6 +237,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "python": described["python"],
         "load_1_minute": os.getloadavg()[0],
         "rounds": options.rounds,
+        "note": options.note,
         "figures": figures,
         "times": {name: figures["hash, list, xxh3_128"] / figures[name] for name in GOALS_TIMES if name in figures},
     }
