@@ -46,7 +46,7 @@ class LRU(EvictionPolicy):
 
     def victims(self, n: int, protected: Collection[Hashable] = ()) -> list[Hashable]:
         order = self._line.order
-        if not self._blocked and not protected and type(n) is int and 0 < n <= len(order):
+        if not self._blocked and not self._line.aside and not protected and type(n) is int and 0 < n <= len(order):
             return list(islice(order, n))
         kept = self._check_victims(n, protected)
         return self._line.first(n, self._blocked, kept)
