@@ -99,7 +99,7 @@ class Chain(EvictionPolicy):
         if ghost is not None:
             ghost.watched -= 1
             self._again[ghost.kind] += 1.0
-            self._gaps[self._bucket(ghost)] += 1.0
+            self._gaps[self._bucket(ghost, self._now)] += 1.0
             kind = min(ghost.kind | 1, _CLASSES - 3) + 1
         self._join(key, kind)
 
@@ -111,7 +111,7 @@ class Chain(EvictionPolicy):
         run = self._run_of[key]
         kind = run.kind
         self._again[kind] += 1.0
-        self._gaps[run.bucket if run.is_listed else self._bucket(run)] += 1.0
+        self._gaps[run.bucket if run.is_listed else self._bucket(run, self._aged_at)] += 1.0
         run.watched -= 1
         if run.keys.pop(key, None) is None:
             del run.aside[key]
@@ -163,8 +163,8 @@ class Chain(EvictionPolicy):
     def __contains__(self, key: object) -> bool:
         return key in self._run_of
 
-    def _bucket(self, run: _Run) -> int:
-        return bucket_of((self._now - run.start) // self._age_uses)
+    def _bucket(self, run: _Run, at: int) -> int:
+        return bucket_of(max(0, at - run.start) // self._age_uses)
 
     def _follow(self, context: BlockContext | None) -> None:
         """A key is used: the clock goes on, and maybe another request begins."""
@@ -265,7 +265,7 @@ class Chain(EvictionPolicy):
                 run = runs.popleft()
                 run.is_listed = False
                 if run.keys:
-                    run.bucket = self._bucket(run)
+                    run.bucket = self._bucket(run, now)
                     self._list(run)
 
     def _learn(self) -> None:
@@ -279,7 +279,7 @@ class Chain(EvictionPolicy):
         bucket, known, younger = BUCKETS, 1.0, -1
         for run in self._runs:  # the oldest first
             if run.start > younger:
-                bucket = self._bucket(run)
+                bucket = self._bucket(run, self._now)
                 known = 1.0 - left[bucket]
                 younger = self._now - self._edges[bucket]
             watched[run.kind] += run.watched * known
@@ -317,5 +317,5 @@ class Chain(EvictionPolicy):
         if not is_deepest:
             run.keys = dict(sorted(run.keys.items(), key=lambda item: item[1]))
         if not run.is_listed:
-            run.bucket = bucket_of(max(0, self._aged_at - run.start) // self._age_uses)
+            run.bucket = self._bucket(run, self._aged_at)
             self._list(run)
