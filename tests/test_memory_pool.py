@@ -19,7 +19,7 @@ def books(pool: KVPool) -> tuple[object, ...]:
     return pool.stats(), pool._head, sorted(pool._ids.tolist()[pool._head :])
 
 
-# What S2 says of KVPool.
+# Budgets and handles.
 
 
 def test_an_exact_fit_succeeds():
@@ -172,7 +172,7 @@ def test_stats():
     assert {name for name, count in pool.stats().items() if count} == {"max_tokens", "available_tokens"}
 
 
-def test_it_works_as_the_readme_of_s2_says():
+def test_alloc_with_a_device():
     handle = KVPool(max_tokens=1024, block_size=16).alloc(num_tokens=128, device="cpu")
     assert (handle.num_tokens, handle.device, handle.tier, handle.state) == (128, "cpu", "host", "allocated")
 

@@ -1,4 +1,4 @@
-"""The prefix cache: what S2 says of it, who owns which block when, and errors that change nothing."""
+"""The prefix cache: what is found and what leaves, who owns which block when, and errors that change nothing."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def state(cache: PrefixCache) -> tuple[object, ...]:
     return entries, draining, set(chains.by_block), cache.get_stats(), chains.policy.num_evictable
 
 
-# What S2 says of PrefixCache.
+# Prefixes, the cap and rates.
 
 
 def test_hashes_are_chained_so_that_no_other_prefix_s_blocks_are_found():

@@ -43,7 +43,7 @@ def check(bridge: SchedulerBridge) -> None:
     assert bridge.pool.stats()["num_handles"] == len(cached) + len(handles)
 
 
-# What S2 says of the bridge.
+# Plan, allocate, free.
 
 
 def test_plan_allocate_free():
