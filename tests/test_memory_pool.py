@@ -174,7 +174,8 @@ def test_stats():
 
 def test_alloc_with_a_device():
     handle = KVPool(max_tokens=1024, block_size=16).alloc(num_tokens=128, device="cpu")
-    assert (handle.num_tokens, handle.device, handle.tier, handle.state) == (128, "cpu", "host", "allocated")
+    assert (handle.num_tokens, handle.device, handle.tier, handle.rank) == (128, "cpu", "host", 0)
+    assert handle.state == "allocated"
 
 
 # KVHandle.

@@ -144,6 +144,19 @@ def test_a_plan_that_would_come_out_otherwise_is_refused(change):
     check(bridge)
 
 
+def test_two_plans_for_the_same_room():
+    bridge = make(4)
+    serve(bridge, "a", 1, 2, 3, 4)
+    bridge.free("a")
+    plans = [bridge.plan(name, 8) for name in "bc"]
+    assert plans[0].evicted == plans[1].evicted
+    bridge.allocate(plans[0])
+    with pytest.raises(memory.StalePlanError):
+        bridge.allocate(plans[1])
+    bridge.allocate(bridge.plan("c", 8))
+    check(bridge)
+
+
 def test_a_plan_that_still_holds_is_carried_out():
     bridge = make(12)
     plan = bridge.plan("a", 8, prompt(bridge, 1, 2))
