@@ -126,7 +126,7 @@ class Chain(EvictionPolicy):
         kept = self._check_victims(n, protected)
         found: list[Hashable] = []
         for _, cell in sorted(self._heap):
-            for run in self._cells[cell]:
+            for run in self._waiting(cell):
                 if len(found) == n:
                     return found
                 found += self._last_of(run, n - len(found), kept)
@@ -226,17 +226,22 @@ class Chain(EvictionPolicy):
             heapq.heappush(self._heap, (self._rank[cell], cell))
 
     def _first_run(self) -> _Run | None:
-        """The run to take a key from next; runs and cells without keys are taken out on the way."""
+        """The run to take a key from next; cells without keys are taken out on the way."""
         while self._heap:
             cell = self._heap[0][1]
-            runs = self._cells[cell]
-            while runs:
-                if runs[0].keys:
-                    return runs[0]
-                runs.popleft().is_listed = False
+            runs = self._waiting(cell)
+            if runs:
+                return runs[0]
             heapq.heappop(self._heap)
             self._is_in_heap[cell] = 0
         return None
+
+    def _waiting(self, cell: int) -> deque[_Run]:
+        """The runs of a cell, without those before the first that has a key."""
+        runs = self._cells[cell]
+        while runs and not runs[0].keys:
+            runs.popleft().is_listed = False
+        return runs
 
     def _last_of(self, run: _Run, n: int, kept: Set[Hashable]) -> list[Hashable]:
         """Up to ``n`` keys of a run, the deepest first; those that are not evictable go aside."""

@@ -30,6 +30,7 @@ def plot(found: list[dict[str, Any]], path: str | Path) -> None:
     """
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
     except ModuleNotFoundError:
         raise ModuleNotFoundError(
             "replay: --plot must have matplotlib, which is not installed: pip install kvkernels[bench]"
@@ -50,6 +51,9 @@ def plot(found: list[dict[str, Any]], path: str | Path) -> None:
             color="#999999", linewidth=0.8, linestyle=(0, (1, 3)), label="without a bound",
         )  # fmt: skip
         panel.set_xscale("log")
+        panel.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        panel.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        panel.xaxis.set_minor_formatter(NullFormatter())
         panel.set_ylim(bottom=0)
         panel.set_title(Path(trace["trace"]).name.split(".")[0].replace("_", " "), fontsize=11)
         panel.set_xlabel("capacity (blocks of 512 tokens)")
