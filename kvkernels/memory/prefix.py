@@ -282,7 +282,6 @@ class PrefixCache:
     def _evict_these(self, keys: Iterable[bytes]) -> list[Pair]:
         """Take out what ``preview`` said, in its order."""
         with self._lock:
-            self._version += 1
             pairs = self._chains.evict_these(keys)
             self._counts["evicted"] += len(pairs)
             return pairs
