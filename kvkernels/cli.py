@@ -1,4 +1,4 @@
-"""The command line: ``python -m kvkernels info [--json]`` and ``python -m kvkernels policy [--default]``."""
+"""The command line: ``python -m kvkernels info``, ``policy`` and ``replay``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 from kvkernels import policy
 from kvkernels.info import info, info_text
+from kvkernels.memory.replay import command as replay
 from kvkernels.registration import LIBRARY
 
 
@@ -21,7 +22,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     show.add_argument("--json", action="store_true", help="print JSON")
     table = commands.add_parser("policy", help="the table by which auto goes on a GPU, as JSON for KVKERNELS_POLICY")
     table.add_argument("--default", action="store_true", help="the one that is compiled in")
+    replay.add_arguments(commands.add_parser("replay", help="what eviction policies would have hit on a trace"))
     options = parser.parse_args(arguments)
+    if options.command == "replay":
+        return replay.run(options)
     if options.command == "policy":
         return _print_policy(policy.default() if options.default else policy.in_force())
     found = info()

@@ -113,6 +113,15 @@ def test_calls_writes_its_table(tmp_path):
     assert all(f"| {name} |" in text for name in result["after_us"])
 
 
+def test_memory_writes_its_table(tmp_path):
+    done = run_script("memory.py", "--rounds", 1, "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((tmp_path / "memory.json").read_text())["figures"]
+    assert all(figure > 0 for figure in figures.values())
+    text = (tmp_path / "memory.md").read_text()
+    assert all(f"| {name} |" in text for name in figures)
+
+
 def test_pages_writes_its_table(tmp_path):
     done = run_script("pages.py", "--total-mib", 4, "--seconds", 0, "--calls", 3, "--out", tmp_path)
     assert done.returncode == 0, done.stderr

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import kvkernels
+import kvkernels.memory
 from kvkernels import reference
 from kvkernels.registration import fake, schemas
 
@@ -45,10 +46,11 @@ def test_each_op_says(op, word):
     assert word in getattr(kvkernels, op).__doc__
 
 
-def test_the_code_of_the_layouts_page_runs():
-    page = (Path(__file__).resolve().parents[1] / "docs" / "layouts.md").read_text()
+@pytest.mark.parametrize("name,count", [("layouts", 3), ("memory", 8)])
+def test_the_code_of_a_page_runs(name, count):
+    page = (Path(__file__).resolve().parents[1] / "docs" / f"{name}.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == count
     exec("\n".join(blocks), {})
 
 
@@ -81,7 +83,7 @@ def test_conversions_have_the_defaults_of_the_ops(name):
     assert given == {**DEFAULTS[name], "executor": "auto", "sm_budget": 0}
 
 
-@pytest.mark.parametrize("module", [kvkernels, kvkernels.layout], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [kvkernels, kvkernels.layout, kvkernels.memory], ids=lambda module: module.__name__)
 def test_everything_public_has_a_docstring(module):
     for name in module.__all__:
         value = getattr(module, name)

@@ -67,6 +67,10 @@ class Line:
 
     def first(self, n: int, blocked: Set[Hashable], kept: Set[Hashable]) -> list[Hashable]:
         """Up to ``n`` keys in order, without those of ``blocked``, which it puts aside, and those of ``kept``."""
+        if n == 1 and not self._returned:
+            front = next(iter(self.order), None)
+            if self.order and front not in blocked and front not in kept:
+                return [front]
         found: list[Hashable] = []
         passed: list[Hashable] = []
         # More of them than this cannot be reached.

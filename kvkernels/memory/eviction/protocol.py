@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Hashable, Iterable
+from collections.abc import Callable, Collection, Hashable, Iterable, Set
 from typing import ClassVar, NamedTuple
 
 from kvkernels.common.arguments import integer
+
+_NONE: frozenset[Hashable] = frozenset()
 
 
 class BlockContext(NamedTuple):
@@ -52,8 +54,9 @@ class EvictionPolicy(ABC):
     nothing else has happened in between; other keys simply leave.
 
     A key that is not evictable keeps its place: ``set_evictable(key, True)`` puts it where it would be had it been
-    evictable all the time, and ``touch`` works on it. Keys that are not evictable cost nothing when victims are looked
-    for: each is passed over once at most after each ``set_evictable(key, False)`` or touch.
+    evictable all the time, and ``touch`` works on it. (In S3-FIFO and SIEVE, whose hands pass over it, it is looked at
+    next.) Such keys do not make the search for victims longer: each is passed over once after ``set_evictable(key,
+    False)`` or a touch, and then waits aside.
 
     Parameters
     ----------
@@ -101,6 +104,11 @@ class EvictionPolicy(ABC):
     @abstractmethod
     def touch(self, key: Hashable, context: BlockContext | None = None) -> None:
         """A held key was used."""
+
+    def touch_all(self, keys: Iterable[Hashable], contexts: Iterable[BlockContext | None]) -> None:
+        """Held keys were used, one after another: ``touch`` of each, which a policy may do faster."""
+        for key, context in zip(keys, contexts, strict=True):
+            self.touch(key, context)
 
     def missed(self, key: Hashable) -> None:  # noqa: B027
         """A key was asked for that is not held, and is about to be inserted; before room is made for it."""
@@ -173,11 +181,24 @@ class EvictionPolicy(ABC):
     def _unblock(self, key: Hashable) -> None:
         """A key has been taken out of ``_blocked``."""
 
-    def _check_victims(self, n: int, protected: Collection[Hashable]) -> set[Hashable]:
+    def _held(self, keys: Iterable[Hashable]) -> list[Hashable]:
+        """The keys, all of which are held, and none twice; else KeyError."""
+        given = list(keys)
+        if len(given) == 1 and given[0] in self:
+            return given
+        if len(set(given)) < len(given):
+            raise KeyError(f"{type(self).__name__}.evicted: keys must be different, got {given!r}")
+        for key in given:
+            if key not in self:
+                raise self._unknown("evicted", key)
+        return given
+
+    def _check_victims(self, n: int, protected: Collection[Hashable]) -> Set[Hashable]:
         """The keys to pass over if there are enough others; else the error for it."""
-        n = integer(f"{type(self).__name__}.victims: n", n, "an integer from 0", least=0)
-        kept = {key for key in protected if key in self and key not in self._blocked}
-        available = self.num_evictable - len(kept)
+        if type(n) is not int or n < 0:
+            n = integer(f"{type(self).__name__}.victims: n", n, "an integer from 0", least=0)
+        kept = {key for key in protected if key in self and key not in self._blocked} if protected else _NONE
+        available = len(self) - len(self._blocked) - len(kept)
         if n > available:
             kind = NotEnoughEvictable if available else NothingEvictable
             raise kind(
