@@ -13,6 +13,8 @@ from kvkernels.memory.eviction.protocol import BlockContext, EvictionPolicy
 
 _MOST_USES = 4  # more are not told apart
 _CLASSES = 2 * _MOST_USES
+# Cells are numbered bucket * _CLASSES + kind.
+_OLDEST_FIRST = [bucket * _CLASSES + kind for bucket in reversed(range(BUCKETS)) for kind in range(_CLASSES)]
 _AGES_A_CAPACITY = 32
 _GHOSTS_A_CAPACITY = 8
 _MEMORY_A_CAPACITY = 8  # uses after which what was learned counts 1/e
@@ -79,7 +81,7 @@ class Chain(EvictionPolicy):
         self._last: Hashable = None
         self._depth = -1
         self._runs: list[_Run] = []
-        # Cell bucket * _CLASSES + kind, in the order of their starts; _heap has those that may have a key.
+        # By cell, in the order of their starts; _heap has the cells that may have a key.
         self._cells: list[deque[_Run]] = [deque() for _ in range(BUCKETS * _CLASSES)]
         self._rank = self._ranks([[1.0 / (1 + bucket) for bucket in range(BUCKETS)]] * _CLASSES)
         self._heap: list[tuple[int, int]] = []
@@ -133,9 +135,11 @@ class Chain(EvictionPolicy):
         return found
 
     def evicted(self, keys: Iterable[Hashable]) -> None:
-        ghosts = self._ghosts
-        for key in self._held(keys):
-            run = self._run_of.pop(key)
+        given, run_of, ghosts = list(keys), self._run_of, self._ghosts
+        if len(given) != 1 or given[0] not in run_of:
+            given = self._held(given)
+        for key in given:
+            run = run_of.pop(key)
             waiting = run.keys
             if waiting and next(reversed(waiting)) == key:
                 waiting.popitem()  # del would leave a gap at the end that each search passes over
@@ -229,8 +233,8 @@ class Chain(EvictionPolicy):
         """The run to take a key from next; cells without keys are taken out on the way."""
         while self._heap:
             cell = self._heap[0][1]
-            runs = self._waiting(cell)
-            if runs:
+            runs = self._cells[cell]
+            if runs and (runs[0].keys or self._waiting(cell)):
                 return runs[0]
             heapq.heappop(self._heap)
             self._is_in_heap[cell] = 0
@@ -261,11 +265,12 @@ class Chain(EvictionPolicy):
     def _age(self) -> None:
         """Runs go to the cell of the age that they have now."""
         now = self._aged_at = self._now
+        cells, edges, last = self._cells, self._edges, BUCKETS - 1
         for cell in sorted((cell for _, cell in self._heap), reverse=True):
-            runs, bucket = self._cells[cell], cell // _CLASSES
-            if bucket == BUCKETS - 1:
+            runs, bucket = cells[cell], cell // _CLASSES
+            latest = now - edges[bucket + 1]
+            if not runs or runs[0].start > latest or bucket == last:
                 continue
-            latest = now - self._edges[bucket + 1]
             while runs and runs[0].start <= latest:
                 run = runs.popleft()
                 run.is_listed = False
@@ -299,14 +304,11 @@ class Chain(EvictionPolicy):
 
     @staticmethod
     def _ranks(worth: list[list[float]]) -> list[int]:
-        """The place of each cell in the order in which they are emptied."""
-        cells = range(BUCKETS * _CLASSES)
-        order = sorted(
-            cells, key=lambda cell: (worth[cell % _CLASSES][cell // _CLASSES], -(cell // _CLASSES), cell % _CLASSES)
-        )
-        ranks = [0] * len(order)
-        for rank, cell in enumerate(order):
-            ranks[cell] = rank
+        """The place of each cell in the order in which they are emptied: of one worth the older first."""
+        values = (worth[kind][bucket] for bucket in reversed(range(BUCKETS)) for kind in range(_CLASSES))
+        ranks = [0] * (BUCKETS * _CLASSES)
+        for rank, (_, number) in enumerate(sorted(zip(values, range(len(ranks)), strict=True))):
+            ranks[_OLDEST_FIRST[number]] = rank
         return ranks
 
     def _block(self, key: Hashable) -> None:
