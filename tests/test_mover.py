@@ -405,7 +405,7 @@ def test_wait_takes_a_timeout(mover):
         one = mover.submit(swap(pool(), pool(), (0, 0)))
         began = time.monotonic()
         assert not one.wait(0) and not one.wait(0.12) and time.monotonic() - began >= 0.12
-        with pytest.raises(TimeoutError, match="it must end within 0.01 s, got one that is queued"):
+        with pytest.raises(TimeoutError, match=r"it must end within 0\.01 s, got one that is queued"):
             one.result(0.01)
         assert not one.done() and not mover.drain(timeout=0.01)
     assert one.wait(LONG) and one.done() and one.wait(0)

@@ -83,7 +83,7 @@ class Family:
             reads, writes = {(src[i], b) for i in used for b in ids}, {(dst[i], b) for i in used for b in others}
             return PreparedJob(self.copies[way], pairs, layer), copy, reads, writes
         if kind == 1:
-            src, dst = (int(i) for i in random.permutation(self.far + [self.near[0]])[:2])
+            src, dst = (int(i) for i in random.permutation([*self.far, self.near[0]])[:2])
 
             def swap() -> None:
                 model[dst][others] = model[src][ids]

@@ -55,7 +55,7 @@ class Owner(Generic[T]):
         """RuntimeError in a child of a fork, which has none of the threads and may find their locks taken."""
         if _forks != self._forks:
             raise RuntimeError(
-                f"{what}: the mover must be of this process, got one from before a fork, whose threads the child lacks: "
+                f"{what}: the mover must be of this process, got one from before a fork, whose threads a child lacks: "
                 "make another"
             )
 
