@@ -110,7 +110,7 @@ int64_t Queue::submit(std::shared_ptr<Item> item, const std::vector<int64_t>& af
   const std::lock_guard submitting(submit_mutex_);
   for (Access& access : item->accesses) access.footprint = footprints_.find(access.copy, access.is_written);
   const std::vector<Before> conflicts = conflicts_of(*item);
-  const std::lock_guard lock(mutex_);
+  std::unique_lock lock(mutex_);
   if (is_closed_) throw std::runtime_error("the mover must be open, got a closed one");
   std::vector<std::shared_ptr<Item>> named;
   for (const int64_t ticket : after) named.push_back(known(ticket));
@@ -135,10 +135,10 @@ int64_t Queue::submit(std::shared_ptr<Item> item, const std::vector<int64_t>& af
       end(item, State::kFailed, Kind::kDependency, cause_text(*before));
     }
   }
-  if (!item->has_ended() && item->waits_for == 0) {
-    ready_.insert(item.get());
-    wake();
-  }
+  if (!item->has_ended() && item->waits_for == 0) ready_.insert(item.get());
+  std::condition_variable* const free_thread = next_thread();
+  lock.unlock();
+  if (free_thread != nullptr) free_thread->notify_one();
   return item->ticket;
 }
 
@@ -181,17 +181,27 @@ void Queue::end(const std::shared_ptr<Item>& item, State state, Kind kind, std::
         ready_.insert(&next);
       }
     }
-    if (here.waiters > 0) here.has_ended_cv.notify_all();
+    if (here.waiters > 0) to_be_told_.push_back(ending.item);
   }
   if (unfinished_.empty()) all_ended_cv_.notify_all();
   wake();
 }
 
+// Without the lock, which whoever wakes up takes first.
+void Queue::tell(std::unique_lock<std::mutex>& lock) {
+  if (to_be_told_.empty()) return;
+  const std::vector<std::shared_ptr<Item>> items = std::exchange(to_be_told_, {});
+  lock.unlock();
+  for (const std::shared_ptr<Item>& item : items) item->has_ended_cv.notify_all();
+  lock.lock();
+}
+
 bool Queue::cancel(int64_t ticket) {
-  const std::lock_guard lock(mutex_);
+  std::unique_lock lock(mutex_);
   const std::shared_ptr<Item> item = known(ticket);
   if (item->state != State::kQueued) return false;
   end(item, State::kCancelled, Kind::kCancelled, "it was cancelled before it began");
+  tell(lock);
   return true;
 }
 
@@ -289,6 +299,7 @@ void Queue::close(bool finishes) {
       }
     }
     wake();
+    tell(lock);
     all_ended_cv_.wait(lock, [&] { return unfinished_.empty(); });
     stops_ = true;
     urgent_cv_.notify_all();
@@ -327,10 +338,14 @@ std::vector<Trace> Queue::trace() {
   return trace_.list();
 }
 
-// Somebody for the next chunk, where it may be copied now. Whoever takes it wakes the next.
+// Where somebody sleeps for the next chunk, if it may be copied now. Whoever takes it wakes the next.
+std::condition_variable* Queue::next_thread() {
+  if (running_ >= lanes_ || holds_ > 0 || ready_.empty()) return nullptr;
+  return is_urgent(**ready_.begin()) ? &urgent_cv_ : &store_cv_;
+}
+
 void Queue::wake() {
-  if (running_ >= lanes_ || holds_ > 0 || ready_.empty()) return;
-  (is_urgent(**ready_.begin()) ? urgent_cv_ : store_cv_).notify_one();
+  if (std::condition_variable* const free_thread = next_thread()) free_thread->notify_one();
 }
 
 // What a thread is to copy a chunk of, or null. A store waits while something urgent is ready.
@@ -402,6 +417,7 @@ void Queue::work(bool urgent, int thread) {
   while (!stops_) {
     if (const std::shared_ptr<Item> item = take(urgent)) {
       run_chunk(item, thread, lock);
+      tell(lock);
       continue;
     }
     wake();  // whoever may take what is there

@@ -92,6 +92,8 @@ class Queue {
   void hurry(const std::shared_ptr<Item>& item, Priority urgency);
   void end(const std::shared_ptr<Item>& item, State state, Kind kind = Kind::kNone, std::string error = "");
   void free_ended();
+  void tell(std::unique_lock<std::mutex>& lock);
+  std::condition_variable* next_thread();
   void wake();
   std::shared_ptr<Item> take(bool urgent);
   void run_chunk(const std::shared_ptr<Item>& item, int thread, std::unique_lock<std::mutex>& lock);
@@ -110,6 +112,7 @@ class Queue {
   std::set<Item*, ByUrgency> ready_;                          // with chunks to be handed out
   std::map<int64_t, int64_t> untold_;                         // those that ended and nobody was told, in order
   std::vector<std::unique_ptr<Payload>> ended_payloads_;  // freed by a caller's thread: their tensors may run anything
+  std::vector<std::shared_ptr<Item>> to_be_told_;         // ended, and somebody waits for it
   int64_t last_ticket_ = 0;
   int64_t ended_ = 0;
   int running_ = 0;
