@@ -174,6 +174,17 @@ def test_bad_arguments_of_a_mover(arguments, words):
         Mover(**arguments)
 
 
+def test_without_the_compiled_library_there_is_no_mover(monkeypatch):
+    from kvkernels.registration.library import Library
+    from kvkernels.transfer import native
+
+    monkeypatch.setattr(native, "LIBRARY", Library(None, "it was not built", LIBRARY.registrations))
+    native.native.cache_clear()
+    with pytest.raises(RuntimeError, match="the compiled library must be there, got the reference: it was not built"):
+        Mover()
+    native.native.cache_clear()
+
+
 def test_bad_arguments_of_submit(mover):
     job = swap(pool(), pool(), (0, 0))
     with pytest.raises(ValueError, match="priority must be one of expedited, load, store, got 'urgent'"):
