@@ -206,6 +206,23 @@ def test_a_mode_that_only_traces_is_refused(mover):
         mover.submit(swap(pool(), pool(), (0, 0)))
 
 
+def test_a_job_must_not_submit_another(mover):
+    src, dst = pool(), pool(fill=0)
+
+    class Nested(Job):
+        def call(self):
+            kvkernels.swap_blocks(src, dst, 64, ids((0, 0)))
+            mover.submit(swap(src, dst, (1, 1)))
+
+        def written(self):
+            return (dst,)
+
+    with pytest.raises(RuntimeError, match="a job must not submit another"):
+        mover.submit(Nested())
+    assert mover.drain(timeout=LONG) and not dst.any()
+    assert mover.submit(swap(src, dst, (2, 2))).result(LONG).state == "done"
+
+
 def test_an_empty_mapping_is_a_transfer_of_nothing(mover):
     src, dst = pool(), pool(fill=0)
     result = mover.submit(PreparedJob(kvkernels.prepare([src], [dst]), ids((0, 0))[:0])).result(LONG)
@@ -419,7 +436,7 @@ def test_wait_takes_a_timeout(mover):
         with pytest.raises(TimeoutError, match=r"it must end within 0\.01 s, got one that is queued"):
             one.result(0.01)
         assert not one.done() and not mover.drain(timeout=0.01)
-    assert one.wait(LONG) and one.done() and one.wait(0)
+    assert one.wait(LONG) and one.done() and one.wait(0) and one.wait(float("inf")) and one.wait(-1)
 
 
 def test_callbacks_come_once_from_poll_or_wait(mover, caplog):

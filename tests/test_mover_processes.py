@@ -84,6 +84,21 @@ def test_fork_after_start_is_an_error_that_says_so():
     assert (done.returncode, done.stdout, done.stderr) == (0, "0 done\n", "")
 
 
+def test_threads_that_cannot_be_started_are_an_error():
+    done = run("""
+        import resource
+        used = int(open("/proc/self/statm").read().split()[0]) * 4096
+        resource.setrlimit(resource.RLIMIT_AS, (used + (400 << 20), resource.RLIM_INFINITY))
+        try:
+            Mover(lanes=256)
+        except RuntimeError as error:
+            print(str(error).partition(", got ")[0])
+        with Mover(lanes=1) as mover:
+            print(mover.submit(SwapJob(src[:1], dst[:1], 1 << 20, every[:1])).result(20).state)
+    """)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "Mover: 512 threads must be startable\ndone\n", "")
+
+
 def test_a_wait_can_be_interrupted():
     done = run("""
         mover = Mover(lanes=1)

@@ -1,10 +1,13 @@
 // Movers: what Python calls, through ctypes, to have ops' jobs carried out later by threads that never need the GIL.
 //
 // Not ops: no call has a tensor, and one that waits must not hold the GIL while those that are quick may keep it.
+#include <pthread.h>
+
+#include <algorithm>
 #include <atomic>
 #include <cstring>
 #include <memory>
-#include <shared_mutex>
+#include <mutex>
 #include <unordered_map>
 #include <utility>
 #include <vector>
@@ -33,8 +36,11 @@ struct Mover {
   Mover(int lanes, int64_t chunk_bytes) : queue(lanes), lanes(lanes), chunk_bytes(chunk_bytes) {}
 };
 
-// By handle. Whoever uses one keeps it, whatever is closed meanwhile.
-std::shared_mutex movers_mutex;
+// By handle. Whoever uses one keeps it, whatever is closed meanwhile. A fork waits for the lock, which a child would
+// find taken for ever.
+std::mutex movers_mutex;
+[[maybe_unused]] const int registered =
+    pthread_atfork([] { movers_mutex.lock(); }, [] { movers_mutex.unlock(); }, [] { movers_mutex.unlock(); });
 std::unordered_map<int64_t, std::shared_ptr<Mover>>& movers() {
   // Never destroyed: other threads may still be in a call when the process's statics go.
   static auto& all = *new std::unordered_map<int64_t, std::shared_ptr<Mover>>;
@@ -42,7 +48,7 @@ std::unordered_map<int64_t, std::shared_ptr<Mover>>& movers() {
 }
 
 std::shared_ptr<Mover> mover_of(int64_t handle) {
-  const std::shared_lock lock(movers_mutex);
+  const std::lock_guard lock(movers_mutex);
   const auto found = movers().find(handle);
   if (found == movers().end()) throw std::runtime_error("the mover must be open, got a closed one");
   return found->second;
@@ -177,7 +183,7 @@ KVKERNELS_ENTRY int64_t kvkernels_mover_open(int64_t lanes, int64_t chunk_bytes)
   return guarded([&] {
     static std::atomic<int64_t> last{0};
     auto mover = std::make_shared<kvkernels::Mover>(static_cast<int>(lanes), chunk_bytes);
-    const std::unique_lock lock(kvkernels::movers_mutex);
+    const std::lock_guard lock(kvkernels::movers_mutex);
     kvkernels::movers().emplace(++last, std::move(mover));
     return last.load();
   });
@@ -194,7 +200,7 @@ KVKERNELS_ENTRY int64_t kvkernels_mover_close(int64_t handle, int64_t finishes) 
 KVKERNELS_ENTRY int64_t kvkernels_mover_release(int64_t handle) {
   return guarded([&] {
     std::shared_ptr<kvkernels::Mover> last;  // freed without the lock
-    const std::unique_lock lock(kvkernels::movers_mutex);
+    const std::lock_guard lock(kvkernels::movers_mutex);
     const auto found = kvkernels::movers().find(handle);
     if (found == kvkernels::movers().end()) return int64_t{0};
     last = std::move(found->second);
@@ -203,17 +209,13 @@ KVKERNELS_ENTRY int64_t kvkernels_mover_release(int64_t handle) {
   });
 }
 
-// From here on this thread's ops are kept for kvkernels_mover_submit.
-KVKERNELS_ENTRY void kvkernels_mover_begin() {
-  kvkernels::scope_jobs.clear();
-  kvkernels::scope_is_open = true;
-}
+// From here on this thread's ops are kept for kvkernels_mover_submit. 0 where they are already.
+KVKERNELS_ENTRY int64_t kvkernels_mover_begin() { return std::exchange(kvkernels::scope_is_open, true) ? 0 : 1; }
 
-// How many there are; they are dropped.
-KVKERNELS_ENTRY int64_t kvkernels_mover_abandon() {
+// Drops them.
+KVKERNELS_ENTRY void kvkernels_mover_abandon() {
   kvkernels::scope_is_open = false;
-  const auto count = std::ssize(std::exchange(kvkernels::scope_jobs, {}));
-  return count;
+  kvkernels::scope_jobs.clear();
 }
 
 // The ticket of the transfer that they are.

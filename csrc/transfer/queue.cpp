@@ -9,6 +9,8 @@
 #include <algorithm>
 #include <chrono>
 #include <stdexcept>
+#include <string>
+#include <system_error>
 #include <utility>
 
 #include "core/text.h"
@@ -35,15 +37,24 @@ std::string cause_text(const Item& before) {
 }  // namespace
 
 Queue::Queue(int lanes) : lanes_(lanes) {
-  // Signals are for the program's own threads.
-  sigset_t all;
+  // Signals are for the program's own threads, but for those that a thread's own fault raises.
+  sigset_t others;
   sigset_t before;
-  sigfillset(&all);
-  pthread_sigmask(SIG_SETMASK, &all, &before);
-  for (int thread = 0; thread < 2 * lanes; ++thread) {
-    threads_.emplace_back([this, thread, lanes] { work(thread < lanes, thread); });
+  sigfillset(&others);
+  for (const int fault : {SIGSEGV, SIGBUS, SIGFPE, SIGILL}) sigdelset(&others, fault);
+  pthread_sigmask(SIG_SETMASK, &others, &before);
+  std::string error;
+  try {
+    for (int thread = 0; thread < 2 * lanes; ++thread) {
+      threads_.emplace_back([this, thread, lanes] { work(thread < lanes, thread); });
+    }
+  } catch (const std::system_error& caught) {
+    error = caught.what();
   }
   pthread_sigmask(SIG_SETMASK, &before, nullptr);
+  if (error.empty()) return;
+  close(false);
+  throw std::runtime_error(text(2 * lanes, " threads must be startable, got ", error));
 }
 
 Queue::~Queue() { close(false); }

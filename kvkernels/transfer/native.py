@@ -40,16 +40,16 @@ class Native:
     """The library's functions, each as an attribute; a result below 0 is for ``checked``."""
 
     open: Callable[[int, int], int]
-    begin: Callable[[], None]
-    abandon: Callable[[], int]
+    begin: Callable[[], int]
+    abandon: Callable[[], None]
 
     def __init__(self, path: str) -> None:
         self._quick, self._waiting = ctypes.PyDLL(path), ctypes.CDLL(path)
         for name, (arguments, waits) in _FUNCTIONS.items():
             setattr(self, name, self._function(name, (c_int64, *arguments), c_int64, waits))
         self.open = self._function("open", (c_int64, c_int64), c_int64, True)
-        self.begin = self._function("begin", (), None)
-        self.abandon = self._function("abandon", (), c_int64)
+        self.begin = self._function("begin", (), c_int64)
+        self.abandon = self._function("abandon", (), None)
         self._error = self._function("error", (), c_char_p)
         self._is_value = self._function("error_is_value", (), c_int64)
 

@@ -63,7 +63,8 @@ class Owner(Generic[T]):
         """The transfer of what ``call`` makes ops do."""
         self.check_process("Mover.submit")
         tickets = (c_int64 * len(after))(*after) if after else None
-        self._native.begin()
+        if not self._native.begin():
+            raise RuntimeError("Mover.submit: a job must not submit another, got one that does")
         try:
             call()
         except BaseException:

@@ -18,6 +18,7 @@ from kvkernels.transfer.owner import Owner
 _log = logging.getLogger("kvkernels")
 _VALUE_ERROR, _DEPENDENCY, _CANCELLED = 1, 3, 4  # of transfer/item.h
 _Report = c_int64 * 8  # of transfer/queue.h
+_FOREVER = 1e9  # seconds
 _SLICE_NS = 50_000_000  # so long a wait keeps Python from seeing an interrupt
 
 
@@ -112,7 +113,7 @@ class Transfer:
         -----
         Sleeps without the GIL. ``poll`` does not tell of a transfer that was waited for.
         """
-        until = None if timeout is None else time.monotonic_ns() + int(timeout * 1e9)
+        until = None if timeout is None else time.monotonic_ns() + int(min(timeout, _FOREVER) * 1e9)
         while True:
             left = _SLICE_NS if until is None else min(_SLICE_NS, max(0, until - time.monotonic_ns()))
             if self._owner.wait(self.ticket, left):
