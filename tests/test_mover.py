@@ -97,7 +97,9 @@ def test_each_job_does_what_its_op_does(mover, kind):
     moved = [t.clone() for t in written]
     for t in written:
         t.zero_()
+    before = kvkernels.counters()["cpu"]["bytes"]
     job.call()
+    assert result.bytes == kvkernels.counters()["cpu"]["bytes"] - before
     assert result.state == "done" and result.error is None and result.undefined == ()
     assert any(t.any() for t in written)
     assert all(torch.equal(a, b) for a, b in zip(moved, written, strict=True))
@@ -358,6 +360,16 @@ def test_a_destination_that_moved_is_seen(mover):
     assert "dst must be in the memory" in str(one.result(LONG).error)
 
 
+def test_no_chunk_is_copied_before_the_whole_transfer_was_checked():
+    with Mover(lanes=3, chunk_bytes=64) as mover:
+        for _ in range(100):
+            src, dst = pool(64, 64), pool(64, 64, fill=0)
+            with mover.held():
+                one = mover.submit(swap(src, dst, *((i, i) for i in range(64))))
+                src.untyped_storage().resize_(0)
+            assert one.result(LONG).state == "failed" and one.result().undefined == () and not dst.any()
+
+
 def test_dependants_fail_naming_it_and_those_that_overwrite_go_on(mover):
     doomed, src, mid, far = pool(), pool(), pool(), pool(fill=0)
     with mover.held():
@@ -437,6 +449,21 @@ def test_wait_takes_a_timeout(mover):
             one.result(0.01)
         assert not one.done() and not mover.drain(timeout=0.01)
     assert one.wait(LONG) and one.done() and one.wait(0) and one.wait(float("inf")) and one.wait(-1)
+
+
+def test_a_wait_is_woken_by_the_end(mover):
+    """It does not find out by looking now and then."""
+    seconds = []
+    for _ in range(9):
+        with mover.held():
+            one = mover.submit(swap(pool(), pool(), (0, 0)))
+            waits = threading.Thread(target=lambda one=one: (one.wait(LONG), seconds.append(time.monotonic())))
+            waits.start()
+            time.sleep(0.005)
+        let_go = time.monotonic()
+        waits.join()
+        seconds[-1] -= let_go
+    assert sorted(seconds)[4] < 0.02
 
 
 def test_callbacks_come_once_from_poll_or_wait(mover, caplog):

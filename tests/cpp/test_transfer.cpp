@@ -260,6 +260,7 @@ void a_queue_that_is_closed_while_it_is_used_ends_everything() {
       expect(queue.report(ticket).state >= static_cast<int64_t>(State::kDone), "each has ended");
       expect(queue.wait(ticket, 0), "and nobody waits for it");
     }
+    expect(queue.poll(1'000'000).empty(), "what was waited for is not told of again");
   }
 }
 
