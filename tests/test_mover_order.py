@@ -73,6 +73,22 @@ def test_the_one_before_becomes_as_urgent_as_who_waits_for_it():
         assert ran == [one.ticket for one in (first, middle, last, load, other)]
 
 
+def test_a_transfer_waits_for_all_that_it_needs():
+    """Also for the last chunk of an earlier one, while another thread has nothing left to do."""
+    src, mid = pool(64, 1 << 20), torch.zeros(64, 1 << 20, dtype=torch.uint8)
+    far = torch.zeros(2, 1 << 20, dtype=torch.uint8)
+    copy = kvkernels.prepare([src], [mid])
+    with Mover(lanes=2, chunk_bytes=32 << 20) as mover:
+        for _ in range(12):
+            mid.zero_()
+            with mover.held():
+                named = mover.submit(swap(pool(), pool(), (0, 0)), priority="load")
+                mover.submit(PreparedJob(copy, torch.arange(64).repeat(2, 1).T), priority="load")
+                last = mover.submit(swap(mid, far, (31, 0), (63, 1)), priority="load", after=[named])
+            assert last.result(LONG).state == "done"
+            assert torch.equal(far[0], src[31]) and torch.equal(far[1], src[63])
+
+
 def test_key_and_value_side_by_side_in_one_tensor_are_apart():
     both = torch.randint(1, 255, (8, 2, 64), dtype=torch.uint8)
     key, value = both[:, 0], both[:, 1]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -120,8 +121,11 @@ class Client:
 
     def run(self, count: int) -> None:
         try:
-            for _ in range(count):
-                self.step()
+            while len(self.sent) < count:
+                # Most transfers end sooner than the next is submitted: now and then many wait for each other.
+                with self.mover.held() if self.random.random() < 0.1 else nullcontext():
+                    for _ in range(int(self.random.integers(1, 30))):
+                        self.step()
         except BaseException as error:
             self.error = error
 
@@ -151,7 +155,7 @@ class Client:
             one = self.sent[-1 - int(random.integers(0, min(5, len(self.sent))))]
             one.is_cancelled |= one.transfer.cancel()
         elif roll < 0.08:
-            transfer.wait(60)
+            transfer.wait(0.001 if self.random.random() < 0.5 else 0)
         elif roll < 0.12:
             self.mover.poll()
 
