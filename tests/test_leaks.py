@@ -120,7 +120,10 @@ def transfers():
     from kvkernels.transfer import Mover, PreparedJob, SwapJob
 
     src, dst = ([torch.zeros(4, 16, dtype=torch.uint8) for _ in range(8)] for _ in range(2))
-    mover, pair = Mover(lanes=1), torch.tensor([[0, 1]])
+    mover, pair = Mover(lanes=1, chunk_bytes=16), torch.tensor([[0, 1]])
+    pages = torch.zeros(2, 1 << 15, 16, dtype=torch.uint8)
+    every = torch.arange(1 << 15).repeat(2, 1).T
+    mover.submit(SwapJob(pages[0], pages[1], 16, every)).wait()  # the trace has then all that it keeps
     job, other = PreparedJob(prepare(src, dst), pair), SwapJob(src[0], dst[0], 16, pair)
     wrong = SwapJob(src[0], dst[0], 16, torch.tensor([[0, 9]]))
 
