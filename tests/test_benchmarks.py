@@ -289,3 +289,23 @@ def test_pinned_writes_what_it_measured(tmp_path):
     assert [line.split(" | ")[0] for line in page.splitlines()[5:]] == [
         f"| {case}" for case in ("pool", "---", 'huge_pages="auto"', "huge_pages=False", 'shared="name"')
     ]
+
+
+def test_mover_writes_its_tables_and_its_picture(tmp_path):
+    vllm = tmp_path / "gpu_worker.py"
+    vllm.write_text(
+        "import not_there\n\n"
+        "def compute_sub_block_ptrs(block_ids, blocks_per_chunk, output, tensor, skip_count=0):\n"
+        "    output[:] = tensor.data_ptr() + block_ids.astype(np.uint64) * tensor.stride(0)\n"
+    )
+    done = run_script(
+        "mover.py", "--rounds", 1, "--mib", 8, "--store-mib", 64, "--vllm", vllm, "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "out" / "mover.json").read_text())
+    assert [row["page"] for row in found["rates"]] == [4096, 16384, 32768, 131072, 524288, 2097152]
+    assert all(rate > 0 for row in found["rates"] for rate in row.values())
+    assert [row["blocks"] for row in found["submits"]] == [64, 1000] and found["submits"][0]["vLLM"] > 0
+    assert found["waits"]["chunk_ms"] > 0 and found["matmul"]["store_gb_s"] > 0
+    assert "| 4 KiB |" in done.stdout and (tmp_path / "out" / "mover.md").read_text() in done.stdout
+    assert_png_with_a_drawing(tmp_path / "out" / "mover.png")

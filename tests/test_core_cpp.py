@@ -23,6 +23,7 @@ RACES = ("-fsanitize=thread",)
 
 CORE = sorted(CSRC.glob("core/*.cpp"))
 CPU = sorted(CSRC.glob("cpu/*.cpp"))
+TRANSFER = sorted(CSRC.glob("transfer/*.cpp"))
 # The programs that run one test by its name, and what they are linked with.
 PROGRAMS = {
     "test_batch": [CSRC / "core" / "batch.cpp"],
@@ -32,6 +33,7 @@ PROGRAMS = {
     "test_staged": CORE,
     "test_stretch": [CSRC / "cpu" / "stretch.cpp"],
     "test_stores": [CSRC / "cpu" / f"{name}.cpp" for name in ("isa", "loops", "tuning")],
+    "test_transfer": TRANSFER,
 }
 # What test_core.cpp calls: its build for races need not wait for the rest.
 READING = [CSRC / "core" / "pairs.cpp", CSRC / "core" / "verify.cpp"]
@@ -100,6 +102,12 @@ def test_every_test_of_a_program_is_listed(memory_build: Build, program: str) ->
 def test_core_without_races(tmp_path: Path) -> None:
     program = Build(tmp_path, RACES).program("test_core", READING)
     run([program, "threads_share_the_cache_of_plans"])
+
+
+def test_the_movers_queue_without_races(tmp_path: Path) -> None:
+    program = Build(tmp_path, RACES).program("test_transfer", TRANSFER)
+    run([program, "threads_submit_and_the_last_writer_is_the_last_submitted"])
+    run([program, "a_queue_that_is_closed_while_it_is_used_ends_everything"])
 
 
 def test_cpu_copy(memory_build: Build) -> None:

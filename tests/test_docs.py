@@ -14,8 +14,9 @@ import torch
 
 import kvkernels
 import kvkernels.memory
+import kvkernels.transfer
 from kvkernels import reference
-from kvkernels.registration import fake, schemas
+from kvkernels.registration import LIBRARY, fake, schemas
 
 MODULES = sorted(
     found.name
@@ -28,6 +29,8 @@ MODULES = sorted(
 def test_examples(name):
     if name.startswith("kvkernels.triton."):
         pytest.importorskip("triton")
+    if name == "kvkernels.transfer.mover" and not LIBRARY.compiled:
+        pytest.skip("movers need the compiled library")
     flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
     result = doctest.testmod(importlib.import_module(name), optionflags=flags)
     assert result.failed == 0
@@ -52,6 +55,15 @@ def test_the_code_of_a_page_runs(name, count):
     blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     assert len(blocks) == count
     exec("\n".join(blocks), {})
+
+
+def test_the_code_of_the_movers_page_runs():
+    if not LIBRARY.compiled:
+        pytest.skip("movers need the compiled library")
+    page = (Path(__file__).resolve().parents[1] / "docs" / "mover.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 1
+    exec(blocks[0], {})
 
 
 @pytest.mark.parametrize("function", ["convert_blocks", "copy_slots", "copy_groups"])
@@ -83,7 +95,11 @@ def test_conversions_have_the_defaults_of_the_ops(name):
     assert given == {**DEFAULTS[name], "executor": "auto", "sm_budget": 0}
 
 
-@pytest.mark.parametrize("module", [kvkernels, kvkernels.layout, kvkernels.memory], ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+    "module",
+    [kvkernels, kvkernels.layout, kvkernels.memory, kvkernels.transfer],
+    ids=lambda module: module.__name__,
+)
 def test_everything_public_has_a_docstring(module):
     for name in module.__all__:
         value = getattr(module, name)

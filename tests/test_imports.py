@@ -22,6 +22,7 @@ FLOORS = (
     ("ops",),
     ("layout", "explain", "names", "policy"),
     ("info", "memory", "prepared"),
+    ("transfer",),
     ("__init__", "cli"),
     ("__main__",),
 )
@@ -33,9 +34,10 @@ INCLUDES = {
     "cpu": {"core", "cpu"},
     "cuda": {"core", "cuda"},
     "host": {"core", "cpu", "host"},
-    "ops": {"core", "cpu", "cuda", "ops"},
+    "ops": {"core", "cpu", "cuda", "ops", "transfer"},
+    "transfer": {"core", "transfer"},
 }
-FOREIGN = {"core": set(), "cpu": set(), "cuda": {"cuda"}, "host": {"pybind11"}, "ops": {"torch"}}
+FOREIGN = {"core": set(), "cpu": set(), "cuda": {"cuda"}, "host": {"pybind11"}, "ops": {"torch"}, "transfer": set()}
 
 
 def modules_of(package: Path) -> dict[str, Path]:

@@ -25,6 +25,7 @@ OTHERS = [
     "info and counters",
 ]
 PREPARED = ["PreparedCopy.run", "PreparedCopy.run of a layer", "PreparedCopy.run, refused"]
+TRANSFERS = ["Mover.submit and wait", "Mover.submit and poll", "Mover.submit, refused", "Mover.submit and cancel"]
 PREPARING = ["prepare and release", "copy_pages of new pools"]
 CONVERSIONS = ["convert_blocks", "copy_slots of two chunks", "copy_groups of two groups"]
 
@@ -67,6 +68,7 @@ def calls():
 
     found |= conversions()
     found |= prepared_copies()
+    found |= transfers()
     found["gather_blocks, refused"] = refused
     found["gather_blocks, reference"] = lambda: ops.gather_blocks(pools, ids, out, executor="reference")
     found["split_tp_shards, reference"] = lambda: ops.split_tp_shards(*small["split_tp_shards"], executor="reference")
@@ -103,6 +105,47 @@ def prepared_copies():
         "PreparedCopy.run, refused": refused,
         "prepare and release": prepare_and_release,
         "copy_pages of new pools": new_pools,
+    }
+
+
+def transfers():
+    """By a mover, which lives as long as the process."""
+    import contextlib
+
+    import torch
+
+    if not LIBRARY.compiled:
+        return {}
+    from kvkernels import prepare
+    from kvkernels.transfer import Mover, PreparedJob, SwapJob
+
+    src, dst = ([torch.zeros(4, 16, dtype=torch.uint8) for _ in range(8)] for _ in range(2))
+    mover, pair = Mover(lanes=1, chunk_bytes=16), torch.tensor([[0, 1]])
+    pages = torch.zeros(2, 1 << 15, 16, dtype=torch.uint8)
+    every = torch.arange(1 << 15).repeat(2, 1).T
+    mover.submit(SwapJob(pages[0], pages[1], 16, every)).wait()  # the trace has then all that it keeps
+    job, other = PreparedJob(prepare(src, dst), pair), SwapJob(src[0], dst[0], 16, pair)
+    wrong = SwapJob(src[0], dst[0], 16, torch.tensor([[0, 9]]))
+
+    def submit_and_poll() -> None:
+        mover.submit(other, priority="store")
+        while not mover.poll():
+            pass
+
+    def refused() -> None:
+        with contextlib.suppress(IndexError):
+            mover.submit(wrong)
+
+    def cancel() -> None:
+        one = mover.submit(job)
+        one.cancel()
+        one.wait()
+
+    return {
+        "Mover.submit and wait": lambda: mover.submit(job).wait(),
+        "Mover.submit and poll": submit_and_poll,
+        "Mover.submit, refused": refused,
+        "Mover.submit and cancel": cancel,
     }
 
 
@@ -152,8 +195,9 @@ def report(names: list[str], count: int) -> None:
         (CONVERSIONS, 20_000),
         (PREPARED, 100_000),
         (PREPARING, 20_000),
+        (TRANSFERS, 30_000),
     ],
-    ids=["ops", "explained", "others", "conversions", "prepared", "preparing"],
+    ids=["ops", "explained", "others", "conversions", "prepared", "preparing", "transfers"],
 )
 def test_calls_leave_nothing_behind(names, count):
     # In a process of its own, whose heap nothing else has used.

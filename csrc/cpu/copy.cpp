@@ -267,6 +267,12 @@ Issued copy(const Work& work, ParallelFor parallel) {
   return copy(work, parallel, isa, tuning_for(isa));
 }
 
+Issued copy_lane_of(const Work& work, int lane) {
+  const Isa isa = selected_isa();
+  const Means means{loops_for(isa), tuning_for(isa), work.streaming};
+  return copy_range(work, means, lane_begin(work, means, lane), lane_begin(work, means, lane + 1));
+}
+
 bool writes_rows() { return tuning_for(selected_isa()).writes_rows; }
 
 }  // namespace kvkernels::cpu

@@ -21,6 +21,9 @@ Issued copy(const Work& work, ParallelFor parallel, Isa isa, const Tuning& tunin
 // The same as is best for this processor, with selected_isa(), whose exception comes before the first byte.
 Issued copy(const Work& work, ParallelFor parallel);
 
+// What lane `lane` of work.lanes copies, alone: a part of about the same bytes as the others.
+Issued copy_lane_of(const Work& work, int lane);
+
 // Whether, with selected_isa(), rows of the destination are better written whole than rows of the source read whole.
 bool writes_rows();
 

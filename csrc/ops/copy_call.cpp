@@ -7,7 +7,9 @@
 #include "ops/autograd.h"
 #include "ops/fault_ops.h"
 #include "ops/fork.h"
+#include "ops/held.h"
 #include "ops/path.h"
+#include "ops/submission.h"
 
 namespace kvkernels {
 namespace {
@@ -77,6 +79,15 @@ Work lower_call(const CopyCall& call, PairList list) {
                {executor, torch_threads(), call.soon_read, on_host && cpu::writes_rows()});
 }
 
+HeldSides held_for_mover(const CopyCall& call) {
+  constexpr const char* since = "the transfer was submitted, got a storage that was resized, freed or moved since";
+  const auto hold = [&](const char* list, bool written, std::span<const Tensor> tensors) {
+    return std::make_shared<Held>(call.op, list, tensors.size() > 1, written,
+                                  std::vector<Tensor>(tensors.begin(), tensors.end()), since);
+  };
+  return {hold(call.dst_list, true, call.dst.tensors), hold(call.src_list, false, call.src.tensors)};
+}
+
 // False where the call was only explained.
 bool check_and_copy(CopyCall call) {
   bind_now(call);
@@ -107,6 +118,10 @@ bool check_and_copy(CopyCall call) {
   if (bound.direction == Direction::kHostToDevice) job.host_tensors = call.src.tensors;
   if (bound.direction == Direction::kDeviceToHost) job.host_tensors = call.dst.tensors;
   job.reference = std::move(call.reference);
+  if (submitting()) {
+    job.bound = call.bound;
+    job.held = call.held.dst ? call.held : held_for_mover(call);
+  }
   return carry_out(std::move(job));
 }
 

@@ -26,6 +26,7 @@ struct CopyCall {
   int64_t src_subblocks = 1;
   int64_t dst_subblocks = 1;
   DeviceMoves* device_moves = nullptr;  // as in Job
+  HeldSides held;                       // as in Job; empty where nothing was kept before
   IdColumn src_ids;
   IdColumn dst_ids;
   int64_t rows = 0;

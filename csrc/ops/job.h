@@ -2,11 +2,13 @@
 #pragma once
 
 #include <functional>
+#include <memory>
 #include <mutex>
 #include <span>
 #include <string>
 #include <vector>
 
+#include "core/bound.h"
 #include "core/lower.h"
 #include "ops/stable_abi.h"
 
@@ -18,6 +20,14 @@ struct DeviceMoves {
   bool is_known = false;
   std::vector<Move> moves;
   std::string unreachable;  // why no kernel can reach them; empty where one can
+};
+
+class Held;
+
+// The destinations first: opening one may move a source that is a view of it.
+struct HeldSides {
+  std::shared_ptr<const Held> dst;
+  std::shared_ptr<const Held> src;
 };
 
 struct Job {
@@ -33,6 +43,10 @@ struct Job {
 
   // The tensors of the host's side; empty for raw addresses.
   std::span<const Tensor> host_tensors;
+  // For a mover, which carries the job out later: what the work was lowered from, and its tensors.
+  std::shared_ptr<const BoundCopy> bound;
+  HeldSides held;
+
   // The same call on the reference; empty where nobody named it.
   std::function<void(const Job& job)> reference;
 

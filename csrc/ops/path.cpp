@@ -7,6 +7,7 @@
 #include "ops/executors/room.h"
 #include "ops/explain.h"
 #include "ops/named_errors.h"
+#include "ops/submission.h"
 
 namespace kvkernels {
 namespace {
@@ -58,6 +59,10 @@ void issuing_errors(const char* op, Body&& body) {
 }  // namespace
 
 bool carry_out(Job job) {
+  if (submitting()) {
+    submit_job(std::move(job));
+    return true;
+  }
   const bool only_explains = explaining();
   if (job.device < 0 || job.asked == Executor::kReference) {
     Site host;

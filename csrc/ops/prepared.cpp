@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "ops/copy_call.h"
+#include "ops/held.h"
 #include "ops/ops.h"
 
 namespace kvkernels {
@@ -16,56 +17,26 @@ namespace {
 
 constexpr const char* kOp = "PreparedCopy.run";
 
-// Where a tensor's memory was.
-struct Memory {
-  const void* data;
-  int64_t storage_bytes;
-
-  bool operator==(const Memory&) const = default;
-};
-
-// Opening a destination gives a copy-on-write storage that was shared since memory of its own: it moves.
-Memory memory_of(const Tensor& tensor, bool written) {
-  return {written ? tensor.mutable_data_ptr() : tensor.const_data_ptr(), storage_bytes(tensor)};
-}
-
-// The caller's own tensors: what becomes of them is seen, and they are not freed.
-struct Held {
-  const char* list;
-  bool written;
-  std::vector<Tensor> tensors;
-  std::vector<Memory> memory;
-
-  Held(const char* list, bool written, const std::vector<Tensor>& tensors)
-      : list(list), written(written), tensors(tensors) {
-    for (const Tensor& tensor : tensors) memory.push_back(memory_of(tensor, written));
-  }
-
-  void check() const {
-    for (size_t i = 0; i < tensors.size(); ++i) {
-      if (memory_of(tensors[i], written) == memory[i]) [[likely]]
-        continue;
-      value_error(
-          kOp, ": ", Name{list, static_cast<int64_t>(i)},
-          " must be in the memory that it had when the copy was prepared, got a storage that was resized, freed "
-          "or moved since; bind the pools again");
-    }
-  }
-};
+constexpr const char* kSince =
+    "the copy was prepared, got a storage that was resized, freed or moved since; bind the pools again";
 
 class PreparedCopy {
  public:
   PreparedCopy(const std::vector<Tensor>& src, const std::vector<Tensor>& dst, Tensor runs, CopyCall call)
-      : dst_("dst", true, dst), src_("src", false, src), runs_(std::move(runs)), call_(std::move(call)) {
+      : dst_(std::make_shared<Held>(kOp, "dst", true, true, dst, kSince)),
+        src_(std::make_shared<Held>(kOp, "src", true, false, src, kSince)),
+        runs_(std::move(runs)),
+        call_(std::move(call)) {
     call_.op = kOp;
-    call_.src.tensors = src_.tensors;
-    call_.dst.tensors = dst_.tensors;
+    call_.src.tensors = src_->tensors();
+    call_.dst.tensors = dst_->tensors();
+    call_.held = {dst_, src_};
   }
 
   void run(const Tensor& mapping) {
     // The destinations first: opening one may move a source that is a view of it.
-    dst_.check();
-    src_.check();
+    dst_->check();
+    src_->check();
     CopyCall call = call_;
     call.take_mapping("mapping", mapping);
     call.device_moves = call.ids_on_device ? &moves_for_device_ids_ : &moves_for_host_ids_;
@@ -74,7 +45,7 @@ class PreparedCopy {
         value_error(kOp, ": executor 'reference' cannot serve this call: its ids must be on the cpu");
       }
       call.reference = [this, &mapping](const Job&) {
-        call_reference(src_.tensors, dst_.tensors, mapping, runs_, call_.src_subblocks, call_.dst_subblocks,
+        call_reference(src_->tensors(), dst_->tensors(), mapping, runs_, call_.src_subblocks, call_.dst_subblocks,
                        call_.skip_negative);
       };
     }
@@ -82,8 +53,8 @@ class PreparedCopy {
   }
 
  private:
-  const Held dst_;
-  const Held src_;
+  const std::shared_ptr<const Held> dst_;
+  const std::shared_ptr<const Held> src_;
   const Tensor runs_;
   CopyCall call_;  // all of it but the ids
   // Apart, because with ids on the device any memory will do that a kernel can reach.

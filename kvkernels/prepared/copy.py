@@ -81,6 +81,10 @@ class PreparedCopy:
         """The sources and the destinations, and the sub-blocks of a block of each."""
         return (self._src, self._rest[0]), (self._dst, self._rest[1])
 
+    def written(self) -> tuple[Tensor, ...]:
+        """The tensors that a run writes to; none where they were unbound."""
+        return self._dst.tensors
+
     def release(self) -> None:
         """Free what was prepared; running it is an error after that. Also called when it is no longer referenced."""
         self._is_released = True

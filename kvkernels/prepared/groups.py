@@ -80,6 +80,10 @@ class PreparedGroups:
         used = zip(self._copies, mappings, strict=True)
         return [copy.explain(mapping) for copy, mapping in used if mapping is not None]
 
+    def written(self) -> tuple[Tensor, ...]:
+        """The tensors that a run may write to."""
+        return tuple(tensor for copy in self._copies for tensor in copy.written())
+
     def release(self) -> None:
         """Free what was prepared for every group."""
         for copy in self._copies:

@@ -45,6 +45,7 @@ class SlabbedCopy:
         self._subblocks, self._skip_negative = subblocks, skip_negative
         self._src, self._dst = _whole("src", src), _whole("dst", dst)
         self._starts = (_starts(src, subblocks[0]), _starts(dst, subblocks[1]))
+        self._written = dst
         for pools in (src, dst):
             pools.add_user(self)
 
@@ -59,6 +60,10 @@ class SlabbedCopy:
     def explain(self, mapping: Tensor, *, layer: int | None = None) -> list[Explanation]:
         """What ``run`` would come to with these arguments, call by call."""
         return [copy.explain(pairs, layer=layer) for copy, pairs in self._cut(mapping)]
+
+    def written(self) -> tuple[Tensor, ...]:
+        """The tensors that a run may write to."""
+        return self._written.tensors
 
     def release(self) -> None:
         """Free what was prepared; running it is an error after that."""

@@ -53,6 +53,7 @@ ON_A_DEVICE = _on_torch(
 )
 OPS = "errors explain refusals gather_scatter swap_blocks copy_pages concat batch prepared autograd info"
 REFERENCE = "reference errors refusals copy_pages gather_scatter swap_blocks batch concat explain prepared"
+MOVER = _files("mover mover_order mover_random mover_metrics mover_processes")
 LAYOUTS = "layout plan convert slots canonical copy_groups page_mapping"
 
 PLANS = {
@@ -79,10 +80,13 @@ PLANS = {
     "csrc/ops/fork": _ops("fork"),
     "csrc/ops/gather": _ops("gather_scatter"),
     "csrc/ops/library": _ops("info compile"),
+    "csrc/ops/held": _ops("prepared mover"),
+    "csrc/ops/mover": [Step(CPU, MOVER)],
     "csrc/ops/policy_ops": _ops("policy"),
     "csrc/ops/prepared": _ops("prepared"),
     "csrc/ops/swap": _ops("swap_blocks"),
     "csrc/ops/triton_table": [Step(STAND_IN, _on_torch("triton link_executors"))],
+    "csrc/transfer": [Step(CPU, (*MOVER, *CORE.tests))],
     "kvkernels": [Step(PYTHON, _files("info docs explain names"))],
     "kvkernels/common": [Step(PYTHON, _files("integers errors autograd info modes lazy_bits compile"))],
     "kvkernels/layout": _layouts(""),
@@ -119,6 +123,7 @@ PLANS = {
     "kvkernels/reference/overlap": _reference("overlap"),
     "kvkernels/reference/prepared": _reference("prepared"),
     "kvkernels/registration": [Step(PYTHON, _files("info compile lazy_bits errors modes"))],
+    "kvkernels/transfer": [Step(PYTHON, (*MOVER, *_files("docs")))],
     "kvkernels/triton": [Step(PYTHON, _files("triton triton_interpreter triton_ptx"))],
 }
 

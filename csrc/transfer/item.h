@@ -1,0 +1,82 @@
+// A transfer as the queue sees it.
+#pragma once
+
+#include <condition_variable>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "transfer/footprint.h"
+
+namespace kvkernels::transfer {
+
+enum class Priority : int64_t { kExpedited, kLoad, kStore };
+
+enum class State : int64_t { kQueued, kRunning, kDone, kFailed, kCancelled };
+
+// What Python raises it as.
+enum class Kind : int64_t { kNone, kValueError, kRuntimeError, kDependency, kCancelled };
+
+// The copies themselves, and what keeps their memory alive.
+class Payload {
+ public:
+  virtual ~Payload() = default;
+  virtual void check() = 0;                       // before the first chunk; throws where the memory is not what it was
+  virtual void copy(int64_t chunk) noexcept = 0;  // from any thread, several at once
+  virtual void finish() noexcept = 0;             // every chunk was copied
+};
+
+// One side of one of its copies; the segments are the payload's.
+struct Access {
+  std::shared_ptr<const BoundCopy> copy;
+  const std::vector<Segment>* segments;
+  bool is_written;
+  std::shared_ptr<const Footprint> footprint = nullptr;  // the queue's
+  std::optional<BlockSet> blocks = std::nullopt;         // made when they are first compared
+
+  const BlockSet& block_set() {
+    if (!blocks) blocks.emplace(*segments, is_written, footprint->subblocks);
+    return *blocks;
+  }
+};
+
+struct Item;
+
+// Who comes after a transfer. One that reads what it writes, or was told to, fails where it does.
+struct Follower {
+  std::shared_ptr<Item> item;
+  bool fails_with_it;
+};
+
+struct Item {
+  int64_t ticket = 0;
+  Priority priority = Priority::kLoad;
+  Priority urgency = Priority::kLoad;  // that of the most urgent one that waits for it, where that is more
+  State state = State::kQueued;
+  int64_t bytes = 0;
+  int64_t chunks = 1;
+  int64_t next_chunk = 0;   // to be handed out
+  int64_t chunks_left = 1;  // to be copied
+  bool is_aborted = false;  // the chunks that were left when the queue was closed were not copied
+  std::unique_ptr<Payload> payload;
+  std::vector<Access> accesses;
+
+  int64_t waits_for = 0;
+  std::vector<std::weak_ptr<Item>> before;
+  std::vector<Follower> followers;
+
+  int64_t end_order = 0;
+  int64_t submitted_ns = 0;
+  int64_t started_ns = 0;
+  int64_t ended_ns = 0;
+  Kind kind = Kind::kNone;
+  std::string error;
+  int waiters = 0;
+  std::condition_variable has_ended_cv;
+
+  bool has_ended() const { return state >= State::kDone; }
+};
+
+}  // namespace kvkernels::transfer

@@ -1,0 +1,224 @@
+"""Moves bytes later, beside the model and in order of urgency."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from kvkernels.common.arguments import integer
+from kvkernels.prepared import BoundPools
+from kvkernels.transfer.jobs import Job
+from kvkernels.transfer.metrics import PRIORITIES, read_stats
+from kvkernels.transfer.owner import Owner
+from kvkernels.transfer.trace import write_trace
+from kvkernels.transfer.transfer import Transfer
+
+CHUNK_BYTES = 16 << 20
+_MOST_LANES = 256
+
+
+class Mover:
+    """Carries out copies beside the model, in order of urgency, and says when each is done.
+
+    Parameters
+    ----------
+    device : torch.device or str, optional
+        Where the tensors are: the CPU.
+    lanes : int, optional
+        Cores that copies may use at a time; by default 2, or 1 where the process has but one or two.
+    chunk_bytes : int, optional
+        The parts that a large copy is cut into, between which a more urgent one may come.
+
+    Raises
+    ------
+    ValueError
+        A device that is not the CPU, or numbers that are not positive.
+    RuntimeError
+        There is no compiled library.
+
+    Notes
+    -----
+    **Order.** ``expedited`` comes before ``load``, and that before ``store``; within one priority, whichever was
+    submitted first. Two transfers that touch one page, of which one writes it, are carried out in the order in which
+    they were submitted, and the earlier one becomes as urgent as the later. One that reads what an earlier one was to
+    write fails where that one fails or is cancelled, and so does one that names it in ``after``. One that only
+    overwrites goes on.
+
+    **Threads.** Those that copy are the library's own: they never need the GIL, so that Python may be busy. Those for
+    stores have a lower priority for the operating system. A job is checked by the thread that submits it, in the modes
+    (``inference_mode``, ``no_grad``) of that thread. All methods are safe to call from several threads.
+
+    **Memory.** A transfer keeps its tensors alive until it has ended; mappings and ids are read when it is submitted.
+    Sources must stay unwritten and destinations unread by others until then. Versions, for autograd, count the write
+    at submit. Tensors are let go of by the next call of ``submit``, ``poll`` or ``wait``.
+
+    **The end.** Transfers that are neither polled for nor waited for keep a few hundred bytes each. A mover that is no
+    longer referenced, nor one of its transfers, and the end of the process, cancel what has not ended. A child of a
+    fork cannot use its parent's mover.
+
+    Examples
+    --------
+    >>> import torch, kvkernels
+    >>> from kvkernels.transfer import Mover, PreparedJob
+    >>> device, host = torch.arange(6).reshape(3, 2), torch.zeros(3, 2, dtype=torch.int64)
+    >>> offload = kvkernels.prepare([device], [host])
+    >>> with Mover(lanes=1) as mover:
+    ...     transfer = mover.submit(PreparedJob(offload, torch.tensor([[2, 0]])), priority="store")
+    ...     transfer.result().state, host[0].tolist()
+    ('done', [4, 5])
+    """
+
+    def __init__(
+        self, device: torch.device | str | None = None, *, lanes: int | None = None, chunk_bytes: int | None = None
+    ) -> None:
+        place = torch.device("cpu" if device is None else device)
+        if place.type != "cpu":
+            raise ValueError(
+                f"Mover: device must be the cpu, got {place}: copies with a device are the ops' own, on the current "
+                "stream"
+            )
+        self.lanes = _default_lanes() if lanes is None else integer("Mover: lanes", lanes, "positive", least=1)
+        if self.lanes > _MOST_LANES:
+            raise ValueError(f"Mover: lanes must be at most {_MOST_LANES}, got {lanes}")
+        self.chunk_bytes = (
+            CHUNK_BYTES if chunk_bytes is None else integer("Mover: chunk_bytes", chunk_bytes, "positive", least=1)
+        )
+        self._owner: Owner[Transfer] = Owner(self.lanes, self.chunk_bytes)
+
+    def __enter__(self) -> Mover:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self.close(finish=kind is None)
+
+    def __reduce__(self) -> str:
+        raise TypeError("Mover cannot be pickled or copied: it stands for this process's threads; make another")
+
+    def submit(self, job: Job, *, priority: str = "load", after: Sequence[Transfer] = ()) -> Transfer:
+        """Check a job as its op would, and have it carried out.
+
+        Parameters
+        ----------
+        job : Job
+            ``PreparedJob``, ``GroupsJob``, ``SwapJob``, ``GatherJob``, ``ScatterJob``, ``CopyPagesJob`` or
+            ``ConvertJob``.
+        priority : {'expedited', 'load', 'store'}
+            What it comes before.
+        after : sequence of Transfer
+            Transfers of this mover that must be done before; where one fails, this one does.
+
+        Returns
+        -------
+        Transfer
+
+        Raises
+        ------
+        IndexError, ValueError
+            What the op refuses; a tensor on a device; an executor that needs Python; a mode that only traces. Nothing
+            was queued.
+        RuntimeError
+            The mover was closed, or is that of a process that forked.
+        """
+        if priority not in PRIORITIES:
+            raise ValueError(f"Mover.submit: priority must be one of {', '.join(PRIORITIES)}, got {priority!r}")
+        if not isinstance(job, Job):
+            raise ValueError(f"Mover.submit: job must be a Job, got {type(job).__name__}")
+        owner = self._owner
+        for transfer in after:
+            if not isinstance(transfer, Transfer) or transfer._owner is not owner:
+                raise ValueError(f"Mover.submit: after must be transfers of this mover, got {transfer!r}")
+        if _get_current_dispatch_mode() is not None or torch.compiler.is_compiling():
+            raise ValueError("Mover.submit: job must be of tensors with values, got a mode that intercepts ops")
+        transfer = owner.submit(
+            job.call, PRIORITIES.index(priority), [one.ticket for one in after],
+            lambda ticket: Transfer(owner, ticket, priority, job),
+        )  # fmt: skip
+        return transfer
+
+    def poll(self) -> list[Transfer]:
+        """What ended since the last call, in that order, but for what was waited for. Calls callbacks; never waits."""
+        return self._owner.poll()
+
+    def drain(self, pools: BoundPools | Sequence[Tensor] | None = None, timeout: float | None = None) -> bool:
+        """Wait for all transfers that touch some pools: before they sleep, are reset or go.
+
+        Parameters
+        ----------
+        pools : BoundPools or sequence of Tensor, optional
+            By default all transfers are waited for.
+        timeout : float, optional
+            Seconds, for all of them together.
+
+        Returns
+        -------
+        bool
+            Whether they have ended. Others may be submitted meanwhile, which are not waited for.
+        """
+        tensors = pools.tensors if isinstance(pools, BoundPools) else pools
+        ranges = [(0, (1 << 63) - 1)] if tensors is None else [_range_of(tensor) for tensor in tensors]
+        return _wait_all(self._owner.touching(ranges), timeout)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Nothing begins, and no further chunk is copied, until the ``with`` block ends.
+
+        For several transfers that are submitted one after the other and must begin in order of priority alone.
+        """
+        self._owner.hold(True)
+        try:
+            yield
+        finally:
+            self._owner.hold(False)
+
+    def close(self, *, finish: bool = True) -> None:
+        """End the threads, after all transfers were carried out or, where ``finish`` is false, cancelled.
+
+        What is being copied then ends with the chunks at hand: it is cancelled, and its result says what is undefined.
+        ``poll``, and what a Transfer says, work after that; ``submit`` does not. Closing twice is nothing.
+        """
+        self._owner.close(finish)
+
+    def stats(self) -> dict[str, Any]:
+        """What was moved so far.
+
+        Returns
+        -------
+        dict
+            ``queued`` and ``running`` are transfers; ``transfers`` has a row for each priority: ``direction``,
+            ``priority``, ``executor``; how many were ``done``, ``failed`` and ``cancelled``; of those that were done
+            ``bytes``, ``seconds``, ``queue_seconds``, ``chunks``, and how many transfers were at most of each size and
+            time, ``bytes_buckets``, ``seconds_buckets`` and ``queue_seconds_buckets``: (upper bound, transfers), the
+            last bound infinite.
+        """
+        return read_stats(self._owner.stats)
+
+    def trace(self, path: str | os.PathLike[str]) -> int:
+        """Write the last chunks (16,384 at most) and the transfers' queueing as a Chrome trace; returns how many.
+
+        ``chrome://tracing`` and https://ui.perfetto.dev show it.
+        """
+        return write_trace(path, self._owner.trace(), self.lanes)
+
+
+def _wait_all(transfers: Sequence[Transfer], timeout: float | None) -> bool:
+    until = None if timeout is None else time.monotonic() + timeout
+    return all([one.wait(None if until is None else max(0.0, until - time.monotonic())) for one in transfers])
+
+
+def _default_lanes() -> int:
+    return max(1, min(2, len(os.sched_getaffinity(0)) - 1))
+
+
+def _range_of(tensor: Tensor) -> tuple[int, int]:
+    """The addresses of a tensor, gaps in its rows included."""
+    if not tensor.numel():
+        return 0, 0
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
