@@ -2,7 +2,7 @@
 PYTHON ?= python3
 KVKERNELS_CUDA ?= AUTO
 KVKERNELS_WERROR ?= OFF
-# Arguments for benchmarks/swap.py, pages.py and layouts.py, pytest, tests/e2e/run.py, tests/torches/run.py and
+# Arguments for benchmarks/swap.py, pages.py, layouts.py and mover.py, pytest, tests/e2e/run.py, tests/torches/run.py and
 # tests/mutants/run.py.
 ARGS ?=
 # Processes of make test and make simgpu; auto is one a core.
@@ -33,7 +33,7 @@ export KVKERNELS_COMPILED = ON
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build wheel swap pages layouts calls memory sass test simgpu simgpu-build gpu gpu-dry-run sanitize e2e torches mutants \
+.PHONY: help build wheel swap pages layouts calls memory mover sass test simgpu simgpu-build gpu gpu-dry-run sanitize e2e torches mutants \
   lint format audit clean distclean always
 
 help:
@@ -42,6 +42,7 @@ help:
 	@echo "make layouts    the table of conversions between layouts and shards of benchmarks/results"
 	@echo "make calls      what a call costs before a byte moves, as in benchmarks/results"
 	@echo "make memory     what the books of host memory cost, as in benchmarks/results"
+	@echo "make mover      what the mover costs and moves, as in benchmarks/results"
 	@echo "make sass       what the CUDA kernels' machine code looks like (needs cuobjdump)"
 	@echo "make test       build and run all tests (ARGS=\"-k gather\" goes to pytest)"
 	@echo "make simgpu     the GPU tests without a GPU: torch's CUDA build on a stand-in for CUDA (needs nvcc; 5 GB)"
@@ -111,6 +112,9 @@ calls: build
 
 memory: build $(VENV)/.requirements-dev
 	$(BIN)/python benchmarks/memory.py $(ARGS)
+
+mover: build
+	$(BIN)/python benchmarks/mover.py $(ARGS)
 
 layouts: build
 	$(BIN)/python benchmarks/layouts.py $(ARGS)

@@ -195,7 +195,7 @@ def report(names: list[str], count: int) -> None:
         (CONVERSIONS, 20_000),
         (PREPARED, 100_000),
         (PREPARING, 20_000),
-        (TRANSFERS, 30_000),
+        (TRANSFERS, 20_000),
     ],
     ids=["ops", "explained", "others", "conversions", "prepared", "preparing", "transfers"],
 )

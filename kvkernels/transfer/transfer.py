@@ -158,6 +158,8 @@ class Transfer:
 
     def take_callbacks(self) -> list[Callable[[], None]]:
         """Those that the end calls, for the mover; each is given once."""
+        if not self._callbacks:
+            return []
         callbacks, self._callbacks = self._callbacks, []
         return [partial(self._call, callback) for callback in callbacks]
 
