@@ -169,7 +169,7 @@ def on_own_headers(bin: Path, torch: str, log: Path) -> str:
     return f"failed: {failed} tests" if failed else f"builds; {passed} passed"
 
 
-def try_pair(torch: str, python: str, with_headers: bool) -> Outcome:
+def try_pair(torch: str, python: str, with_headers: bool, without: Sequence[str]) -> Outcome:
     outcome = Outcome(torch, python)
     if interpreter(python) is None:
         outcome.note = f"there was no Python {python}"
@@ -182,7 +182,8 @@ def try_pair(torch: str, python: str, with_headers: bool) -> Outcome:
         bin = environment_of(torch, python, log)
         outcome.versions = versions(bin)
         report = BUILDS / f"{torch}-py{python}.xml"
-        outcome.passed, outcome.failed, outcome.skipped = test(bin, ROOT, FILES, report, log)
+        files = [file for file in FILES if file not in without]
+        outcome.passed, outcome.failed, outcome.skipped = test(bin, ROOT, files, report, log)
         if with_headers:
             outcome.headers = on_own_headers(bin, torch, log)
     except Failed as failure:
@@ -214,6 +215,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--torch", choices=torches, nargs="+", help="only these (default: all)")
     parser.add_argument("--this-python", action="store_true", help=f"all of them with Python {THIS_PYTHON}")
     parser.add_argument("--headers", action="store_true", help="also build on each torch's own headers")
+    parser.add_argument("--without", nargs="+", choices=FILES, default=(), metavar="FILE", help="files to leave out")
     parser.add_argument("--output", type=Path, metavar="FILE.md", help="write the table")
     return parser.parse_args(arguments)
 
@@ -226,7 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         pairs = list(dict.fromkeys((torch, THIS_PYTHON) for torch, _ in pairs))
     for torch, python in pairs:
         print(f"torch {torch}, Python {python} ...", flush=True)
-        outcome = try_pair(torch, python, options.headers)
+        outcome = try_pair(torch, python, options.headers, options.without)
         outcomes.append(outcome)
         print(
             f"  {outcome.versions}: {outcome.passed} passed, {outcome.failed} failed, {outcome.skipped} skipped; "
