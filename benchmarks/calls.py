@@ -175,6 +175,8 @@ def markdown(result: dict[str, Any]) -> str:
         lines.append(f"| {name} | {was}{after:.1f} | {'' if goal is None else f'{goal:g}{missed}'} |")
     if before:
         lines += ["", f"*before* is {result['before']}."]
+    if result["device"]:
+        lines += ["", f"The GPU is {result['device']}."]
     return "\n".join(lines) + "\n"
 
 
@@ -204,6 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "after_us": measured[0],
         "before_us": measured[1] if options.before else {},
         "before": options.before_name,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
     }
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "calls.json").write_text(json.dumps(result, indent=1) + "\n")
