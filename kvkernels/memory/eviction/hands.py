@@ -49,8 +49,7 @@ class HandPolicy(EvictionPolicy):
         return queue
 
     def _turn(self) -> None:
-        """Two queues change places, or change back: what a step says whose queues are both ``_away``."""
-        raise NotImplementedError
+        """Two queues change places, or change back: for policies with steps whose queues are both ``_away``."""
 
     def _settled(self) -> None:
         """Keys came or went for good."""
