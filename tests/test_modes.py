@@ -87,6 +87,20 @@ def test_a_prepared_copy_is_of_no_mode(mode):
     assert written == [[2], [1, 2], [0, 2], [2], [2, 3]]
 
 
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "fake"])
+def test_groups_and_slabs_are_of_no_mode(mode):
+    src = [torch.arange(32, device="cpu").reshape(4, 8) + 100 * i for i in range(5)]
+    dst = [torch.zeros_like(pool) for pool in src]
+    pairs = [torch.tensor(rows, device="cpu") for rows in ([[0, 1], [3, 2]], [[1, 0]])]
+    with MODES[mode]():
+        slabbed = kvkernels.prepare([list(pool.split([1, 3])) for pool in src], dst)
+        groups = kvkernels.PreparedGroups([kvkernels.prepare(src, dst) for _ in range(2)])
+        slabbed.run(pairs[0])
+        groups.run([pairs[1], None])
+    slabbed.run(torch.tensor([[2, 3]]))
+    assert all(torch.equal(b, a[[1, 0, 3, 2]]) for a, b in zip(src, dst, strict=True))
+
+
 def test_what_a_fake_mode_meets_of_prepared_copies():
     """What is prepared stays as it was; fake pools have no memory to be bound."""
     src, dst = ([torch.full((4, 8), fill + i) for i in range(5)] for fill in (1, 100))

@@ -56,7 +56,12 @@ class PreparedGroups:
         return len(self._copies)
 
     def run(self, mappings: Sequence[Tensor | None]) -> None:
-        """Copy what the mappings name, a group each and None for nothing.
+        """Copy what the mappings name.
+
+        Parameters
+        ----------
+        mappings : sequence of Tensor or None
+            One for each group, as ``PreparedCopy.run`` takes it; None copies nothing of the group.
 
         Raises
         ------

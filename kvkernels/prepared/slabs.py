@@ -5,6 +5,8 @@ from __future__ import annotations
 from functools import partial
 from itertools import accumulate
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -41,10 +43,12 @@ class SlabbedCopy:
             )
             for one in src.slabs for other in dst.slabs
         ]  # fmt: skip
-        self._shared = shared_sides(self._parts, "prepare: slabs")
+        shared = shared_sides(self._parts, "prepare: slabs")
+        self._shared = [(a, b) for a, b in shared if a[1] != b[1]]  # a destination is named once
         self._subblocks, self._skip_negative = subblocks, skip_negative
         self._src, self._dst = _whole("src", src), _whole("dst", dst)
         self._starts = (_starts(src, subblocks[0]), _starts(dst, subblocks[1]))
+        self._limits = (self._src.blocks * subblocks[0], self._dst.blocks * subblocks[1])
         self._written = dst
         for pools in (src, dst):
             pools.add_user(self)
@@ -72,29 +76,41 @@ class SlabbedCopy:
 
     def _cut(self, mapping: Tensor) -> list[tuple[PreparedCopy, Tensor]]:
         """The parts that a mapping needs, each with its pairs, counted from the slabs' own starts."""
-        check_ids(_OP, "mapping", mapping, 2, None)
-        if not has_values(mapping):
-            raise ValueError(f"{_OP}: mapping must have values where pools have slabs, got one that a tracer traces")
-        ids = pairs_of_mapping(
-            _OP, "mapping", mapping, [self._src], [self._dst], *self._subblocks, skip_negative=self._skip_negative
-        )
-        slabs = [torch.bucketize(ids[:, i].contiguous(), self._starts[i][1:], right=True) for i in range(2)]
+        ids = self._checked(mapping)
+        slabs = [np.searchsorted(starts[1:], ids[:, i], side="right") for i, starts in enumerate(self._starts)]
         part_of = slabs[0] * len(self._starts[1]) + slabs[1]
-        local = ids - torch.stack([self._starts[i][slabs[i]] for i in range(2)], dim=1)
-        mappings = [local[part_of == part] for part in range(len(self._parts))]
+        for i, starts in enumerate(self._starts):
+            ids[:, i] -= starts[slabs[i]]
+        mappings = [torch.from_numpy(ids[part_of == part]) for part in range(len(self._parts))]
         met = first_met(self._shared, mappings)
         if met is not None:
             raise ValueError(f"{_OP}: mapping must not write what it reads, got block {met[0]} of a slab both ways")
         return [(copy, pairs) for copy, pairs in zip(self._parts, mappings, strict=True) if len(pairs)]
+
+    def _checked(self, mapping: Tensor) -> npt.NDArray[np.int64]:
+        """The pairs to copy, each once."""
+        check_ids(_OP, "mapping", mapping, 2, None)
+        if not has_values(mapping):
+            raise ValueError(f"{_OP}: mapping must have values where pools have slabs, got one that a tracer traces")
+        ids = mapping.numpy().astype(np.int64)
+        if self._skip_negative:
+            ids = ids[(ids >= 0).all(axis=1)]
+        is_inside = len(ids) == 0 or bool(ids.min() >= 0 and (ids < self._limits).all())
+        if is_inside and len(np.unique(ids[:, 1])) == len(ids):
+            return ids
+        # Says what is wrong, or leaves pairs out that came before.
+        return pairs_of_mapping(
+            _OP, "mapping", mapping, [self._src], [self._dst], *self._subblocks, skip_negative=self._skip_negative
+        ).numpy()
 
 
 def _blocks(pools: BoundPools) -> list[int]:
     return [min(len(tensor) for tensor in slab) for slab in pools.slabs]
 
 
-def _starts(pools: BoundPools, subblocks: int) -> Tensor:
+def _starts(pools: BoundPools, subblocks: int) -> npt.NDArray[np.int64]:
     """The first id of each slab."""
-    return torch.tensor([0, *accumulate(_blocks(pools))][:-1], device="cpu") * subblocks
+    return np.array([0, *accumulate(_blocks(pools))][:-1], dtype=np.int64) * subblocks
 
 
 def _whole(name: str, pools: BoundPools) -> Pool:
