@@ -25,6 +25,8 @@ OTHERS = [
     "info and counters",
 ]
 PREPARED = ["PreparedCopy.run", "PreparedCopy.run of a layer", "PreparedCopy.run, refused"]
+TOGETHER = ["PreparedGroups.run", "PreparedGroups.run, refused", "SlabbedCopy.run"]
+MEMORY = ["KVPool.alloc and free", "PrefixCache, full", "PrefixCache, reserved", "SchedulerBridge"]
 TRANSFERS = ["Mover.submit and wait", "Mover.submit and poll", "Mover.submit, refused", "Mover.submit and cancel"]
 PREPARING = ["prepare and release", "copy_pages of new pools"]
 CONVERSIONS = ["convert_blocks", "copy_slots of two chunks", "copy_groups of two groups"]
@@ -68,6 +70,8 @@ def calls():
 
     found |= conversions()
     found |= prepared_copies()
+    found |= copies_together()
+    found |= host_memory()
     found |= transfers()
     found["gather_blocks, refused"] = refused
     found["gather_blocks, reference"] = lambda: ops.gather_blocks(pools, ids, out, executor="reference")
@@ -105,6 +109,68 @@ def prepared_copies():
         "PreparedCopy.run, refused": refused,
         "prepare and release": prepare_and_release,
         "copy_pages of new pools": new_pools,
+    }
+
+
+def copies_together():
+    """Groups that share pools, and pools of two slabs."""
+    import contextlib
+
+    import torch
+
+    from kvkernels import PreparedGroups, prepare
+
+    src, dst = ([torch.zeros(4, 16, dtype=torch.uint8) for _ in range(8)] for _ in range(2))
+    groups = PreparedGroups([prepare(src, dst) for _ in range(2)])
+    slabbed = prepare([list(pool.split(2)) for pool in src], dst)
+    one, other = torch.tensor([[0, 1]]), torch.tensor([[0, 1], [3, 2]])
+
+    def refused() -> None:
+        with contextlib.suppress(ValueError):
+            groups.run([one, other])
+
+    return {
+        "PreparedGroups.run": lambda: groups.run([one, other[1:]]),
+        "PreparedGroups.run, refused": refused,
+        "SlabbedCopy.run": lambda: slabbed.run(other),
+    }
+
+
+def host_memory():
+    """Caches that are full, so that each block that comes has another leave; every call brings hashes of its own."""
+    import itertools
+
+    from kvkernels.memory import KVPool, PrefixCache, SchedulerBridge
+
+    pool, numbers = KVPool(1024), itertools.count()
+    caches = {policy: PrefixCache(16, 64, policy=policy) for policy in ("lru", "arc", "s3fifo", "chain")}
+    reserved = PrefixCache(16, 64)
+    bridge = SchedulerBridge(KVPool(1024), PrefixCache(16))
+
+    def fill() -> None:
+        number = next(numbers)
+        for cache in caches.values():
+            key = number.to_bytes(16, "little")
+            cache.insert([key], [number])
+            cache.lookup([key], hold=True)
+            cache.release([key])
+
+    def reserve() -> None:
+        number = next(numbers)
+        reserved.reserve([number.to_bytes(16, "little")]).commit([number])
+        reserved.reserve([b"never"]).abort()
+
+    def schedule() -> None:
+        number = next(numbers)
+        hashes = [number.to_bytes(16, "little"), (number + 1).to_bytes(17, "little")]
+        bridge.allocate(bridge.plan("request", 40, hashes))
+        bridge.free("request")
+
+    return {
+        "KVPool.alloc and free": lambda: pool.free(pool.alloc(40)),
+        "PrefixCache, full": fill,
+        "PrefixCache, reserved": reserve,
+        "SchedulerBridge": schedule,
     }
 
 
@@ -195,9 +261,11 @@ def report(names: list[str], count: int) -> None:
         (CONVERSIONS, 20_000),
         (PREPARED, 100_000),
         (PREPARING, 20_000),
+        (TOGETHER, 20_000),
+        (MEMORY, 20_000),
         (TRANSFERS, 20_000),
     ],
-    ids=["ops", "explained", "others", "conversions", "prepared", "preparing", "transfers"],
+    ids=["ops", "explained", "others", "conversions", "prepared", "preparing", "together", "memory", "transfers"],
 )
 def test_calls_leave_nothing_behind(names, count):
     # In a process of its own, whose heap nothing else has used.
