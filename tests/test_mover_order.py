@@ -151,23 +151,3 @@ def test_any_two_views_are_ordered_where_a_page_of_theirs_meets(seed):
         (a, a_writes), (b, b_writes) = bytes_of
         meets = bool(a & b) and (a_writes or b_writes)
         assert overtakes(*jobs) is not meets, (bytes_of, seed)
-
-
-def test_many_layers_with_one_mapping_are_compared_once():
-    """160 pools a side cost a submit little more than one does: pools at equal distances are compared once."""
-    import time
-
-    def seconds_of_submits(layers: int) -> float:
-        src, dst = [pool(64) for _ in range(layers)], [pool(64) for _ in range(layers)]
-        copy = kvkernels.prepare(src, dst)
-        mappings = [torch.tensor([[i, i]]) for i in range(64)]
-        with Mover(lanes=1) as mover, mover.held():
-            mover.submit(PreparedJob(copy, mappings[0]))
-            times = []
-            for mapping in mappings[1:]:
-                began = time.perf_counter()
-                mover.submit(PreparedJob(copy, mapping))
-                times.append(time.perf_counter() - began)
-            return sorted(times)[len(times) // 2]
-
-    assert seconds_of_submits(160) < 40 * seconds_of_submits(1)

@@ -109,6 +109,28 @@ void meetings_are_where_pages_share_bytes() {
   expect(meets > 300 && meets < 1200, "both kinds were drawn");
 }
 
+void layers_at_one_distance_meet_in_one_way() {
+  constexpr int64_t kLayers = 160;
+  constexpr int64_t kPage = 64;
+  constexpr int64_t kBlocks = 8;
+  std::vector<std::byte> memory(kLayers * kBlocks * kPage + kPage);
+  const auto layers = [&](int64_t shift) {
+    BoundCopy copy;
+    for (int64_t i = 0; i < kLayers; ++i) {
+      copy.src.push_back({memory.data() + shift + i * kBlocks * kPage, kBlocks, kPage, kPage});
+      Run run{};
+      run.src_pool = i;
+      copy.runs.push_back(run);
+    }
+    return footprint_of(copy, false);
+  };
+  const Footprint here = layers(0);
+  expect(here.pools.size() == kLayers, "every pool is used");
+  expect(meetings_of(here, here).size() == 1, "each layer meets itself, all of them alike");
+  // Half a page further each layer meets its neighbour's first block as well.
+  expect(meetings_of(here, layers(kPage / 2)).size() == 2, "and the neighbours");
+}
+
 void a_footprint_is_not_taken_for_that_of_a_copy_that_is_gone() {
   Random random(3);
   std::vector<std::byte> memory(3000);
@@ -267,6 +289,7 @@ void a_queue_that_is_closed_while_it_is_used_ends_everything() {
 const Tests kTests{
     {"block_sets_hold_what_segments_name", block_sets_hold_what_segments_name},
     {"meetings_are_where_pages_share_bytes", meetings_are_where_pages_share_bytes},
+    {"layers_at_one_distance_meet_in_one_way", layers_at_one_distance_meet_in_one_way},
     {"a_footprint_is_not_taken_for_that_of_a_copy_that_is_gone",
      a_footprint_is_not_taken_for_that_of_a_copy_that_is_gone},
     {"threads_submit_and_the_last_writer_is_the_last_submitted",

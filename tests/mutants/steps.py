@@ -53,7 +53,7 @@ ON_A_DEVICE = _on_torch(
 )
 OPS = "errors explain refusals gather_scatter swap_blocks copy_pages concat batch prepared autograd info"
 REFERENCE = "reference errors refusals copy_pages gather_scatter swap_blocks batch concat explain prepared"
-MOVER = _files("mover mover_order mover_random mover_metrics mover_processes")
+MOVER = _files("mover mover_ends mover_order mover_random mover_metrics mover_processes")
 LAYOUTS = "layout plan convert slots canonical copy_groups page_mapping"
 
 PLANS = {
