@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left, insort
-from collections.abc import Callable, Collection, Hashable, Iterable
+from collections.abc import Callable, Collection, Hashable
 
 from kvkernels.common.arguments import integer
 from kvkernels.memory.eviction.line import Line
@@ -33,10 +33,6 @@ class _Buckets(EvictionPolicy):
                 break
             found += self._lines[rank].first(n - len(found), self._blocked, kept)
         return found
-
-    def evicted(self, keys: Iterable[Hashable]) -> None:
-        for key in self._held(keys):
-            self.remove(key)
 
     def remove(self, key: Hashable) -> None:
         if key not in self._rank_of:

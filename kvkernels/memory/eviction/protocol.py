@@ -137,9 +137,10 @@ class EvictionPolicy(ABC):
             Fewer than ``n`` may.
         """
 
-    @abstractmethod
     def evicted(self, keys: Iterable[Hashable]) -> None:
-        """These left to make room."""
+        """These left to make room, from which policies with ghosts learn."""
+        for key in self._held(keys):
+            self.remove(key)
 
     @abstractmethod
     def remove(self, key: Hashable) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import math
 import time
-from collections.abc import Callable, Collection, Hashable, Iterable
+from collections.abc import Callable, Collection, Hashable
 from itertools import islice
 
 from kvkernels.memory.eviction.line import Line
@@ -67,10 +67,6 @@ class TTL(EvictionPolicy):
                 n *= 2
             over += [key for key in front if self._expiry_of[key][0] <= now]
         return sorted(over, key=self._expiry_of.__getitem__)
-
-    def evicted(self, keys: Iterable[Hashable]) -> None:
-        for key in self._held(keys):
-            self.remove(key)
 
     def remove(self, key: Hashable) -> None:
         if key not in self._ttl_of:
