@@ -7,7 +7,6 @@ harness.py says how sides are timed.
 """
 
 import argparse
-import json
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -22,6 +21,7 @@ import machine
 import plot
 from kvkernels import KVCache, KVLayout, compile_plan, convert_blocks
 from pages import Row, against, min_rounds, table
+from publish import publish
 from verify import POISON, WrongBytes
 
 ALIGNMENT = 4096
@@ -317,10 +317,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "rows": [asdict(row) for row in rows],
         "costs": [asdict(cost) for cost in costs()],
     }
-    (options.out / "layouts.json").write_text(json.dumps(result, indent=2) + "\n")
-    (options.out / "layouts.md").write_text(markdown(result))
     plot.draw_pages(options.out / "layouts.png", result["rows"])
-    print(markdown(result))
+    publish(options.out, "layouts", result, markdown(result))
 
 
 if __name__ == "__main__":

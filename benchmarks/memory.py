@@ -229,6 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     import torch
 
     import machine
+    from publish import publish
 
     described = machine.describe(torch.device("cpu"), None)
     figures = measure({"ours": sys.executable, **({"vllm": options.vllm} if options.vllm else {})}, options.rounds)
@@ -241,11 +242,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "figures": figures,
         "times": {name: figures["hash, list, xxh3_128"] / figures[name] for name in GOALS_TIMES if name in figures},
     }
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "memory.json").write_text(json.dumps(result, indent=1) + "\n")
-    text = markdown(result)
-    (options.out / "memory.md").write_text(text)
-    print(text)
+    publish(options.out, "memory", result, markdown(result))
 
 
 if __name__ == "__main__":

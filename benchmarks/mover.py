@@ -26,6 +26,7 @@ import harness
 import kvkernels
 import machine
 from kvkernels.transfer import Mover, PreparedJob, SwapJob, Transfer
+from publish import publish
 
 MIB = 1 << 20
 CHUNK_BYTES = 16 * MIB
@@ -38,11 +39,11 @@ Seconds = Callable[[], float]
 
 
 def low(values: list[float]) -> float:
-    return statistics.quantiles(values, n=4)[0] if len(values) > 1 else values[0]
+    return statistics.quantiles(values, n=4, method="inclusive")[0] if len(values) > 1 else values[0]
 
 
 def high(values: list[float]) -> float:
-    return statistics.quantiles(values, n=4)[2] if len(values) > 1 else values[0]
+    return statistics.quantiles(values, n=4, method="inclusive")[2] if len(values) > 1 else values[0]
 
 
 def timed(call: Callable[[], Any]) -> float:
@@ -445,9 +446,7 @@ def main() -> None:
     found["load"] = os.getloadavg()[0]
     options.out.mkdir(parents=True, exist_ok=True)
     picture(options.out / "mover.png")
-    (options.out / "mover.json").write_text(json.dumps(found, indent=1) + "\n")
-    (options.out / "mover.md").write_text(markdown(found))
-    print(markdown(found))
+    publish(options.out, "mover", found, markdown(found))
 
 
 if __name__ == "__main__":

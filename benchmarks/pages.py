@@ -5,7 +5,6 @@ Writes pages.json, pages.md and pages.png. GB/s is 1e9 bytes of payload a second
 """
 
 import argparse
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -23,6 +22,7 @@ import machine
 import plot
 from geometry import GUARD_BYTES, Geometry, random_moves
 from kvkernels import ops
+from publish import publish
 from verify import POISON, Verifier, WrongBytes
 
 KIB = 1 << 10
@@ -354,10 +354,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "rows": [asdict(row) for row in rows],
         "costs": [asdict(cost) for cost in costs(options.calls)],
     }
-    (options.out / "pages.json").write_text(json.dumps(result, indent=2) + "\n")
-    (options.out / "pages.md").write_text(markdown(result))
     plot.draw_pages(options.out / "pages.png", result["rows"])
-    print(markdown(result))
+    publish(options.out, "pages", result, markdown(result))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ The ratio of the lower quartiles is what another program beside it moves less.
 
 import argparse
 import itertools
-import json
 import os
 import statistics
 import threading
@@ -21,6 +20,7 @@ import torch
 import machine
 from kvkernels import _host
 from kvkernels.memory import PinnedPool
+from publish import publish
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE_BYTES = 1 << 20
@@ -142,11 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "facts": got,
         "rows": measure(byte_count, options.rounds),
     }
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "pinned.json").write_text(json.dumps(result, indent=1) + "\n")
-    text = markdown(result)
-    (options.out / "pinned.md").write_text(text)
-    print(text)
+    publish(options.out, "pinned", result, markdown(result))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How long the replay of a trace takes, a policy and a capacity at a time: python benchmarks/replay.py TRACE [ROUNDS].
+"""How long the replay of a trace takes, a policy and a capacity at a time.
 
 One thread; the file is read before. Policies take turns, and the median of the rounds is printed, in seconds of the
 thread's processor time.
@@ -6,8 +6,8 @@ thread's processor time.
 
 from __future__ import annotations
 
+import argparse
 import statistics
-import sys
 import time
 
 from kvkernels.memory.eviction import POLICIES
@@ -16,10 +16,14 @@ from kvkernels.memory.replay import Simulation, read_trace, replay
 CAPACITIES = (1_000, 5_860, 30_000)
 
 
-def main(path: str, rounds: int) -> None:
-    requests = list(read_trace(path))
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("trace", help="as `python -m kvkernels replay` takes it")
+    parser.add_argument("--rounds", type=int, default=5, help="of which the median counts (%(default)s)")
+    options = parser.parse_args()
+    requests = list(read_trace(options.trace))
     elapsed_s: dict[tuple[str, int], list[float]] = {}
-    for _ in range(rounds):
+    for _ in range(options.rounds):
         for name in POLICIES:
             for capacity in CAPACITIES:
                 simulation = Simulation(name, capacity)
@@ -34,4 +38,4 @@ def main(path: str, rounds: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 5)
+    main()
