@@ -10,7 +10,7 @@ from kvkernels.layout.canonical import (
 )
 from kvkernels.layout.convert import convert_blocks
 from kvkernels.layout.groups import copy_groups, empty_host_caches
-from kvkernels.layout.layout import KVLayout
+from kvkernels.layout.layout import KVLayout, parts
 from kvkernels.layout.mapping import (
     CanonicalPageMapping,
     CopyRun,
@@ -43,6 +43,7 @@ __all__ = [
     "layout_of",
     "mapping_of_plan",
     "opaque_mapping",
+    "parts",
     "plan_of_mapping",
     "whole_page_runs",
 ]
