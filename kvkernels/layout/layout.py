@@ -502,8 +502,8 @@ def parts(**given: Any) -> KVLayout:
     Parameters
     ----------
     **given
-        A name and its ``KVLayout``, its pattern, or ``(pattern, D, dtype, offset_bytes)``, the last of which may be left
-        out; then the fields of ``KVLayout`` that patterns have in common. A part lies in tensors of its own, which
+        A name and its ``KVLayout``, its pattern, or ``(pattern, D, dtype, offset_bytes)``, the last of which may be
+        left out; then the fields of ``KVLayout`` that patterns have in common. A part lies in tensors of its own, which
         follow those of the part before it; one with an ``offset_bytes`` lies in the same. ``tensor`` says otherwise.
 
     Returns
