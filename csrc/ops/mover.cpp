@@ -59,6 +59,7 @@ struct Part {
   Work work;
   std::shared_ptr<const BoundCopy> bound;
   HeldSides held;
+  const cpu::Tuning& tuning = cpu::tuning();
   int64_t first_chunk = 0;
   std::atomic<int64_t> descriptors{0};
   std::atomic<int64_t> bytes{0};
@@ -82,7 +83,7 @@ class Parts : public transfer::Payload {
     for (const auto& part : parts) {
       const int64_t own = chunk - part->first_chunk;
       if (own < 0 || own >= part->work.lanes || part->work.bytes == 0) continue;
-      const Issued issued = cpu::copy_lane_of(part->work, static_cast<int>(own));
+      const Issued issued = cpu::copy_lane_of(part->work, static_cast<int>(own), part->tuning);
       part->descriptors.fetch_add(issued.descriptors, std::memory_order_relaxed);
       part->bytes.fetch_add(issued.bytes, std::memory_order_relaxed);
     }

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from kvkernels import policy
 from kvkernels.common.arguments import integer
 from kvkernels.prepared import BoundPools
 from kvkernels.transfer.jobs import Job
@@ -32,7 +33,8 @@ class Mover:
     device : torch.device or str, optional
         Where the tensors are: the CPU.
     lanes : int, optional
-        Cores that copies may use at a time; by default 2, or 1 where the process has but one or two.
+        Cores that copies may use at a time; by default 2, or as many as ``python -m kvkernels tune`` found to be worth
+        it, but always one fewer than the process has.
     chunk_bytes : int, optional
         The parts that a large copy is cut into, between which a more urgent one may come.
 
@@ -213,7 +215,8 @@ def _wait_all(transfers: Sequence[Transfer], timeout: float | None) -> bool:
 
 
 def _default_lanes() -> int:
-    return max(1, min(2, len(os.sched_getaffinity(0)) - 1))
+    tuned: int = policy.in_force().get("cpu", {}).get("lanes", 2)
+    return max(1, min(tuned, len(os.sched_getaffinity(0)) - 1))
 
 
 def _range_of(tensor: Tensor) -> tuple[int, int]:
