@@ -49,7 +49,7 @@ def test_each_op_says(op, word):
     assert word in getattr(kvkernels, op).__doc__
 
 
-@pytest.mark.parametrize("name,count", [("layouts", 3), ("memory", 10)])
+@pytest.mark.parametrize("name,count", [("layouts", 3), ("memory", 10), ("tune", 1)])
 def test_the_code_of_a_page_runs(name, count):
     if name == "memory":
         pytest.importorskip("xxhash")

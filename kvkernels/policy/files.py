@@ -82,7 +82,7 @@ def load(path: str | Path) -> dict[str, Any]:
 def text_of(table: Mapping[str, Any]) -> str:
     """A table as a file that ``KVKERNELS_POLICY`` may name, a row a line."""
     parts = {"comment": table["source"]} if table.get("source") else {}
-    parts |= {key: table[key] for key in _KEYS[1:-1] if table.get(key)}
+    parts |= {key: table[key] for key in _KEYS[1:-1] if table.get(key) is not None}
     lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in parts.items()]
     if table.get("rows") is not None:
         listed = ",\n".join("    " + json.dumps(row) for row in table["rows"])
