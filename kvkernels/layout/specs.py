@@ -72,12 +72,27 @@ class MLA(_Attention):
 
 @dataclass(frozen=True, kw_only=True)
 class Mamba:
-    """A layer whose block is a state: tensors of these shapes and dtypes, one after the other."""
+    """A layer whose block is a state: tensors of these shapes and dtypes, one after the other.
+
+    ``cuts`` says how tensor parallelism cuts each of them: along which dimension of its shape, and the whole model's
+    sizes of what lies there side by side, each cut on its own: ``((1, (4096, 1024, 1024)), (0, (64,)))`` for a conv
+    state ``[width, x | B | C]`` and 64 heads. With ``tp_replicated`` every rank has the whole state.
+
+    Examples
+    --------
+    >>> import torch
+    >>> spec = Mamba(shapes=((3, 1536), (16, 64, 128)), dtypes=(torch.bfloat16,) * 2,
+    ...              cuts=((1, (4096, 1024, 1024)), (0, (64,))))
+    >>> spec.page_size_bytes
+    271360
+    """
 
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[torch.dtype, ...]
     block_size: int = 1
     page_size_padded: int | None = None
+    cuts: tuple[tuple[int, tuple[int, ...]], ...] | None = None
+    tp_replicated: bool = False
 
     @property
     def unpadded_page_size_bytes(self) -> int:
