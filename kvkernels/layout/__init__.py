@@ -11,7 +11,7 @@ from kvkernels.layout.canonical import (
 from kvkernels.layout.convert import convert_blocks
 from kvkernels.layout.forms import layout_of
 from kvkernels.layout.groups import copy_groups, empty_host_caches
-from kvkernels.layout.layout import KVLayout
+from kvkernels.layout.layout import KVLayout, parts
 from kvkernels.layout.page_runs import (
     CanonicalPageMapping,
     CopyRun,
@@ -44,6 +44,7 @@ __all__ = [
     "layout_of",
     "mapping_of_plan",
     "opaque_mapping",
+    "parts",
     "plan_of_mapping",
     "whole_page_runs",
 ]
