@@ -310,6 +310,11 @@ class KVLayout:
         return self._pools[0]
 
     @property
+    def begins(self) -> list[tuple[int, int]]:
+        """For each of the members the first of its pools, and the byte of the page at which it begins there."""
+        return self._pools[1]
+
+    @property
     def block_bytes(self) -> int:
         """Bytes of one block over all parts, what lies between elements left out."""
         return sum(member.layout._own_block_bytes for member in self.members)
