@@ -167,9 +167,11 @@ def _owners(
         cuts[letter] = list(itertools.pairwise(sorted(bounds)))
     tokens = np.arange(period, dtype=np.int64)
     tokens = tokens[wanted.has(tokens)]
-    has = np.stack([held.has(tokens) for held in src]) if src else np.empty((0, len(tokens)), dtype=bool)
-    kinds, kind_of = np.unique(has, axis=1, return_inverse=True)
-    groups = [tokens[kind_of.ravel() == i] for i in range(kinds.shape[1])]
+    # Tokens of a kind are those that the same sources have.
+    kinds, groups = np.ones((len(src), 1), dtype=bool), [tokens]
+    if period > 1 and src:
+        kinds, kind_of = np.unique(np.stack([held.has(tokens) for held in src]), axis=1, return_inverse=True)
+        groups = [tokens[kind_of.ravel() == i] for i in range(kinds.shape[1])]
     owners = np.full((*(len(cuts[letter]) for letter in RANGES), len(groups)), -1, dtype=np.int64)
     for i, held in reversed(list(enumerate(src))):
         inside = [[held.range(x)[0] <= a and b <= held.range(x)[1] for a, b in cuts[x]] for x in RANGES]
@@ -182,11 +184,15 @@ def _merged(
 ) -> tuple[_Owners, dict[str, list[tuple[int, int]]], list[NDArray[np.int64]]]:
     """With neighbours made one that have the same owners all along."""
     for axis, letter in enumerate(RANGES):
+        if owners.shape[axis] == 1:
+            continue
         slabs = np.moveaxis(owners, axis, 0)
         kept = [i for i in range(len(slabs)) if i == 0 or not np.array_equal(slabs[i], slabs[i - 1])]
         ends = [*kept[1:], len(slabs)]
         cuts[letter] = [(cuts[letter][i][0], cuts[letter][end - 1][1]) for i, end in zip(kept, ends, strict=True)]
         owners = np.take(owners, kept, axis=axis)
+    if len(groups) == 1:
+        return owners, cuts, groups
     alike: dict[bytes, list[int]] = {}
     for i in range(len(groups)):
         alike.setdefault(owners[..., i].tobytes(), []).append(i)
