@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """What engines register, as layouts: prints docs/layouts_gallery.md.
 
-Each entry has the layout, and the tensors that the engine allocates, for any number of blocks and layers: the page shows
-the layout at a model's size, and the tests hand small tensors of the engine's shape to ``KVCache``.
+Each entry has the layout, and the tensors that the engine allocates, for any number of blocks and layers: the page
+shows the layout at a model's size, and the tests hand small tensors of the engine's shape to ``KVCache``.
 """
 
 from __future__ import annotations
@@ -566,9 +566,9 @@ SECTIONS = {
 
 HEAD = """# A gallery of layouts
 
-What engines register, a line of `KVLayout` each, and its picture. Letters are those of [layouts.md](layouts.md); `N 132`
-in a shape is a product. [examples/layouts_gallery.py](../examples/layouts_gallery.py) prints this page, and the tests
-hand each layout the tensors that the engine allocates. A printed layout is read again by `KVLayout.from_text`.
+What engines register, a line of `KVLayout` each, and its picture. Letters are those of [layouts.md](layouts.md);
+`N 132` in a shape is a product. [examples/layouts_gallery.py](../examples/layouts_gallery.py) prints this page, and the
+tests hand each layout the tensors that the engine allocates. `KVLayout.from_text` reads a printed layout again.
 """
 
 

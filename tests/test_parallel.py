@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -43,15 +42,16 @@ def tokens_of(context: int, contexts: int, interleave: int, n: int) -> list[int]
     return [t for t in range(n * contexts) if t // interleave % contexts == context]
 
 
-def replayed(mapping, local: np.ndarray) -> dict[int, int]:
-    """Byte by byte of the canonical page, what a rank's page writes there."""
-    written = {}
-    for run in mapping.runs:
-        for i, byte in itertools.product(range(run.num_fragments), range(run.fragment_size)):
-            at = run.canonical_offset + i * run.canonical_stride + byte
-            assert at not in written
-            written[at] = local[run.local_offset + i * run.local_stride + byte]
-    return written
+def replayed(mapping) -> tuple[np.ndarray, np.ndarray]:
+    """Byte by byte, where in the rank's page and in the canonical page the runs are."""
+    sides = []
+    for side in ("local", "canonical"):
+        places = [
+            getattr(run, f"{side}_offset") + i * getattr(run, f"{side}_stride") + np.arange(run.fragment_size)
+            for run in mapping.runs for i in range(run.num_fragments)
+        ]  # fmt: skip
+        sides.append(np.concatenate(places))
+    return sides[0], sides[1]
 
 
 def one(cache, spec, parallel, **options):
@@ -68,9 +68,9 @@ def filled(mappings, pages: list[np.ndarray], blocks: int) -> list[np.ndarray]:
         for mapping, local in zip(mappings, pages, strict=True):
             assert mapping.canonical_page_size_bytes == size
             if mapping.is_writer(block):
-                for at, value in replayed(mapping, local).items():
-                    assert page[at] == -1
-                    page[at] = value
+                mine, at = replayed(mapping)
+                assert (np.sort(mine) == np.arange(len(local))).all() and (page[at] == -1).all()
+                page[at] = local[mine]
         assert (page != -1).all()
         result.append(page)
     return result
@@ -168,9 +168,7 @@ LATENTS = {
     "576 fp8": Latent(64, 576, torch.float8_e4m3fn),
     "656 packed": Latent(64, 576, torch.uint8, 656),
     "132 of an indexer": Latent(64, 132, torch.uint8),
-    "584 packed, four tokens a row, padded": Latent(
-        64, 512, torch.uint8, 584, tokens_per_state=4, page_size_padded=9792
-    ),
+    "584 packed, a row for four tokens": Latent(64, 512, torch.uint8, 584, tokens_per_state=4, page_size_padded=9792),
 }
 
 
@@ -198,7 +196,7 @@ def test_a_latent_is_its_own_canonical_page_and_its_ranks_write_in_turns(name, k
         mappings = [one(cache, spec, rank, num_blocks=BLOCKS)[0] for rank in ranks]
         assert all(mapping.parallelism_agnostic and mapping.num_writers == tp for mapping in mappings)
         assert [mapping.writer_index for mapping in mappings] == list(range(tp))
-        pages = filled(mappings, [local] * tp, 2 * tp)
+        pages = filled(mappings, [local] * tp, tp + 1)
         assert all((written == local).all() for written in pages) and len(pages[0]) == page
 
 
@@ -290,3 +288,173 @@ def test_states_that_cannot_be_proven_are_opaque(changes, cache):
     spec = Mamba(**{"shapes": ((3, 8),), "dtypes": (torch.float16,), "cuts": ((1, (8, 4, 4)),), **changes})
     cache = torch.zeros(BLOCKS, 3, 8, dtype=torch.float16) if cache is None else cache
     assert one([cache], spec, Parallel(tp=2, rank=1)) == [opaque_mapping(48, 1, 2)]
+
+
+# Heads and tokens.
+
+
+ORDERS = ("B N H K D", "B H N K D", "B K N H D", "B K H N D", "K B N H D")
+
+
+def registered(order: str, heads: int, n: int, d: int, d_v: int | None = None) -> torch.Tensor:
+    """A layer's cache of float32 in one of the engines' shapes, in this order in memory."""
+    if "K D" in order:
+        row = d + (d if d_v is None else d_v)
+        shape = (BLOCKS, n, heads, row) if order.startswith("B N") else (BLOCKS, heads, n, row)
+        cache = torch.zeros(shape)
+        return cache.transpose(1, 2) if order.startswith("B N") else cache
+    sizes = {"B": BLOCKS, "K": 2, "N": n, "H": heads, "D": d}
+    cache = torch.zeros([sizes[letter] for letter in order.split()])
+    return cache.transpose(2, 3) if "H N" in order else cache
+
+
+def numbered(order: str, heads: list[int], tokens: list[int], d: int, d_v: int, half: int | None) -> np.ndarray:
+    """A page's bytes, element by element: each is known by what it is of, whoever holds it."""
+    names = []
+    inside = order.split()[order.split().index("B") + 1 :]
+
+    def walk(letters: list[str], at: dict[str, int]) -> None:
+        if not letters:
+            k = at.get("K", half or 0)
+            number = ((k * 64 + heads[at["H"]]) * 4096 + tokens[at["N"]]) * 64 + at["D"]
+            names.extend(number * 4 + byte for byte in range(4))
+            return
+        k = at.get("K", half or 0)
+        size = {"K": 2, "N": len(tokens), "H": len(heads), "D": d_v if k else d}[letters[0]]
+        for i in range(size):
+            walk(letters[1:], {**at, letters[0]: i})
+
+    walk(inside, {})
+    return np.array(names)
+
+
+def stage_pages(order: str, sizes: dict, interleave: int, total: int, n: int, d: int, d_v: int):
+    """The mappings of all ranks of a stage, and what each has in its page, by halves where K and V lie apart."""
+    world = sizes.get("tp", 1) * sizes.get("pcp", 1)
+    tp = sizes.get("tp", 1)
+    each = max(1, total // tp)
+    mappings, pages = [], []
+    for rank in range(world):
+        where = place(rank, **sizes)
+        heads = list(range(where.tp_rank * total // tp, where.tp_rank * total // tp + each))
+        tokens = tokens_of(where.context, where.contexts, interleave, n)
+        spec = FullAttention(block_size=n, num_kv_heads=each, head_size=d, head_size_v=d_v, dtype=torch.float32)
+        parallel = Parallel(rank=rank, total_kv_heads=total, interleave=interleave, **sizes)
+        mappings.append(one(registered(order, each, n, d, d_v), spec, parallel, num_blocks=BLOCKS))
+        halves = [None] if order.startswith("B") else [0, 1]
+        pages.append([numbered(order, heads, tokens, d, d_v, half) for half in halves])
+    return mappings, pages
+
+
+DEALT = [
+    ({"tp": 4, "dcp": 2}, 2, 1), ({"tp": 4, "dcp": 4}, 1, 2), ({"tp": 8, "dcp": 2}, 2, 4), ({"tp": 2, "pcp": 2}, 2, 2),
+    ({"tp": 4, "dcp": 2, "pcp": 2}, 2, 1), ({"tp": 2, "dcp": 2, "pcp": 2, "pcp_deals": False}, 1, 2),
+    ({"tp": 2, "dcp": 4, "pcp": 2, "pcp_deals": False}, 1, 1), ({"tp": 4, "dcp": 2, "pp": 2}, 2, 2),
+    ({"tp": 4, "pcp": 2, "pcp_deals": False}, 2, 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(("sizes", "total", "interleave"), DEALT, ids=str)
+def test_dealt_pages_fill_the_page_of_all_tokens(order, sizes, total, interleave):
+    """Each writer's bytes go where the oracle has them in the page of all heads and of all context ranks' tokens."""
+    n, d, d_v = 4, 3, 2 if "K D" in order else 3
+    mappings, pages = stage_pages(order, sizes, interleave, total, n, d, d_v)
+    contexts = place(0, **sizes).contexts
+    writers = len(mappings) // (min(total, sizes["tp"]) * contexts)
+    for half in range(len(pages[0])):
+        mine = [each[half] for each in mappings]
+        assert all(mapping.parallelism_agnostic and mapping.num_writers == writers for mapping in mine)
+        whole = numbered(
+            order, list(range(total)), list(range(n * contexts)), d, d_v, None if len(pages[0]) == 1 else half
+        )
+        for page in filled(mine, [page[half] for page in pages], 2 * writers):
+            assert page.tolist() == whole.tolist()
+
+
+@pytest.mark.parametrize("order", ORDERS[:2])
+def test_a_span_is_the_same_page_whoever_wrote_it(order):
+    """16 tokens: one rank's block, or what several ranks' blocks with one id hold together; and back to any of them."""
+    ways = [
+        ({"tp": 1}, 16, 1), ({"tp": 2}, 16, 1), ({"tp": 4, "dcp": 2}, 8, 1), ({"tp": 4, "dcp": 2}, 8, 8),
+        ({"tp": 8, "dcp": 4}, 4, 2), ({"tp": 2, "pcp": 4}, 4, 4), ({"tp": 4, "dcp": 2, "pcp": 2}, 4, 1),
+    ]  # fmt: skip
+    found = []
+    for sizes, n, interleave in ways:
+        mappings, pages = stage_pages(order, sizes, interleave, 2, n, 3, 3)
+        (page,) = filled([each[0] for each in mappings], [each[0] for each in pages], 1)
+        found.append(page.tolist())
+        for each, local in zip(mappings, pages, strict=True):
+            back = np.full(len(local[0]), -1, np.int64)
+            mine, at = replayed(each[0])
+            back[mine] = np.array(page)[at]
+            assert back.tolist() == local[0].tolist()
+    assert all(page == found[0] for page in found)
+
+
+@pytest.mark.parametrize("name", ["576 bfloat16", "576 fp8", "656 packed", "352 packed"])
+@pytest.mark.parametrize(
+    ("sizes", "interleave"),
+    [({"tp": 8, "dcp": 8}, 1), ({"tp": 8, "dcp": 2}, 64), ({"tp": 4, "dcp": 2, "pcp": 2}, 4)], ids=str,
+)  # fmt: skip
+def test_dealt_latents_at_real_sizes(name, sizes, interleave):
+    """Rows of tokens: rank c's are every so many of the page, and ranks of one context write in turns."""
+    spec = LATENTS.get(name) or Latent(64, 576, torch.uint8, 352)
+    row = spec.page_size_bytes // 64
+    world = sizes["tp"] * sizes.get("pcp", 1)
+    contexts = place(0, **sizes).contexts
+    rows = np.random.default_rng(2).integers(0, 256, (64 * contexts, row))
+    mappings, pages = [], []
+    for rank in range(world):
+        (mapping,) = one(latent_cache(spec), spec, Parallel(rank=rank, interleave=interleave, **sizes))
+        mappings.append(mapping)
+        pages.append(rows[tokens_of(place(rank, **sizes).context, contexts, interleave, 64)].ravel())
+    assert {mapping.num_writers for mapping in mappings} == {world // contexts}
+    assert {mapping.canonical_page_size_bytes for mapping in mappings} == {spec.page_size_bytes * contexts}
+    assert all(mapping.parallelism_agnostic for mapping in mappings)
+    for page in filled(mappings, pages, world // contexts):
+        assert (page == rows.ravel()).all()
+
+
+def test_what_cannot_be_dealt_is_opaque():
+    """An indexer's page is no rows; 3 tokens in turn are no part of a block; a group's ranks that have other heads."""
+    dealt = {"tp": 4, "dcp": 2}
+    indexer, packed = LATENTS["132 of an indexer"], LATENTS["584 packed, a row for four tokens"]
+    for cache, spec, parallel in (
+        (latent_cache(indexer), indexer, Parallel(rank=1, **dealt)),
+        (latent_cache(packed), packed, Parallel(rank=1, **dealt)),
+        (latent_cache(LATENTS["576 fp8"]), LATENTS["576 fp8"], Parallel(rank=1, interleave=3, **dealt)),
+        (registered(ORDERS[0], 1, 4, 8), spec_of(4, 1, 8), Parallel(rank=1, total_kv_heads=4, **dealt)),
+        (registered(ORDERS[0], 1, 4, 8), spec_of(4, 1, 8), Parallel(tp=6, dcp=3, rank=1, total_kv_heads=3)),
+    ):
+        (mapping,) = one(cache, spec, parallel, num_blocks=BLOCKS)
+        assert mapping == opaque_mapping(spec.unpadded_page_size_bytes, parallel.rank, parallel.tp)
+
+
+def spec_of(n: int, heads: int, d: int) -> FullAttention:
+    return FullAttention(block_size=n, num_kv_heads=heads, head_size=d, dtype=torch.float32)
+
+
+def test_a_group_that_is_not_dealt_is_replicated():
+    """vLLM says so of a draft model's layers: context ranks then hold the same tokens."""
+    spec = SimpleNamespace(
+        block_size=4, num_kv_heads=1, head_size=8, head_size_v=8, dtype=torch.float32, page_size_bytes=256,
+        dcp_sharded=False,
+    )  # fmt: skip
+    (mapping,) = one(registered(ORDERS[0], 1, 4, 8), spec, Parallel(tp=8, dcp=4, rank=5, total_kv_heads=2))
+    assert (mapping.canonical_page_size_bytes, mapping.num_writers, mapping.writer_index) == (512, 4, 1)
+
+
+def test_cells_of_packed_values_are_cut_by_heads_and_tokens():
+    """A slot a head and token, whatever is in it: TurboQuant's, in vLLM's token-first order."""
+    page = np.arange(2 * 8 * 136).reshape(8, 2, 136)  # tokens, heads, bytes
+    mappings, pages = [], []
+    for rank in range(4):
+        spec = SimpleNamespace(
+            block_size=4, num_kv_heads=1, head_size=128, head_size_v=128, dtype=torch.uint8, state_content_bytes=136,
+            page_size_bytes=4 * 136,
+        )  # fmt: skip
+        cache = torch.zeros(BLOCKS, 4, 1, 136, dtype=torch.uint8).transpose(1, 2)
+        mappings += one(cache, spec, Parallel(tp=4, dcp=2, rank=rank, total_kv_heads=2))
+        pages.append(page[tokens_of(rank % 2, 2, 1, 4), rank // 2].ravel())
+    assert (filled(mappings, pages, 1)[0] == page.ravel()).all()

@@ -10,8 +10,9 @@ from torch import Tensor
 from kvkernels.layout.cache import KVCache
 from kvkernels.layout.layout import KVLayout
 
-# FlashMLA's row of DeepSeek V3.2: of a head of 576, 512 as fp8 with 16 bytes of scales, 64 as bfloat16.
-_PACKED_LATENT = (576, 656)
+# FlashMLA's rows of DeepSeek V3.2, a head of 576 in so many bytes: fp8_ds_mla and nvfp4_ds_mla. Those of V4 are cut
+# in two, all values of a page before all scales.
+_PACKED_ROWS = {(576, 656), (576, 352)}
 
 
 def layout_of(tensor: Tensor, spec: Any) -> KVLayout | None:
@@ -98,7 +99,7 @@ def rows_are_tokens(spec: Any) -> bool:
     cell = getattr(spec, "state_content_bytes", None)
     if cell is None:
         return bool(spec.dtype.is_floating_point)
-    return (spec.head_size, cell) == _PACKED_LATENT
+    return (spec.head_size, cell) in _PACKED_ROWS
 
 
 def _cell_elements(spec: Any) -> int | None:

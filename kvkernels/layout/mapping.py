@@ -57,10 +57,11 @@ def _of_attention(
     pattern = layout.pattern[layout.pattern.index("B") :]
     total = 1 if latent else parallel.total_kv_heads
     whole = replace(
-        layout, pattern=pattern, K=layout.K if "K" in pattern else 1, H=total, total_heads=total, row_bytes=None,
-        page_bytes=0,
+        layout, pattern=pattern, K=layout.K if "K" in pattern else 1, N=layout.N * share.context_ranks, H=total,
+        total_heads=total, row_bytes=None, page_bytes=0,
     )  # fmt: skip
-    local = replace(whole, H=share.heads, first_head=share.first_head, page_bytes=0)
+    deal = (share.context_rank, share.context_ranks, parallel.interleave) if is_dealt else None
+    local = replace(whole, N=layout.N, H=share.heads, first_head=share.first_head, deal=deal, page_bytes=0)
     mapping = mapping_of_plan(compile_plan(local, whole, allow_partial=True))
     mapping = replace(mapping, num_writers=share.writers, writer_index=share.writer_index)
     return [mapping] * len(page_bytes)
