@@ -19,7 +19,7 @@ from kvkernels.layout.picture import picture
 from kvkernels.layout.pools import Placed, joined
 from kvkernels.layout.shards import FIELDS, shard_fields
 from kvkernels.layout.views import fields_of_view
-from kvkernels.layout.words import printed, read_again
+from kvkernels.layout.words import is_layout, printed, read_again
 
 
 @dataclass(frozen=True)
@@ -480,10 +480,13 @@ def _letters(words: Sequence[Word]) -> str:
 def _from_text(text: str) -> KVLayout:
     if not text.startswith("{"):
         kind, values = read_again(text)
+        values = {name: _from_text(one) if is_layout(one) else one for name, one in values.items()}
         if kind == "parts":
-            return parts(**{name: _from_text(part) for name, part in values.items()})
-        values["scales"] = _from_text(values["scales"]) if "scales" in values else None
-        return KVLayout(**values)
+            return parts(**values)
+        try:
+            return KVLayout(**values)
+        except TypeError as error:
+            raise ValueError(f"KVLayout.from_text: text must be what a layout is printed as, got {text!r}") from error
     values = json.loads(text)
     values["dtype"] = None if values["dtype"] is None else getattr(torch, values["dtype"])
     values["scales"] = None if values["scales"] is None else _from_text(values["scales"])

@@ -32,6 +32,8 @@ def fields_of_view(view: Tensor | Sequence[Tensor], letters: str, given: dict[st
     outer, dimensions = words_of(outside), _dimensions(inside)
     if outer is None or dimensions is None or len(dimensions) != first.dim():
         _fail(f"letters must name each of the view's {first.dim()} dimensions", repr(letters))
+    if not any(word.letter == "B" for words in dimensions for word in words):
+        _fail("letters must have B, and not left of the bar", repr(letters))
     if any(n > 1 and step == 0 for n, step in zip(first.shape, first.stride(), strict=True)):
         _fail("view must have memory of its own for each element", f"strides of {shape_text(first.stride())}")
     sizes = {name: given[name] for name in (*LETTERS, "D_v") if name in given}

@@ -89,6 +89,11 @@ def read_again(text: str) -> tuple[str, dict[str, Any]]:
     return call[1], fields
 
 
+def is_layout(value: object) -> bool:
+    """Whether a field that was read is a layout, still as text."""
+    return isinstance(value, str) and _CALL.fullmatch(value) is not None
+
+
 def _field(word: str, text: str) -> dict[str, Any]:
     if found := _RANGE.fullmatch(word):
         letter, first = RANGES[found[1]], int(found[2])
@@ -109,7 +114,7 @@ def _field(word: str, text: str) -> dict[str, Any]:
         return {"deal": tuple(int(number) for number in re.findall(r"\d+", found[2]))}
     if found is not None and re.fullmatch(r"\d+", found[2]):
         return {found[1]: int(found[2])}
-    if found is not None and _CALL.fullmatch(found[2]):
+    if found is not None and is_layout(found[2]):
         return {found[1]: found[2]}
     raise ValueError(f"KVLayout.from_text: text must be what a layout is printed as, got {word!r} in {text!r}")
 
