@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -458,3 +459,95 @@ def test_cells_of_packed_values_are_cut_by_heads_and_tokens():
         mappings += one(cache, spec, Parallel(tp=4, dcp=2, rank=rank, total_kv_heads=2))
         pages.append(page[tokens_of(rank % 2, 2, 1, 4), rank // 2].ravel())
     assert (filled(mappings, pages, 1)[0] == page.ravel()).all()
+
+
+# Blocks of several layers.
+
+
+def layers_page(order: str, layers: list[int], heads: list[int], tokens: list[int]) -> np.ndarray:
+    """A block of several layers, element by element."""
+    sizes = {"L": layers, "K": [0, 1], "N": tokens, "H": heads, "D": [0, 1, 2]}
+    names = [
+        sum(value << shift for value, shift in zip(coordinate, shifts, strict=True))
+        for letters in [order.replace("B", "").replace(" ", "")]
+        for shifts in [[{"L": 16, "K": 15, "N": 8, "H": 4, "D": 0}[letter] for letter in letters]]
+        for coordinate in itertools.product(*(sizes[letter] for letter in letters))
+    ]
+    return (np.array(names)[:, None] * 4 + np.arange(4)).ravel()
+
+
+@pytest.mark.parametrize("order", ["B L K N H D", "B H L N K D", "B N L H K D", "B L N H K D", "B L K H N D"])
+@pytest.mark.parametrize(
+    "sizes", [{"tp": 1}, {"tp": 2}, {"tp": 2, "pp": 2}, {"tp": 4, "dcp": 2, "pp": 3}, {"tp": 4, "pp": 2}], ids=str
+)
+def test_stages_fill_the_block_of_all_layers(order, sizes):
+    """Twelve layers: stages of the block that has all of them, with heads and tokens cut, too."""
+    tp, pp, total, n = sizes["tp"], sizes.get("pp", 1), 2, 4
+    each, heads = 12 // pp, max(1, total // tp)
+    letters = order.split()
+    shown = "BLHN" if "K D" in order else "BLKNH"
+    mappings, pages = [], []
+    for rank in range(tp * pp):
+        where = place(rank, **sizes)
+        counts = {"B": BLOCKS, "L": each, "K": 2, "N": n, "H": heads, "D": 3}
+        memory = torch.zeros([counts[letter] for letter in letters])
+        if "K D" in order:
+            memory = memory.flatten(-2)
+        tensor = memory.permute([*(letters.index(letter) for letter in shown), memory.dim() - 1])
+        spec = FullAttention(block_size=n, num_kv_heads=heads, head_size=3, dtype=torch.float32)
+        first = where.pp_rank * each
+        parallel = Parallel(rank=rank, total_kv_heads=total, first_layer=first, total_layers=12, **sizes)
+        group = KVCacheGroup([str(first + i) for i in range(each)], spec)
+        found = canonicalize(tensor, [group], num_blocks=BLOCKS, block_dim=0, parallel=parallel)
+        mappings.append(found.group_data_refs[0][0].mapping)
+        mine = [where.tp_rank * total // tp + i for i in range(heads)]
+        tokens = tokens_of(where.context, where.contexts, 1, n)
+        pages.append(layers_page(order, list(range(first, first + each)), mine, tokens))
+    assert all(mapping.parallelism_agnostic for mapping in mappings)
+    contexts = place(0, **sizes).contexts
+    whole = layers_page(order, list(range(12)), [0, 1], list(range(n * contexts)))
+    for page in filled(mappings, pages, 2):
+        assert (page == whole).all()
+
+
+def test_blocks_of_layers_that_cannot_be_placed_are_opaque():
+    spec = spec_of(4, 2, 8)
+    tensor = torch.zeros(BLOCKS, 3, 2, 4, 2, 8)
+    names = ["a", "b", "c"]
+    wide = {"a": spec, "b": spec, "c": spec_of(8, 1, 8)}
+    two = torch.zeros(BLOCKS, 2, 2, 4, 2, 8)
+    known = Parallel(tp=2, rank=1, total_kv_heads=4)
+    found = canonicalize(tensor, [KVCacheGroup(names, spec)], block_dim=0, parallel=known)
+    assert found.group_data_refs[0][0].mapping.parallelism_agnostic
+    for cache, group, parallel in (
+        (tensor, KVCacheGroup(names, spec), Parallel(tp=2, pp=2, rank=1, total_kv_heads=4)),
+        (tensor, KVCacheGroup(names, spec), Parallel(tp=2, rank=1, total_kv_heads=4, first_layer=1, total_layers=3)),
+        (tensor, KVCacheGroup(names, wide), known),
+        (two, KVCacheGroup(names[:2], spec), known),
+        (tensor.view(BLOCKS, 3, -1), KVCacheGroup(names, spec), known),
+        (
+            torch.zeros(BLOCKS, 3, 3, 5, 16),
+            KVCacheGroup(names, spec_of(5, 3, 8)),
+            Parallel(tp=2, rank=1, total_kv_heads=6),
+        ),
+    ):
+        found = canonicalize(cache, [group], num_blocks=BLOCKS, block_dim=0, parallel=parallel).group_data_refs[0][0]
+        assert found.mapping == opaque_mapping(found.page_size_bytes, 1, parallel.world)
+    with pytest.raises(ValueError, match="first_layer must be in total_layers and not negative, got 5 and 3"):
+        Parallel(first_layer=5, total_layers=3)
+
+
+def test_a_block_of_latents_of_all_layers():
+    mappings = []
+    for rank in range(4):
+        parallel = Parallel(tp=2, pp=2, rank=rank, first_layer=rank // 2 * 3, total_layers=6)
+        spec = LATENTS["576 bfloat16"]
+        found = canonicalize(
+            torch.zeros(BLOCKS, 3, 64, 576, dtype=torch.bfloat16), [KVCacheGroup(["a", "b", "c"], spec)],
+            block_dim=0, parallel=parallel,
+        )  # fmt: skip
+        mappings.append(found.group_data_refs[0][0].mapping)
+    local = [np.arange(3 * 73728) + 3 * 73728 * stage for stage in (0, 0, 1, 1)]
+    assert [mapping.num_writers for mapping in mappings] == [2] * 4
+    for page in filled(mappings, local, 2):
+        assert (page == np.arange(6 * 73728)).all()

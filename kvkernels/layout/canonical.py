@@ -12,9 +12,9 @@ from torch import Tensor
 
 from kvkernels.common.arguments import integer, shape_text
 from kvkernels.layout.forms import known_forms
-from kvkernels.layout.mapping import derive_page_mappings
+from kvkernels.layout.mapping import derive_block_mapping, derive_page_mappings
 from kvkernels.layout.memory import as_storages, bytes_of_storage, from_storages
-from kvkernels.layout.page_runs import CanonicalPageMapping, opaque_mapping
+from kvkernels.layout.page_runs import CanonicalPageMapping
 from kvkernels.layout.parallel import Parallel
 from kvkernels.layout.specs import PageFacts, page_facts, spec_of_layer
 
@@ -203,7 +203,7 @@ def _cross_layer(
         _fail("of all layers", "have blocks outermost", _geometry(tensor))
     mapping = None
     if parallel is not None:
-        mapping = opaque_mapping(page, parallel.rank, parallel.world)
+        mapping = derive_block_mapping(tensor, [one.spec for one in facts], page, parallel)
     return CanonicalKVCaches([_view(regions[0])], [[CanonicalKVCacheRef(0, page, mapping)]])
 
 

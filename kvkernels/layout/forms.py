@@ -15,14 +15,15 @@ from kvkernels.layout.layout import KVLayout
 _PACKED_ROWS = {(576, 656), (576, 352)}
 
 
-def layout_of(tensor: Tensor, spec: Any) -> KVLayout | None:
+def layout_of(tensor: Tensor, spec: Any, layers: int | None = None) -> KVLayout | None:
     """The layout of a layer's tensor, if its shape is one that engines use and leaves nothing open; else None.
 
     Known are ``[B, 2, N, H, D]``, ``[2, B, N, H, D]``, ``[B, H, N, D + D_v]`` and ``[B, N, H, D + D_v]``; for MLA
     ``[B, N, D]`` and ``[B, 1, N, D]``; and ``[B, H, N, cell]`` where a spec says ``state_content_bytes``, so that K and
     V of a head and token are one cell: each in any physical order, which the strides decide. With one head, equal
     strides are read as token-first. The two shapes of four dimensions leave open which is which where there are as many
-    heads as tokens.
+    heads as tokens. With ``layers`` it is a tensor of so many, ``[B, L, ...]``; two of them could be
+    K and V.
 
     Examples
     --------
@@ -32,19 +33,21 @@ def layout_of(tensor: Tensor, spec: Any) -> KVLayout | None:
     >>> layout_of(torch.zeros(6, 2, 2, 4, 8, dtype=torch.float16).transpose(2, 3), spec)
     KVLayout("B K H N D", K=2, B=6, N=4, H=2, D=8, float16)
     """
-    letters = _letters(tensor, spec)
-    if letters is None:
+    fitting = known_forms(tensor, spec, layers)
+    if len(fitting) != 1:
         return None
+    letters = fitting[0]
     steps = tensor.stride()
-    order = sorted(range(len(letters)), key=lambda i: (-steps[i], "KBNHDC".index(letters[i])))
-    kept = "BND" if is_latent(spec) else letters
+    order = sorted(range(len(letters)), key=lambda i: (-steps[i], "KBLNHDC".index(letters[i])))
+    kept = "BLND" if is_latent(spec) else letters
     pattern = " ".join(letters[i] for i in order if letters[i] in kept).replace("C", "K D")
     sizes = dict(zip(letters, tensor.shape, strict=True))
     is_pair = "K" in pattern
     layout = KVLayout(
-        pattern, K=2 if is_pair else 1, B=sizes["B"], N=sizes["N"], H=sizes["H"] if "H" in pattern else 1,
-        D=spec.head_size if is_pair else sizes["D"], D_v=getattr(spec, "head_size_v", None) if is_pair else None,
-        dtype=spec.dtype, row_bytes=_padded_row(tensor, letters, order),
+        pattern, L=sizes.get("L", 1), K=2 if is_pair else 1, B=sizes["B"], N=sizes["N"],
+        H=sizes["H"] if "H" in pattern else 1, D=spec.head_size if is_pair else sizes["D"],
+        D_v=getattr(spec, "head_size_v", None) if is_pair else None, dtype=spec.dtype,
+        row_bytes=_padded_row(tensor, letters, order),
     )  # fmt: skip
     try:
         KVCache(layout, tensor)
@@ -53,15 +56,15 @@ def layout_of(tensor: Tensor, spec: Any) -> KVLayout | None:
     return layout
 
 
-def known_forms(tensor: Tensor, spec: Any) -> list[str]:
+def known_forms(tensor: Tensor, spec: Any, layers: int | None = None) -> list[str]:
     """The engines' shapes that a tensor has, as letters by dimension; ``C`` is K and V of one head."""
     wanted = ("block_size", "num_kv_heads", "head_size", "dtype")
     if not all(hasattr(spec, name) for name in wanted) or tensor.dim() == 0 or 0 in tensor.shape:
         return []
     if tensor.element_size() != spec.dtype.itemsize:
         return []
-    shape, cell = tuple(tensor.shape), _cell_elements(spec)
-    n, heads, d, first, second = states_of(spec), spec.num_kv_heads, spec.head_size, shape[0], (*shape, 0)[1]
+    given, cell = tuple(tensor.shape), _cell_elements(spec)
+    n, heads, d, first, second = states_of(spec), spec.num_kv_heads, spec.head_size, given[0], (*given, 0)[1]
     d_v = getattr(spec, "head_size_v", None)
     forms: list[tuple[tuple[int, ...], str]] = []
     if getattr(spec, "num_head_slots", None) is not None:
@@ -76,9 +79,16 @@ def known_forms(tensor: Tensor, spec: Any) -> list[str]:
         forms = [((first, heads, n, both), "BHNC"), ((first, n, heads, both), "BNHC")]
         if both == 2 * d:
             forms += [((first, 2, n, heads, d), "BKNHD"), ((2, second, n, heads, d), "KBNHD")]
+    if layers is not None:
+        # Layers come right after the blocks, or one later: where both would fit, it cannot be told.
+        forms = [
+            ((*shape[:i], layers, *shape[i:]), letters[:i] + "L" + letters[i:])
+            for shape, letters in forms if letters[0] == "B" for i in (1, 2)
+        ]  # fmt: skip
     # One head, or one token: both ways of writing [B, H, N, C] say the same then, and the strides decide.
-    fitting = [letters for wanted_shape, letters in forms if shape == wanted_shape]
-    return fitting[:1] if fitting == ["BHNC", "BNHC"] and 1 in (n, heads) else fitting
+    fitting = [letters for shape, letters in forms if shape == given]
+    is_either = [letters.replace("L", "") for letters in fitting] == ["BHNC", "BNHC"] and 1 in (n, heads)
+    return fitting[:1] if is_either else fitting
 
 
 def is_latent(spec: Any) -> bool:
@@ -109,11 +119,6 @@ def _cell_elements(spec: Any) -> int | None:
         return None
     elements, rest = divmod(cell, spec.dtype.itemsize)
     return 0 if rest else elements  # no shape has 0
-
-
-def _letters(tensor: Tensor, spec: Any) -> str | None:
-    fitting = known_forms(tensor, spec)
-    return fitting[0] if len(fitting) == 1 else None
 
 
 def _padded_row(tensor: Tensor, letters: str, order: list[int]) -> int | None:

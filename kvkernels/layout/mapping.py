@@ -39,29 +39,50 @@ def derive_page_mappings(
     return found
 
 
+def derive_block_mapping(
+    tensor: Tensor, specs: Sequence[Any], page_bytes: int, parallel: Parallel
+) -> CanonicalPageMapping:
+    """How a block of all of a stage's layers, ``[B, L, ...]``, lies in the block of all layers of the model."""
+    first, total = parallel.first_layer, parallel.total_layers
+    if parallel.pp == 1 and not total:
+        total = len(specs)
+    found = None
+    if all(spec == specs[0] for spec in specs) and first + len(specs) <= total:
+        found = _of_attention(tensor, specs[0], [page_bytes], parallel, (first, len(specs), total))
+    if found is None or found[0].local_page_size_bytes != page_bytes:
+        return opaque_mapping(page_bytes, parallel.rank, parallel.world)
+    return found[0]
+
+
 def _of_attention(
-    cache: Tensor | Sequence[Tensor], spec: Any, page_bytes: Sequence[int], parallel: Parallel
-) -> list[CanonicalPageMapping] | None:
+    cache: Tensor | Sequence[Tensor], spec: Any, page_bytes: Sequence[int], parallel: Parallel,
+    layers: tuple[int, int, int] | None = None,
+) -> list[CanonicalPageMapping] | None:  # fmt: skip
+    """Of a layer, or of a block with several: the first of them, how many, and how many there are in all."""
     is_dealt = parallel.context_ranks > 1 and getattr(spec, "dcp_sharded", True)
     latent = is_latent(spec)
     share = share_of(parallel, None if latent else parallel.total_kv_heads, is_dealt)
     if share is None or not hasattr(spec, "num_kv_heads"):
         return None
-    if latent and not is_dealt:
+    if latent and not is_dealt and layers is None:
         return [_whole(n, share) for n in page_bytes]
     if is_dealt and (spec.block_size % parallel.interleave or (latent and not rows_are_tokens(spec))):
         return None
-    layout = layout_of(cache, spec) if isinstance(cache, Tensor) else None
+    first_layer, num_layers, total_layers = layers or (0, None, 1)
+    layout = layout_of(cache, spec, num_layers) if isinstance(cache, Tensor) else None
     if layout is None or set(layout.pool_letters) - {"K"} or (not latent and share.heads != layout.H):
         return None
     pattern = layout.pattern[layout.pattern.index("B") :]
-    total = 1 if latent else parallel.total_kv_heads
+    heads = 1 if latent else parallel.total_kv_heads
     whole = replace(
-        layout, pattern=pattern, K=layout.K if "K" in pattern else 1, N=layout.N * share.context_ranks, H=total,
-        total_heads=total, row_bytes=None, page_bytes=0,
+        layout, pattern=pattern, L=total_layers, K=layout.K if "K" in pattern else 1, N=layout.N * share.context_ranks,
+        H=heads, total_heads=heads, row_bytes=None, page_bytes=0,
     )  # fmt: skip
     deal = (share.context_rank, share.context_ranks, parallel.interleave) if is_dealt else None
-    local = replace(whole, N=layout.N, H=share.heads, first_head=share.first_head, deal=deal, page_bytes=0)
+    local = replace(
+        whole, L=layout.L, first_layer=first_layer, total_layers=total_layers, N=layout.N, H=share.heads,
+        first_head=share.first_head, deal=deal, page_bytes=0,
+    )  # fmt: skip
     mapping = mapping_of_plan(compile_plan(local, whole, allow_partial=True))
     mapping = replace(mapping, num_writers=share.writers, writer_index=share.writer_index)
     return [mapping] * len(page_bytes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import SupportsIndex
 
@@ -40,6 +40,10 @@ class Parallel:
         0.32 on: they hold the same bytes where ``dcp`` is 1; they are decode's context ranks where ``dcp`` is
         ``pcp``; and where it is ``tp * pcp``, a rank's place is ``tp_rank * pcp + pcp_rank``.
 
+    first_layer, total_layers : int
+        Where this stage's layers begin among the whole model's; asked for where one page has several layers and there
+        are several stages.
+
     Raises
     ------
     ValueError
@@ -61,9 +65,11 @@ class Parallel:
     total_kv_heads: int = 1
     interleave: int = 1
     pcp_deals: bool = True
+    first_layer: int = 0
+    total_layers: int = 0
 
     def __post_init__(self) -> None:
-        for name in (*_SIZES, "rank"):
+        for name in (*_SIZES, "rank", "first_layer", "total_layers"):
             object.__setattr__(self, name, integer(f"Parallel: {name}", getattr(self, name)))
         for name in _SIZES:
             if getattr(self, name) < 1:
@@ -72,6 +78,9 @@ class Parallel:
             raise ValueError(f"Parallel: rank must be below tp * pcp * pp = {self.world}, got {self.rank}")
         if (self.pcp_deals or self.pcp == 1) and self.tp % self.dcp:
             raise ValueError(f"Parallel: dcp must divide tp, got {self.dcp} and {self.tp}")
+        if not 0 <= self.first_layer <= self.total_layers:
+            layers = f"{self.first_layer} and {self.total_layers}"
+            raise ValueError(f"Parallel: first_layer must be in total_layers and not negative, got {layers}")
         spans = (1, self.pcp, self.tp * self.pcp)
         if not self.pcp_deals and self.pcp > 1 and self.dcp not in spans:
             raise ValueError(f"Parallel: dcp must be 1, pcp or tp * pcp without pcp_deals, got {self.dcp} of {spans}")
@@ -133,7 +142,7 @@ class TensorParallel(Parallel):
 
     def __init__(
         self, rank: SupportsIndex, size: SupportsIndex, total_kv_heads: SupportsIndex, *, dcp: int = 1, pcp: int = 1,
-        pp: int = 1, interleave: int = 1, pcp_deals: bool = True,
+        pp: int = 1, interleave: int = 1, pcp_deals: bool = True, first_layer: int = 0, total_layers: int = 0,
     ) -> None:  # fmt: skip
         rank, size, heads = (
             integer(f"TensorParallel: {name}", value)
@@ -144,7 +153,7 @@ class TensorParallel(Parallel):
                 "TensorParallel: rank must be below size, and heads positive, got "
                 f"TensorParallel(rank={rank}, size={size}, total_kv_heads={heads})"
             )
-        super().__init__(size, dcp, pcp, pp, rank, heads, interleave, pcp_deals)
+        super().__init__(size, dcp, pcp, pp, rank, heads, interleave, pcp_deals, first_layer, total_layers)
 
     @property
     def size(self) -> int:
@@ -153,8 +162,8 @@ class TensorParallel(Parallel):
 
     def __repr__(self) -> str:
         words = [f"rank={self.rank}", f"size={self.tp}", f"total_kv_heads={self.total_kv_heads}"]
-        others = (("dcp", 1), ("pcp", 1), ("pp", 1), ("interleave", 1), ("pcp_deals", True))
-        words += [f"{name}={getattr(self, name)}" for name, default in others if getattr(self, name) != default]
+        others = [one for one in fields(self) if one.name not in ("tp", "rank", "total_kv_heads")]
+        words += [f"{one.name}={getattr(self, one.name)}" for one in others if getattr(self, one.name) != one.default]
         return f"TensorParallel({', '.join(words)})"
 
 
