@@ -139,10 +139,27 @@ def test_parts_take_the_sizes_that_their_letters_have():
     assert [member.tensor for member in one.members] == [0, 2, 4] and one.num_tensors == 6
     assert one.block_tokens == one.span_tokens == 4
     lone = parts(kv="B N D", B=2, N=4, D=8, dtype=U8)
-    assert lone == B_N_D
+    assert lone == B_N_D != parts(latent=B_N_D) == KVLayout.from_text(repr(parts(latent=B_N_D)))
     moved = parts(a=B_N_D, b=replace(B_N_D, offset_bytes=64), c=replace(B_N_D, tensor=2), d=B_N_D)
     assert [member.tensor for member in moved.members] == [0, 0, 2, 3]
     assert [place.tensor for place in moved.pools] == [0, 0, 2, 3]
+
+
+def test_parts_that_differ_in_size_and_kind_are_short_too():
+    """The page of DeepSeek V3.2 in three lines, and the same from layouts of their own."""
+    row = {"B": 4, "N": 64, "steps": {"N": 656}}
+    short = parts(latent=("B N D", 512, F8), scale=("B N D", 4, F32, 512), rope=("B N D", 64, BF16, 528), **row)
+    long = parts(
+        latent=KVLayout("B N D", D=512, dtype=F8, **row),
+        scale=KVLayout("B N D", D=4, dtype=F32, offset_bytes=512, **row),
+        rope=KVLayout("B N D", D=64, dtype=BF16, offset_bytes=528, **row),
+    )
+    assert short == long and short.num_pools == 1
+    ranks = parts(kv=("B N H D", 8, F8), scales=("B H", 1, F32), B=2, N=4, H=2, first_head=2, total_heads=4)
+    assert [member.layout.first_head for member in ranks.members] == [2, 2]
+    for wrong in (("B N D",), ("B N D", 8), (B_N_D, 8, U8), ("B N D", 8, U8, 0, 0)):
+        with pytest.raises(ValueError, match="parts: k must be a pattern or a KVLayout without further parts, got"):
+            parts(k=wrong, B=2, N=4)
 
 
 def test_a_part_that_goes_unsaid_is_one_that_is_named():

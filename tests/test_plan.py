@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from kvkernels import KVLayout, compile_plan, copy_pages, expand_blocks, whole_page_runs
+from kvkernels.layout import parts
 
 SIZES = {"L": 3, "K": 2, "B": 8, "N": 4, "H": 4, "D": 8, "dtype": torch.float16}
 NHD = KVLayout("L | K B N H D", **SIZES)
@@ -122,6 +123,113 @@ def test_refusals_name_both_layouts(src, dst, match):
         compile_plan(src, dst)
     text = str(caught.value)
     assert text.startswith("compile_plan: ") and text.count("KVLayout(") >= (2 if src else 0)
+
+
+ONE_K = {name: size for name, size in SIZES.items() if name not in "LK"}
+STATE = KVLayout("B W D", B=8, W=4, D=8, dtype=torch.float16)
+LATENT = KVLayout("B N D", B=8, N=8, D=8, dtype=torch.float16)
+TWO = parts(latent=LATENT, rope=replace(LATENT, D=4, page_bytes=0))
+
+
+@pytest.mark.parametrize(
+    ("src", "dst", "match"),
+    [
+        (TWO, LATENT, "parts must be the same on both sides, got latent, rope and kv"),
+        (TWO, parts(latent=LATENT, nope=replace(LATENT, D=4, page_bytes=0)), "got latent, rope and latent, nope"),
+        (TWO, parts(latent=LATENT, rope=LATENT), "elements of part rope must be the same on both sides, got 4 and 8"),
+        (
+            TWO, parts(latent=LATENT, rope=replace(LATENT, D=4, dtype=torch.bfloat16, page_bytes=0)),
+            "dtype of part rope must be the same on both sides, got torch.float16 and torch.bfloat16",
+        ),
+        (
+            parts(k="B N H D", **ONE_K), parts(k="B N H D", **{**ONE_K, "H": 2}),
+            "heads of part k must be the same on both sides, got 4 and 2",
+        ),
+        (STATE, replace(STATE, W=2, page_bytes=0), "rows of part kv must be the same on both sides, got 4 and 2"),
+        (replace(LATENT, deal=(0, 2, 1)), LATENT, "the sources lack tokens that the destination has; allow_partial"),
+        (replace(NHD, L=2, total_layers=3), NHD, "the sources lack layers that the destination has"),
+        (LATENT.shard(1, 2, "D"), LATENT, "the sources lack elements that the destination has"),
+        (
+            [replace(LATENT, deal=(0, 2, 1)), replace(LATENT, deal=(0, 4, 1))], LATENT,
+            "the shards of a side must have one block size",
+        ),
+        (
+            KVLayout("B N/4 D N%4", B=8, N=8, D=8, dtype=torch.float16), replace(LATENT, N=2, page_bytes=0),
+            "blocks of 8 tokens cannot be cut into 2 where N is cut by 4",
+        ),
+        (
+            KVLayout("N/4 B N%4 D", B=8, N=8, D=8, dtype=torch.float16), replace(LATENT, N=4, page_bytes=0),
+            "blocks of 8 tokens cannot be cut into 4 where N counts pools",
+        ),
+        (
+            parts(kv=LATENT, scale=KVLayout("B D", B=8, D=8, dtype=torch.float32)),
+            parts(kv=replace(LATENT, N=4, page_bytes=0), scale=KVLayout("B D", B=8, D=8, dtype=torch.float32)),
+            "blocks of 8 tokens cannot be cut into 4 where part scale has no N",
+        ),
+        (
+            parts(kv=LATENT, scale=KVLayout("B D", B=8, D=8, dtype=torch.float32)),
+            parts(kv=LATENT, scale=KVLayout("B N D", B=8, N=8, D=8, dtype=torch.float32)),
+            "part scale must have N on both sides, or on neither",
+        ),
+    ],
+)  # fmt: skip
+def test_refusals_of_parts_ranges_and_deals_name_both_layouts(src, dst, match):
+    with pytest.raises(ValueError, match=match) as caught:
+        compile_plan(src, dst)
+    assert str(caught.value).startswith("compile_plan: ") and str(caught.value).count("KVLayout(") >= 2
+
+
+@pytest.mark.parametrize(("unit", "of", "interleave"), [(4, 8, 1), (2, 2, 2), (12, 8, 1), (6, 2, 2)])
+def test_a_unit_is_whole_turns_of_all_ranks(unit, of, interleave):
+    sides = [[KVLayout("B N D", B=2, N=24, D=2, dtype=torch.uint8, deal=(r, of, interleave)) for r in range(of)]] * 2
+    with pytest.raises(ValueError, match=f"a unit of {unit} tokens must be a multiple of the {of * interleave} that"):
+        compile_plan(*sides, unit_tokens=unit)
+    plan = compile_plan(*sides, unit_tokens=of * interleave)
+    assert (plan.src_subblocks, plan.bytes) == (24 // interleave, 2 * of * interleave)
+
+
+@pytest.mark.parametrize(
+    ("src", "dst", "runs", "fragments"),
+    [
+        # Pages of like parts are one piece; parts apart are a row each; what is cut alike on both sides is not cut.
+        ("page", "page", 1, 1),
+        ("page", "apart", 3, 3 * 64),
+        ("D/4 N D%4", "D/4 N D%4", 1, 1),
+        ("D/4 N D%4", "N D", 1, 64 * 16),
+        ("D/4 N D%4", "D/8 N D%8", 1, 64 * 16),
+        ("dealt 8", "dealt 8", 8, 8),
+        ("dealt 8", "N D", 8, 8 * 8),
+        ("dealt 8", "dealt 4", 8, 8 * 8),
+        ("dealt 2 by 16", "dealt 4 by 8", 4, 4 * 2),
+    ],
+)
+def test_runs_are_few(src, dst, runs, fragments):
+    """Of 64 tokens of 64 elements, and of a page of three parts."""
+    plan = compile_plan(_named(src), _named(dst))
+    assert (len(plan.runs.all), plan.fragments) == (runs, fragments), plan.runs.all
+
+
+def _named(name: str) -> KVLayout | list[KVLayout]:
+    of_parts = {part: ("B N D", size, torch.uint8) for part, size in (("latent", 512), ("scale", 16), ("rope", 128))}
+    if name == "apart":
+        return parts(**of_parts, B=4, N=64)
+    if name == "page":
+        at = {"latent": 0, "scale": 512, "rope": 528}
+        return parts(**{part: (*said, at[part]) for part, said in of_parts.items()}, B=4, N=64, steps={"N": 656})
+    if name.startswith("dealt"):
+        of, interleave = int(name.split()[1]), int(name.split()[-1]) if "by" in name else 1
+        sizes = {"B": 4, "N": 64 // of, "D": 64, "dtype": torch.uint8}
+        return [KVLayout("B N D", deal=(rank, of, interleave), **sizes) for rank in range(of)]
+    return KVLayout(f"B {name}", B=4, N=64, D=64, dtype=torch.uint8)
+
+
+def test_a_plan_of_many_parts_and_layers_is_quick_to_make():
+    """Nothing goes through elements or tokens one by one that need not: 61 layers of two parts, 8 ranks to 4."""
+    page = {"latent": ("L | B N D", 512, torch.uint8), "scale": ("L | B N D", 16, torch.uint8, 512)}
+    sizes = {"L": 61, "B": 4096, "steps": {"N": 528}}
+    sides = [[parts(**page, **sizes, N=512 // of, deal=(rank, of, 1)) for rank in range(of)] for of in (8, 4)]
+    plan = compile_plan(*sides)
+    assert len(plan.runs.all) == 61 * 8 and plan.bytes == 61 * 512 * 528
 
 
 def test_a_cached_plan_cannot_be_changed():

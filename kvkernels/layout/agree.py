@@ -11,7 +11,7 @@ _Layouts = tuple[KVLayout, ...]
 def check_one_cache(src: _Layouts, dst: _Layouts, unit: int) -> None:
     """ValueError saying what is not the same, or what cannot be cut into units of so many tokens."""
     first, both = src[0], (*src, *dst)
-    is_simple = not any(layout.beside for layout in both)
+    is_simple = not any(layout.beside or layout.name != "kv" for layout in both)
     for layout in both:
         if layout.opaque != first.opaque:
             raise ValueError("an opaque page can only become the same opaque page")
@@ -58,7 +58,7 @@ def _check_parts(src: _Layouts, dst: _Layouts) -> None:
     names = [{name for layout in side for m in layout.members for name in m.names} for side in (src, dst)]
     if names[0] != names[1]:
         got = " and ".join(", ".join(sorted(side)) for side in names)
-        if not any(layout.beside for layout in (*src, *dst)):
+        if names[0] ^ names[1] <= {"scales", "k_scales", "v_scales"}:
             raise ValueError("scales must be on both sides or on neither")
         raise ValueError(f"parts must be the same on both sides, got {got}")
     for ours, theirs in matched(src, dst):

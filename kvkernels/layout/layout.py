@@ -502,9 +502,9 @@ def parts(**given: Any) -> KVLayout:
     Parameters
     ----------
     **given
-        A name and its ``KVLayout``, or a name and its pattern; then the fields of ``KVLayout`` that the patterns have
-        in common. A part lies in tensors of its own, which follow those of the part before it; one with an
-        ``offset_bytes`` lies in the same. ``tensor`` says otherwise.
+        A name and its ``KVLayout``, its pattern, or ``(pattern, D, dtype, offset_bytes)``, the last of which may be
+        left out; then the fields of ``KVLayout`` that patterns have in common. A part lies in tensors of its own, which
+        follow those of the part before it; one with an ``offset_bytes`` lies in the same. ``tensor`` says otherwise.
 
     Returns
     -------
@@ -523,13 +523,13 @@ def parts(**given: Any) -> KVLayout:
     >>> from kvkernels.layout import parts
     >>> parts(k="L | B H D/8 N D%8", v="L | B H D N", L=2, B=8, N=16, H=4, D=64, dtype=torch.float16).num_tensors
     4
-    >>> cell = dict(B=8, H=4, N=16, steps={"N": 132})
-    >>> fp8 = parts(
-    ...     kv=KVLayout("B H N D", D=128, dtype=torch.float8_e4m3fn, **cell),
-    ...     scales=KVLayout("B H N", dtype=torch.float32, offset_bytes=128, **cell),
+    >>> f8, f32, bf16 = torch.float8_e4m3fn, torch.float32, torch.bfloat16
+    >>> page = parts(
+    ...     latent=("B N D", 512, f8), scale=("B N D", 4, f32, 512), rope=("B N D", 64, bf16, 528),
+    ...     B=8, N=64, steps={"N": 656},
     ... )
-    >>> fp8.num_pools, fp8.pools[0].page_bytes, fp8.block_bytes
-    (1, 8448, 8448)
+    >>> page.num_pools, page.page_bytes, page.block_bytes
+    (1, 41840, 41984)
     """
     common_names = {f.name for f in fields(KVLayout)} - {"pattern", "scales", "name", "beside", "text"}
     common = {name: value for name, value in given.items() if name in common_names}
@@ -537,9 +537,14 @@ def parts(**given: Any) -> KVLayout:
     for name, part in given.items():
         if name in common_names:
             continue
-        if not isinstance(part, (str, KVLayout)) or (isinstance(part, KVLayout) and (part.scales or part.beside)):
+        if isinstance(part, str):
+            part = _of_pattern(part, common)
+        elif isinstance(part, tuple) and len(part) in (3, 4) and isinstance(part[0], str):
+            own = dict(zip(("D", "dtype", "offset_bytes"), part[1:], strict=False))
+            part = _of_pattern(part[0], {**common, **own})
+        if not isinstance(part, KVLayout) or part.scales or part.beside:
             raise ValueError(f"parts: {name} must be a pattern or a KVLayout without further parts, got {part!r}")
-        found.append((name, part if isinstance(part, KVLayout) else _of_pattern(part, common)))
+        found.append((name, part))
     if not found:
         raise ValueError(f"parts: a part must be given, got {', '.join(given) or 'nothing'}")
     (name, first), *others = found
@@ -547,6 +552,11 @@ def parts(**given: Any) -> KVLayout:
 
 
 def _of_pattern(pattern: str, common: Mapping[str, Any]) -> KVLayout:
-    """With those of the common sizes that its letters have."""
-    lacks = {letter for letter in LETTERS if letter != "B" and letter not in pattern}
-    return KVLayout(pattern, **{name: value for name, value in common.items() if name not in lacks})
+    """With those of the common fields that are of its letters."""
+    lacks = {letter for letter in LETTERS if letter not in pattern}
+    unsaid = lacks | {name for letter in lacks & FIELDS.keys() for name in FIELDS[letter]}
+    unsaid |= {"deal"} if "N" in lacks else set()
+    own = {name: value for name, value in common.items() if name not in unsaid}
+    if isinstance(own.get("steps"), Mapping):
+        own["steps"] = {word: step for word, step in own["steps"].items() if word[:1] not in lacks}
+    return KVLayout(pattern, **own)

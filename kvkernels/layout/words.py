@@ -36,7 +36,7 @@ class Printed(Protocol):
 def printed(layout: Any) -> str:
     """``KVLayout("L | B N H D", L=2, ...)``, or ``parts(k=KVLayout(...), ...)``."""
     one = f"KVLayout({', '.join(_words(layout))})"
-    if not layout.beside:
+    if not layout.beside and layout.name == "kv":
         return one
     named = [(layout.name, one), *((name, printed(part)) for name, part in layout.beside)]
     return f"parts({', '.join(f'{name}={part}' for name, part in named)})"
