@@ -33,7 +33,7 @@ from kvkernels.layout.nests import (
 )
 from kvkernels.layout.pieces import Held, Piece, lacking, matched, pieces
 
-#: A layout, or one a tensor-parallel rank.
+#: A layout, or one a rank.
 Layouts: TypeAlias = "KVLayout | Sequence[KVLayout]"
 
 
@@ -123,7 +123,7 @@ class Plan:
 class PlanRuns(Sequence[Tensor]):
     """A plan's runs, layer by layer: ``runs[layer]`` is what copies one layer, ``runs.all`` everything.
 
-    Both are copies that a caller may change.
+    Layers are counted over all pipeline stages. Both are copies that a caller may change.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -176,15 +176,17 @@ def compile_plan(src: Layouts, dst: Layouts, *, allow_partial: bool = False, uni
     Parameters
     ----------
     src, dst : KVLayout or sequence of KVLayout
-        The two sides. A sequence is one layout a tensor-parallel rank, whose pools follow each other; all ranks use the
-        same block ids. A byte that several sources hold (replicas) is read from the first of them, and every
-        destination gets its copy.
+        The two sides. A sequence is one layout a rank (tensor or context parallel, or a pipeline stage), whose pools
+        follow each other; all ranks use the same block ids. Parts meet by name, and elements by the layer, token, head
+        and place in a head that they have among all ranks. A byte that several sources hold (replicas) is read from
+        the first of them, and every destination gets its copy.
     allow_partial : bool
         Leave bytes of the destination untouched that no source holds, such as other ranks' heads. Otherwise each byte
         must have a source.
     unit_tokens : int, optional
         Tokens that an id stands for: by default as many as divide both block sizes, a block where they are the same. 1
-        gives a plan for token slots.
+        gives a plan for token slots. Where tokens are dealt out, a block is all that it covers, and a unit is whole
+        turns of all ranks.
 
     Returns
     -------
@@ -194,8 +196,9 @@ def compile_plan(src: Layouts, dst: Layouts, *, allow_partial: bool = False, uni
     Raises
     ------
     ValueError
-        The layouts do not hold the same cache, one cannot be expressed in the other's blocks, or more than 4,096 runs
-        would be needed; the message names both. ``convert_blocks`` with a ``layer`` needs that layer's runs alone.
+        The layouts do not hold the same parts of the same cache, one cannot be expressed in the other's blocks, or more
+        than 4,096 runs would be needed; the message names both. ``convert_blocks`` with a ``layer`` needs that layer's
+        runs alone.
 
     Examples
     --------
