@@ -52,7 +52,7 @@ def test_each_op_says(op, word):
 
 
 PAGES = {"README.md": 5, **{f"docs/{name}.md": count for name, count in (
-    ("index", 1), ("layouts", 6), ("memory", 10), ("mover", 1), ("paths", 1),
+    ("index", 1), ("layouts", 7), ("memory", 10), ("mover", 1), ("paths", 1),
 )}}  # fmt: skip
 #: A line of a page's code and the error that the comment under it promises.
 RAISES = re.compile(r"^(\S.*)\n# (\w+Error): (.*)\n", re.MULTILINE)
