@@ -329,3 +329,9 @@ def test_groups_that_share_memory_have_one_number_of_blocks():
     assert len(canonicalize({"a": storage, "b": storage}, groups).tensors) == 1
     with pytest.raises(ValueError, match="layers sharing memory must agree on their blocks, got 12 and 5"):
         canonicalize({"a": storage, "b": storage[:5]}, groups)
+
+
+def test_a_tensor_of_several_groups_has_the_blocks_of_the_largest():
+    for of_group, lengths in (([5, 2, 1], [5, 1]), ([2, 5, 1], [5, 1])):
+        host = empty_host_caches(_engine(), of_group)
+        assert [len(one.tensor) for one in host.tensors] == lengths

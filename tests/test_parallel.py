@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from kvkernels.layout import Parallel, TensorParallel, canonicalize, opaque_mapping
+from kvkernels import copy_pages
+from kvkernels.layout import (
+    Parallel,
+    TensorParallel,
+    canonicalize,
+    layout_of,
+    opaque_mapping,
+    plan_of_mapping,
+)
 from kvkernels.layout.specs import FullAttention, KVCacheGroup, Mamba
 
 BLOCKS = 3
@@ -551,3 +559,54 @@ def test_a_block_of_latents_of_all_layers():
     assert [mapping.num_writers for mapping in mappings] == [2] * 4
     for page in filled(mappings, local, 2):
         assert (page == np.arange(6 * 73728)).all()
+
+
+@pytest.mark.parametrize("back", [{"tp": 4, "dcp": 2}, {"tp": 2, "pcp": 4}, {"tp": 2}], ids=str)
+def test_blocks_go_from_eight_context_ranks_to_others_through_canonical_pages(back):
+    """DeepSeek's latent: blocks of 8 dealt to 8 ranks become one page of 64 tokens, and the blocks of other ranks."""
+    rng = np.random.default_rng(3)
+    rows = rng.integers(0, 256, (BLOCKS, 64, 1152), dtype=np.uint8)
+    canonical = torch.full((BLOCKS, 64 * 1152), 0xA5, dtype=torch.uint8)
+    ids = torch.tensor([[2, 0], [0, 2], [1, 1]])
+    sizes = {"tp": 8, "dcp": 8}
+    for rank in range(8):
+        spec = Latent(8, 576, torch.bfloat16)
+        mine = torch.from_numpy(rows[:, tokens_of(place(rank, **sizes).context, 8, 1, 8)]).flatten(1)
+        (mapping,) = one(mine.view(torch.bfloat16).view(BLOCKS, 1, 8, 576), spec, Parallel(rank=rank, **sizes))
+        turn = torch.tensor([pair for pair in ids.tolist() if mapping.is_writer(pair[0])])
+        copy_pages([mine], [canonical], turn, plan_of_mapping(mapping).runs.all)
+    wanted = rows[[2, 1, 0]].reshape(BLOCKS, -1)
+    assert np.array_equal(canonical.numpy(), wanted)
+    contexts = place(0, **back).contexts
+    for rank in range(back["tp"] * back.get("pcp", 1)):
+        n = 64 // contexts
+        spec = Latent(n, 576, torch.bfloat16)
+        mine = torch.full((BLOCKS, n * 1152), 0x5A, dtype=torch.uint8)
+        cache = mine.view(torch.bfloat16).view(BLOCKS, 1, n, 576)
+        (mapping,) = one(cache, spec, Parallel(rank=rank, interleave=n // 2, **back))
+        copy_pages([canonical], [mine], torch.tensor([[1, 0]]), plan_of_mapping(mapping).inverse().runs.all)
+        tokens = tokens_of(place(rank, **back).context, contexts, n // 2, n)
+        assert np.array_equal(mine[0].numpy(), rows[1][tokens].ravel()) and (mine[1:] == 0x5A).all()
+
+
+def test_an_opaque_page_has_a_place_among_the_ranks_of_its_stage():
+    """Other stages have other layers, and so pages of their own."""
+    cache = [torch.zeros(BLOCKS, 3, 8, dtype=torch.float16)]
+    spec = Mamba(shapes=((3, 8),), dtypes=(torch.float16,))
+    assert one(cache, spec, Parallel(tp=2, pp=2, rank=3)) == [opaque_mapping(48, 1, 2)]
+
+
+def test_a_page_of_states_that_is_shown_in_another_order_is_opaque():
+    spec = Mamba(shapes=((3, 8),), dtypes=(torch.float16,), cuts=((1, (8, 4, 4)),))
+    for shown, is_known in ((torch.zeros(BLOCKS, 6, 8), True), (torch.zeros(BLOCKS, 8, 6).transpose(1, 2), False)):
+        (mapping,) = one(shown.to(torch.int8), spec, Parallel(tp=2, rank=1))
+        assert mapping.parallelism_agnostic == is_known
+
+
+def test_a_cell_of_half_an_element_has_no_shape():
+    spec = SimpleNamespace(
+        block_size=4, num_kv_heads=2, head_size=8, head_size_v=8, dtype=torch.float16, state_content_bytes=15
+    )  # fmt: skip
+    assert layout_of(torch.zeros(BLOCKS, 2, 4, 7, dtype=torch.float16), spec) is None
+    spec.state_content_bytes = 14
+    assert layout_of(torch.zeros(BLOCKS, 2, 4, 7, dtype=torch.float16), spec).pattern == "B H N D"

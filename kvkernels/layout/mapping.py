@@ -70,7 +70,7 @@ def _of_attention(
         return None
     first_layer, num_layers, total_layers = layers or (0, None, 1)
     layout = layout_of(cache, spec, num_layers) if isinstance(cache, Tensor) else None
-    if layout is None or set(layout.pool_letters) - {"K"} or (not latent and share.heads != layout.H):
+    if layout is None or set(layout.pool_letters) - {"K"}:
         return None
     pattern = layout.pattern[layout.pattern.index("B") :]
     heads = 1 if latent else parallel.total_kv_heads
