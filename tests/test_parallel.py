@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from parallel_oracle import BLOCKS, Latent, filled, one, place, replayed, tokens_of
 
 from kvkernels import copy_pages
 from kvkernels.layout import (
@@ -19,71 +19,7 @@ from kvkernels.layout import (
     opaque_mapping,
     plan_of_mapping,
 )
-from kvkernels.layout.specs import FullAttention, KVCacheGroup, Mamba
-
-BLOCKS = 3
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where the oracle finds a rank: by going through the grid of ranks as vLLM makes its groups."""
-
-    tp_rank: int
-    pp_rank: int
-    context: int
-    contexts: int
-
-
-def place(rank: int, *, tp: int = 1, dcp: int = 1, pcp: int = 1, pp: int = 1, pcp_deals: bool = True) -> Place:
-    grid = np.arange(tp * pcp * pp).reshape(pp, pcp, tp)
-    ((stage, prefill, tensor),) = np.argwhere(grid == rank).tolist()
-    if pcp_deals:
-        # Groups of dcp neighbours among the tensor-parallel ranks, side by side for each prefill context.
-        group = next(g for g in grid.reshape(-1, dcp).tolist() if rank in g)
-        return Place(tensor, stage, prefill * dcp + group.index(rank), dcp * pcp)
-    # Groups go through the prefill contexts first.
-    group = next(g for g in grid.swapaxes(1, 2).reshape(-1, dcp).tolist() if rank in g)
-    return Place(tensor, stage, group.index(rank), dcp)
-
-
-def tokens_of(context: int, contexts: int, interleave: int, n: int) -> list[int]:
-    """Which of a block's tokens a context rank has, in its order: its turn comes every so many."""
-    return [t for t in range(n * contexts) if t // interleave % contexts == context]
-
-
-def replayed(mapping) -> tuple[np.ndarray, np.ndarray]:
-    """Byte by byte, where in the rank's page and in the canonical page the runs are."""
-    sides = []
-    for side in ("local", "canonical"):
-        places = [
-            getattr(run, f"{side}_offset") + i * getattr(run, f"{side}_stride") + np.arange(run.fragment_size)
-            for run in mapping.runs for i in range(run.num_fragments)
-        ]  # fmt: skip
-        sides.append(np.concatenate(places))
-    return sides[0], sides[1]
-
-
-def one(cache, spec, parallel, **options):
-    found = canonicalize({"layer": cache}, [KVCacheGroup(["layer"], spec)], parallel=parallel, **options)
-    return [ref.mapping for ref in found.group_data_refs[0]]
-
-
-def filled(mappings, pages: list[np.ndarray], blocks: int) -> list[np.ndarray]:
-    """The canonical page that the writers of each block fill, every byte once."""
-    result = []
-    for block in range(blocks):
-        size = mappings[0].canonical_page_size_bytes
-        page = np.full(size, -1, np.int64)
-        for mapping, local in zip(mappings, pages, strict=True):
-            assert mapping.canonical_page_size_bytes == size
-            if mapping.is_writer(block):
-                mine, at = replayed(mapping)
-                assert (np.sort(mine) == np.arange(len(local))).all() and (page[at] == -1).all()
-                page[at] = local[mine]
-        assert (page != -1).all()
-        result.append(page)
-    return result
-
+from kvkernels.layout.specs import FullAttention, KVCacheGroup
 
 SIZES = [
     {"tp": 8}, {"tp": 8, "dcp": 2}, {"tp": 8, "dcp": 8}, {"tp": 2, "pcp": 2, "pp": 2}, {"tp": 4, "dcp": 2, "pcp": 3},
@@ -149,29 +85,6 @@ GQA = FullAttention(block_size=4, num_kv_heads=1, head_size=8, dtype=torch.float
 # MLA as vLLM 0.32 registers it.
 
 
-@dataclass(frozen=True)
-class Latent:
-    """The attributes of vLLM's spec that say where bytes are."""
-
-    block_size: int
-    head_size: int
-    dtype: torch.dtype
-    state_content_bytes: int | None = None
-    num_kv_heads: int = 1
-    head_size_v: int = 0
-    tokens_per_state: int = 1
-    page_size_padded: int | None = None
-
-    @property
-    def unpadded_page_size_bytes(self) -> int:
-        row = self.state_content_bytes or self.head_size * self.dtype.itemsize
-        return self.block_size // self.tokens_per_state * row
-
-    @property
-    def page_size_bytes(self) -> int:
-        return self.page_size_padded or self.unpadded_page_size_bytes
-
-
 LATENTS = {
     "576 bfloat16": Latent(64, 576, torch.bfloat16),
     "576 fp8": Latent(64, 576, torch.float8_e4m3fn),
@@ -216,87 +129,6 @@ def test_a_latent_with_scales_inside_is_opaque():
     )  # fmt: skip
     (mapping,) = one(torch.zeros(3, 1, 4, 16, dtype=torch.uint8), spec, Parallel(tp=2, rank=1))
     assert mapping == opaque_mapping(64, 1, 2)
-
-
-# States.
-
-
-def conv_page(sections, heads, tp: int, rank: int, *, width: int, dim_first: bool, inner: int) -> np.ndarray:
-    """A rank's bytes of [x | B | C] and of its heads, cut from the whole model's: numbers that tell the bytes apart."""
-    total = sum(sections)
-    conv = np.arange(total * width * 2).reshape((total, width, 2) if dim_first else (width, total, 2))
-    state = 1_000_000 + np.arange(heads * inner * 4).reshape(heads, inner * 4)
-    axis = 0 if dim_first else 1
-    parts = np.split(conv, np.cumsum(sections)[:-1], axis=axis)
-    mine = np.concatenate([np.split(part, tp, axis=axis)[rank] for part in parts], axis=axis)
-    return np.concatenate([mine.ravel(), np.split(state, tp)[rank].ravel()])
-
-
-@pytest.mark.parametrize("dim_first", [False, True])
-@pytest.mark.parametrize("shown", ["states", "one page"])
-@pytest.mark.parametrize(
-    ("sections", "heads", "inner"), [((64, 16, 16), 8, 6), ((16, 16, 32), 4, 5)], ids=["Mamba2 x B C", "GDN q k v"]
-)
-def test_states_are_cut_along_each_part_of_them(sections, heads, inner, shown, dim_first):
-    """Mamba2 cuts x, B and C each on its own, a flat cut would mix them; GDN q, k and v. The page is the same whatever
-    wrote it, and prefill contexts write it in turns."""
-    width, wholes = 3, []
-    for tp, pcp in ((1, 1), (2, 1), (4, 1), (4, 2)):
-        dim = sum(sections) // tp
-        shapes = ((dim, width) if dim_first else (width, dim), (heads // tp, inner))
-        cuts = ((0 if dim_first else 1, sections), (0, (heads,)))
-        spec = Mamba(shapes=shapes, dtypes=(torch.bfloat16, torch.float32), cuts=cuts)
-        raw = torch.zeros(BLOCKS, spec.page_size_bytes, dtype=torch.int8)
-        states = [
-            raw.view(torch.bfloat16).as_strided((BLOCKS, *shapes[0]), (raw.shape[1] // 2, shapes[0][1], 1)),
-            raw.view(torch.float32).as_strided(
-                (BLOCKS, *shapes[1]), (raw.shape[1] // 4, inner, 1), dim * width * 2 // 4
-            ),
-        ]
-        cache = states if shown == "states" else raw[:, None, None]
-        ranks = range(tp * pcp)
-        mappings = [one(cache, spec, Parallel(tp=tp, pcp=pcp, rank=rank))[0] for rank in ranks]
-        pages = [
-            conv_page(sections, heads, tp, rank % tp, width=width, dim_first=dim_first, inner=inner) for rank in ranks
-        ]
-        assert all(mapping.parallelism_agnostic and mapping.num_writers == pcp for mapping in mappings)
-        wholes += filled(mappings, pages, 2 * pcp)
-    assert all((whole == wholes[0]).all() for whole in wholes)
-    assert (wholes[0] == conv_page(sections, heads, 1, 0, width=width, dim_first=dim_first, inner=inner)).all()
-
-
-def test_states_in_tensors_of_their_own_are_a_page_each():
-    spec = Mamba(shapes=((3, 8), (2, 6)), dtypes=(torch.float16,) * 2, cuts=((1, (8, 4, 4)), (0, (4,))))
-    cache = [torch.zeros(BLOCKS, 3, 8, dtype=torch.float16), torch.zeros(BLOCKS, 2, 6, dtype=torch.float16)]
-    conv, state = one(cache, spec, Parallel(tp=2, rank=1))
-    assert [(m.local_page_size_bytes, m.canonical_page_size_bytes) for m in (conv, state)] == [(48, 96), (24, 48)]
-    assert [(run.local_offset, run.canonical_offset, run.fragment_size) for run in conv.runs] == [
-        (0, 8, 8), (8, 20, 4), (12, 28, 4)]  # fmt: skip
-
-
-def test_states_that_every_rank_has_are_written_in_turns():
-    spec = Mamba(shapes=((3, 8),), dtypes=(torch.float16,), tp_replicated=True)
-    (mapping,) = one([torch.zeros(BLOCKS, 3, 8, dtype=torch.float16)], spec, Parallel(tp=4, pcp=2, rank=5))
-    assert (mapping.num_writers, mapping.writer_index, mapping.canonical_page_size_bytes) == (8, 5, 48)
-    assert mapping.parallelism_agnostic
-
-
-@pytest.mark.parametrize(
-    ("changes", "cache"),
-    [
-        ({"cuts": None}, None),
-        ({"cuts": ((1, (8, 4, 6)),)}, None),
-        ({"cuts": ((1, (8, 3, 5)),)}, None),
-        ({}, torch.zeros(BLOCKS, 8, 3, dtype=torch.float16).transpose(1, 2)),
-        ({}, torch.zeros(BLOCKS, 4, 6, dtype=torch.float16)),
-    ],
-    ids=["not said", "other sizes", "not divisible", "dimension first in memory", "another shape"],
-)
-def test_states_that_cannot_be_proven_are_opaque(changes, cache):
-    """One group of B and C on two ranks, say, which both have: what one of them writes, the other does, too."""
-    spec = Mamba(**{"shapes": ((3, 8),), "dtypes": (torch.float16,), "cuts": ((1, (8, 4, 4)),), **changes})
-    cache = torch.zeros(BLOCKS, 3, 8, dtype=torch.float16) if cache is None else cache
-    assert one([cache], spec, Parallel(tp=2, rank=1)) == [opaque_mapping(48, 1, 2)]
 
 
 # Heads and tokens.
@@ -587,20 +419,6 @@ def test_blocks_go_from_eight_context_ranks_to_others_through_canonical_pages(ba
         copy_pages([canonical], [mine], torch.tensor([[1, 0]]), plan_of_mapping(mapping).inverse().runs.all)
         tokens = tokens_of(place(rank, **back).context, contexts, n // 2, n)
         assert np.array_equal(mine[0].numpy(), rows[1][tokens].ravel()) and (mine[1:] == 0x5A).all()
-
-
-def test_an_opaque_page_has_a_place_among_the_ranks_of_its_stage():
-    """Other stages have other layers, and so pages of their own."""
-    cache = [torch.zeros(BLOCKS, 3, 8, dtype=torch.float16)]
-    spec = Mamba(shapes=((3, 8),), dtypes=(torch.float16,))
-    assert one(cache, spec, Parallel(tp=2, pp=2, rank=3)) == [opaque_mapping(48, 1, 2)]
-
-
-def test_a_page_of_states_that_is_shown_in_another_order_is_opaque():
-    spec = Mamba(shapes=((3, 8),), dtypes=(torch.float16,), cuts=((1, (8, 4, 4)),))
-    for shown, is_known in ((torch.zeros(BLOCKS, 6, 8), True), (torch.zeros(BLOCKS, 8, 6).transpose(1, 2), False)):
-        (mapping,) = one(shown.to(torch.int8), spec, Parallel(tp=2, rank=1))
-        assert mapping.parallelism_agnostic == is_known
 
 
 def test_a_cell_of_half_an_element_has_no_shape():

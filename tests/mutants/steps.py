@@ -54,7 +54,10 @@ ON_A_DEVICE = _on_torch(
 OPS = "errors explain refusals gather_scatter swap_blocks copy_pages concat batch prepared autograd info"
 REFERENCE = "reference errors refusals copy_pages gather_scatter swap_blocks batch concat explain prepared"
 MOVER = _files("mover mover_ends mover_order mover_random mover_metrics mover_processes")
-LAYOUTS = "layout layout_parts plan convert slots canonical copy_groups page_mapping parallel gallery"
+LAYOUTS = (
+    "layout layout_parts plan convert slots canonical canonical_orders copy_groups page_mapping parallel "
+    "parallel_states gallery"
+)
 
 PLANS = {
     "csrc/core": [Step(CPU, CALLS), HOST, CORE],
@@ -94,14 +97,14 @@ PLANS = {
     "kvkernels/layout/axes": _layouts("convert layout_parts plan"),
     "kvkernels/layout/blocks": _layouts("plan copy_groups slots integers"),
     "kvkernels/layout/cache": _layouts("layout layout_parts"),
-    "kvkernels/layout/canonical": _layouts("canonical page_mapping parallel"),
+    "kvkernels/layout/canonical": _layouts("canonical canonical_orders page_mapping parallel"),
     "kvkernels/layout/convert": _layouts("convert"),
     "kvkernels/layout/fits": _layouts("layout layout_parts"),
-    "kvkernels/layout/forms": _layouts("page_mapping parallel canonical"),
+    "kvkernels/layout/forms": _layouts("page_mapping parallel canonical_orders"),
     "kvkernels/layout/geometry": _layouts("layout layout_parts convert"),
     "kvkernels/layout/groups": _layouts("copy_groups"),
     "kvkernels/layout/layout": _layouts("layout layout_parts"),
-    "kvkernels/layout/mapping": _layouts("parallel page_mapping canonical"),
+    "kvkernels/layout/mapping": _layouts("parallel parallel_states page_mapping"),
     "kvkernels/layout/memory": _layouts("layout canonical objects"),
     "kvkernels/layout/nests": _layouts("plan convert"),
     "kvkernels/layout/page_runs": _layouts("page_mapping canonical"),
@@ -114,7 +117,7 @@ PLANS = {
     "kvkernels/layout/rules": _layouts("layout layout_parts"),
     "kvkernels/layout/shards": _layouts("layout layout_parts convert"),
     "kvkernels/layout/slots": _layouts("slots"),
-    "kvkernels/layout/specs": _layouts("canonical copy_groups parallel"),
+    "kvkernels/layout/specs": _layouts("canonical copy_groups parallel_states"),
     "kvkernels/layout/views": _layouts("layout layout_parts"),
     "kvkernels/layout/words": _layouts("layout objects"),
     "kvkernels/memory": [Step(PYTHON, _files("memory_pool memory_prefix memory_scheduler docs"))],
