@@ -289,11 +289,12 @@ def random_things(rng: np.random.Generator) -> tuple[list[Thing], int]:
     return things, layers if "L" in letters else 1
 
 
-def _cut(rng: np.random.Generator, words: list[str], part: Part, no_cut: str) -> list[str]:
-    """Some letters cut in two, the halves anywhere after each other's place."""
+def _cut(rng: np.random.Generator, words: list[str], part: Part, unit_tokens: int) -> list[str]:
+    """Some letters cut in two, the halves anywhere after each other's place; tokens so that units are whole."""
     for letter in "DHWN":
-        divisors = [x for x in range(1, part.count(letter) + 1) if part.count(letter) % x == 0]
-        if letter in words and letter not in no_cut and part.elements_v is None and rng.integers(5) == 0:
+        whole = unit_tokens if letter == "N" else part.count(letter)
+        divisors = [x for x in range(1, whole + 1) if whole % x == 0]
+        if letter in words and part.elements_v is None and rng.integers(5) == 0:
             by = divisors[int(rng.integers(len(divisors)))]
             at = words.index(letter)
             words[at : at + 1] = [f"{letter}/{by}", f"{letter}%{by}"]
@@ -317,10 +318,10 @@ def _random_words(rng: np.random.Generator, letters: str, in_page: str, uneven: 
         return order, int(rng.integers(0, len(before) + 1))
 
 
-def _own(rng: np.random.Generator, part: Part, letters: str, in_page: str, no_cut: str) -> Part:
+def _own(rng: np.random.Generator, part: Part, letters: str, in_page: str, unit_tokens: int) -> Part:
     """In tensors of its own: any order, cuts, gaps and begin."""
     order, cut = _random_words(rng, letters + "B" + "K" * part.pair, in_page, part.elements_v is not None)
-    outside, inside = order[:cut], _cut(rng, order[cut:], part, no_cut)
+    outside, inside = order[:cut], _cut(rng, order[cut:], part, unit_tokens)
     steps: dict[str, int] = {}
     part = replace(part, outside=tuple(outside), inside=tuple(inside))
     if rng.integers(3) == 0:
@@ -400,12 +401,11 @@ def _random_ranks(
             )  # fmt: skip
             letters[thing.name] = thing.letters
         cut_inside = "N" if unit != span else ""
-        no_cut = "N" if unit != span or (deal[0] > 1 and rng.integers(2)) else ""
         shares = len(members) > 1 and not paired and rng.integers(2)
         if shares:
             members = _shared(rng, members, letters, cut_inside)
         else:
-            members = [_own(rng, member, letters[member.name], cut_inside, no_cut) for member in members]
+            members = [_own(rng, member, letters[member.name], cut_inside, unit // deal[0]) for member in members]
             if len(members) > 1:
                 first = itertools.accumulate((len(m.write_out()) for m in members), initial=0)
                 members = [replace(m, tensor=at) for m, at in zip(members, first, strict=False)]

@@ -201,6 +201,43 @@ def test_rocms_pages_of_k_that_is_cut_and_v_that_is_turned():
     assert torch.equal(two[1][3].view(U8), values[0][1].view(U8))
 
 
+@pytest.mark.parametrize(("first", "count"), [(0, 24), (5, 15), (7, 2), (16, 8), (3, 21)])
+@pytest.mark.parametrize("by", [(8, 1), (8, 6), (4, 12)])
+def test_ranges_that_begin_and_end_inside_of_a_cut(first, count, by):
+    """Elements 5 to 19 of 24 are three of an eight, an eight, and four of one; cut otherwise on the other side."""
+    a, b = by
+    whole = KVLayout(f"B D/{a} N D%{a}", B=3, N=4, D=24, dtype=U8)
+    if b > 1:
+        rest = KVLayout(f"B N D%{b} D/{b}", B=3, N=4, D=24, dtype=U8)
+    else:
+        rest = KVLayout("B N D", B=3, N=4, D=count, dtype=U8, first_d=first, total_d=24)
+    values = _random(3, 24 // a, 4, a)
+    named = values.transpose(1, 2).reshape(3, 4, 24)
+    out = _poison(3, rest.page_bytes)
+    _convert((whole, values), (rest, out), [[2, 0]])
+    wanted = named[2, :, first : first + count] if b == 1 else named[2].view(4, 24 // b, b).transpose(1, 2)
+    assert torch.equal(out[0], wanted.flatten()) and (out[1:] == 0xA5).all()
+    back = _poison(*values.shape)
+    _convert((rest, out), (whole, back), [[0, 1]], allow_partial=b == 1)
+    kept = back.transpose(1, 2).reshape(3, 4, 24)[1]
+    held = slice(first, first + count) if b == 1 else slice(0, 24)
+    assert torch.equal(kept[:, held], named[2][:, held]) and (back[[0, 2]] == 0xA5).all()
+    assert (kept == 0xA5).sum() >= 4 * (24 - (held.stop - held.start))
+
+
+def test_blocks_whose_tokens_are_cut_become_smaller_ones():
+    """Eight tokens, in two fours that stand apart, are one unit; the next one of the block begins behind both."""
+    cut = KVLayout("B N/4 D N%4", B=3, N=16, D=6, dtype=U8)
+    values, out = _random(3, 4, 6, 4), _poison(4, 8, 6)
+    _convert((cut, values), (KVLayout("B N D", B=4, N=8, D=6, dtype=U8), out), [[5, 0], [2, 3]])
+    tokens = values.transpose(2, 3).reshape(6, 8, 6)
+    assert torch.equal(out[[0, 3]], tokens[[5, 2]]) and (out[1:3] == 0xA5).all()
+    back = _poison(3, 4, 6, 4)
+    _convert((KVLayout("B N D", B=4, N=8, D=6, dtype=U8), out), (cut, back), [[3, 1]])
+    kept = back.transpose(2, 3).reshape(6, 8, 6)
+    assert torch.equal(kept[1], tokens[2]) and (kept[[0, 2, 3, 4, 5]] == 0xA5).all()
+
+
 V32 = {"B": 4, "N": 64, "steps": {"N": 656}}
 LATENT = parts(
     latent=KVLayout("B N D", D=512, dtype=F8, **V32),

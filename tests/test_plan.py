@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from kvkernels import KVLayout, compile_plan, copy_pages, expand_blocks, whole_page_runs
 from kvkernels.layout import parts
+from kvkernels.layout.axes import stretches
+from kvkernels.layout.geometry import Digit
 
 SIZES = {"L": 3, "K": 2, "B": 8, "N": 4, "H": 4, "D": 8, "dtype": torch.float16}
 NHD = KVLayout("L | K B N H D", **SIZES)
@@ -221,6 +225,45 @@ def _named(name: str) -> KVLayout | list[KVLayout]:
         sizes = {"B": 4, "N": 64 // of, "D": 64, "dtype": torch.uint8}
         return [KVLayout("B N D", deal=(rank, of, interleave), **sizes) for rank in range(of)]
     return KVLayout(f"B {name}", B=4, N=64, D=64, dtype=torch.uint8)
+
+
+def _positions(digits, at):
+    """Pools and bytes of each coordinate."""
+    for x in at:
+        steps = [(x // digit.divisor % digit.extent, digit) for digit in digits]
+        yield sum(n * digit.pools for n, digit in steps), sum(n * digit.bytes for n, digit in steps)
+
+
+def _walked(stretch):
+    """The same, by the loops of a stretch."""
+    begin = np.array([stretch.src_pools, stretch.src_bytes, stretch.dst_pools, stretch.dst_bytes])
+    for index in itertools.product(*(range(loop.extent) for loop in stretch.loops)):
+        at = begin.copy()
+        for i, loop in zip(index, stretch.loops, strict=True):
+            at += i * np.array([loop.src_pools, loop.src_bytes, loop.dst_pools, loop.dst_bytes])
+        yield tuple(at.tolist())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_stretches_are_every_position_once_and_in_order(seed):
+    """Whatever the two sides cut and deal out, the loops go where the coordinates, one by one, say."""
+    rng = np.random.default_rng(seed)
+    irregular = 0
+    for _ in range(100):
+        size = int(rng.integers(1, 60))
+        sides = []
+        for _ in range(2):
+            by = int(rng.integers(1, 7))
+            digits = (Digit(-(-size // by), by, 0, int(rng.integers(50, 90))), Digit(by, 1, int(rng.integers(2)), 7))
+            at = np.arange(size) + int(rng.integers(by)) if rng.integers(2) else rng.permutation(size)
+            sides.append((digits, at.tolist()))
+        (src, src_at), (dst, dst_at) = sides
+        wanted = [(*a, *b) for a, b in zip(*(_positions(digits, at) for digits, at in sides), strict=True)]
+        pieces = stretches(src, dst, src_at, dst_at)
+        found = [position for piece in pieces for position in _walked(piece)]
+        assert found == wanted
+        irregular += 1 < len(pieces) < size
+    assert irregular > 10
 
 
 def test_a_plan_of_many_parts_and_layers_is_quick_to_make():

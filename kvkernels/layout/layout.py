@@ -407,35 +407,32 @@ class KVLayout:
             rules.fail(self, "a shard cannot be sharded again")
         if along == "D" and self.D_v is not None:
             rules.fail(self, f"along must be H or L where K and V differ, got {along!r}")
-        padded = self.row_bytes is not None or self.offset_bytes > 0
-        changes = shard_fields(self, along, rank, size)
-        padded |= len(changes["steps"]) < len(self.steps)
-        scales = self.scales.shard(rank, size, along) if self.scales else None
-        if self.beside:
-            changes = self._shard_of_parts(changes, rank, size, along)
-        return replace(self, scales=scales, padding_unsaid=padded, **changes)
+        changes = [shard_fields(member.layout, along, rank, size) for member in self.members]
+        for member, fields_ in zip(self.members, changes, strict=True):
+            if any(other.tensor == member.tensor for other in self.members if other is not member):
+                self._keep_place(member, fields_, along)
+        first, *others = (
+            replace(member.layout, **fields_) for member, fields_ in zip(self.members, changes, strict=True)
+        )
+        if self.scales:
+            return replace(first, scales=others[0])
+        return replace(first, beside=tuple(zip((name for name, _ in self.beside), others, strict=True)))
 
-    def _shard_of_parts(self, changes: dict[str, Any], rank: int, size: int, along: str) -> dict[str, Any]:
-        """Parts that share a page keep their places in it, or cannot be cut."""
-        beside = []
-        for member in self.members:
-            part = member.layout
-            fields_ = shard_fields(part, along, rank, size) if part is not self.members[0].layout else changes
-            shares = any(other is not member and other.tensor == member.tensor for other in self.members)
-            if shares:
-                room = min(fields_["steps"].values(), default=0)
-                moves = fields_["steps"].keys() != part.steps.keys() or part.offset_bytes >= max(room, 1)
-                if moves and fields_.get(along) != part.size(along):
-                    rules.fail(
-                        self,
-                        f"part {member.name} cannot be sharded along {along} where it lies, beside others in one page: "
-                        "shard each part, and say where in its rank's page it lies",
-                    )
-                fields_ |= {"offset_bytes": part.offset_bytes, "steps": fields_["steps"] if not moves else part.steps}
-                fields_ |= {"row_bytes": part.row_bytes} if fields_.get(along) == part.size(along) else {}
-            if member is not self.members[0]:
-                beside.append((member.name, replace(part, **fields_)))
-        return {**changes, "beside": tuple(beside)}
+    def _keep_place(self, member: Member, fields_: dict[str, Any], along: str) -> None:
+        """A part that shares its page with others lies where it did, unless a cut one moves it: then ValueError."""
+        part = member.layout
+        beside = [other.layout for other in self.members if other.tensor == member.tensor]
+        if any(along in layout.letters for layout in beside):
+            room = min(fields_["steps"].values(), default=0)
+            if fields_["steps"] != part.steps or part.offset_bytes >= room:
+                rules.fail(
+                    self,
+                    f"part {member.name} cannot be sharded along {along} where it lies, beside others in one page: "
+                    "shard each part, and say where in its rank's page it lies",
+                )
+        else:
+            fields_["row_bytes"] = part.row_bytes
+        fields_ |= {"offset_bytes": part.offset_bytes, "steps": part.steps, "padding_unsaid": False}
 
     def is_writer(self, block_id: int) -> bool:
         """Whether this rank writes the block where ranks with the same heads write one destination: they take turns.

@@ -35,4 +35,5 @@ def shard_fields(layout: Measured, letter: str, rank: int, size: int) -> dict[st
     return {
         letter: part, of: first, total: count, "replica": replica, "replicas": replicas, "steps": kept,
         "row_bytes": None, "offset_bytes": 0, "page_bytes": 0,
+        "padding_unsaid": layout.row_bytes is not None or layout.offset_bytes > 0 or len(kept) < len(layout.steps),
     }  # fmt: skip
