@@ -36,20 +36,20 @@ def _in_order(order: str, layers: int, blocks: int, heads: int, tokens: int, row
 def test_all_of_vllms_orders_are_pages(order, heads, ratio):
     """Where a layer's heads lie outside its blocks, or with other layers between them, it has a reference a head: the
     references' pages together are the layer's block, each byte once."""
-    views, logical = _in_order(order, 3, 4 * ratio, heads, 16 // ratio, 128)
+    views, logical = _in_order(order, 3, 5 * ratio, heads, 16 // ratio, 128)
     spec = FullAttention(block_size=16, num_kv_heads=heads, head_size=64, dtype=torch.int32)
     caches = {str(i): view for i, view in enumerate(views)}
     packed = order in ("BLHNC", "BLNHC", "BHLNC")
     if ratio > 1 and packed:
-        with pytest.raises(ValueError, match="must have 4 blocks of"):
-            canonicalize(caches, [KVCacheGroup(list(caches), spec)], num_blocks=4)
+        with pytest.raises(ValueError, match="must have 5 blocks of"):
+            canonicalize(caches, [KVCacheGroup(list(caches), spec)], num_blocks=5)
         return
-    canonical = canonicalize(caches, [KVCacheGroup(list(caches), spec)], num_blocks=4)
+    canonical = canonicalize(caches, [KVCacheGroup(list(caches), spec)], num_blocks=5)
     each = heads if order in ("LHBNC", "BHLNC") else 1
     refs = canonical.group_data_refs[0]
     assert len(refs) == 3 * each and sum(ref.page_size_bytes for ref in refs[:each]) == heads * 16 * 128 * 4
     assert len(canonical.tensors) == 3 * each
-    for layer, block in np.ndindex(3, 4):
+    for layer, block in np.ndindex(3, 5):
         mine = [canonical.tensors[ref.tensor_idx].tensor[block] for ref in refs[layer * each : (layer + 1) * each]]
         wanted = logical[layer, block * ratio : (block + 1) * ratio]
         wanted = wanted.transpose(1, 2) if "NHC" in order else wanted
@@ -79,11 +79,11 @@ def test_planes_of_k_and_v_are_no_heads(order):
         block_size=6, num_kv_heads=2, head_size=5, head_size_v=5, dtype=torch.int32, num_head_slots=2,
         state_content_bytes=2 * 5 * 4, page_size_bytes=2 * 6 * 10 * 4,
     )  # fmt: skip
-    views, _ = _in_order(order, 3, 4, 2, 6, 10)
+    views, _ = _in_order(order, 3, 5, 2, 6, 10)
     assert layout_of(views[0], spec) is None
     caches = {str(i): view for i, view in enumerate(views)}
     found = canonicalize(
-        caches, [KVCacheGroup(list(caches), spec)], num_blocks=4, tensor_parallel=TensorParallel(1, 2, 4)
+        caches, [KVCacheGroup(list(caches), spec)], num_blocks=5, tensor_parallel=TensorParallel(1, 2, 4)
     )
     refs = found.group_data_refs[0]
     assert len(refs) == (6 if order in ("LHBNC", "BHLNC") else 3)
