@@ -278,10 +278,7 @@ def spec_of(n: int, heads: int, d: int) -> FullAttention:
 
 def test_a_group_that_is_not_dealt_is_replicated():
     """vLLM says so of a draft model's layers: context ranks then hold the same tokens."""
-    spec = SimpleNamespace(
-        block_size=4, num_kv_heads=1, head_size=8, head_size_v=8, dtype=torch.float32, page_size_bytes=256,
-        dcp_sharded=False,
-    )  # fmt: skip
+    spec = FullAttention(block_size=4, num_kv_heads=1, head_size=8, dtype=torch.float32, dcp_sharded=False)
     (mapping,) = one(registered(ORDERS[0], 1, 4, 8), spec, Parallel(tp=8, dcp=4, rank=5, total_kv_heads=2))
     assert (mapping.canonical_page_size_bytes, mapping.num_writers, mapping.writer_index) == (512, 4, 1)
 
@@ -291,9 +288,8 @@ def test_cells_of_packed_values_are_cut_by_heads_and_tokens():
     page = np.arange(2 * 8 * 136).reshape(8, 2, 136)  # tokens, heads, bytes
     mappings, pages = [], []
     for rank in range(4):
-        spec = SimpleNamespace(
-            block_size=4, num_kv_heads=1, head_size=128, head_size_v=128, dtype=torch.uint8, state_content_bytes=136,
-            page_size_bytes=4 * 136,
+        spec = FullAttention(
+            block_size=4, num_kv_heads=1, head_size=128, dtype=torch.uint8, state_content_bytes=136
         )  # fmt: skip
         cache = torch.zeros(BLOCKS, 4, 1, 136, dtype=torch.uint8).transpose(1, 2)
         mappings += one(cache, spec, Parallel(tp=4, dcp=2, rank=rank, total_kv_heads=2))

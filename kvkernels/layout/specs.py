@@ -14,7 +14,9 @@ import torch
 class _Attention:
     """A block of ``block_size`` tokens: K and V of ``num_kv_heads`` heads.
 
-    ``page_size_padded`` is the bytes from one block to the next where the engine pads pages.
+    ``page_size_padded`` is the bytes from one block to the next where the engine pads pages, ``state_content_bytes``
+    what it keeps of a head and token where that is packed (656 for DeepSeek V3.2's latent), and ``dcp_sharded`` whether
+    context ranks have tokens of their own of this layer.
     """
 
     block_size: int
@@ -23,12 +25,16 @@ class _Attention:
     dtype: torch.dtype
     head_size_v: int | None = None
     page_size_padded: int | None = None
+    state_content_bytes: int | None = None
+    dcp_sharded: bool = True
 
     @property
     def unpadded_page_size_bytes(self) -> int:
         """Bytes of one block that the layer uses."""
         v = self.head_size if self.head_size_v is None else self.head_size_v
-        return self.block_size * self.num_kv_heads * (self.head_size + v) * self.dtype.itemsize
+        packed = self.state_content_bytes
+        cell_bytes = (self.head_size + v) * self.dtype.itemsize if packed is None else packed
+        return self.block_size * self.num_kv_heads * cell_bytes
 
     @property
     def page_size_bytes(self) -> int:
