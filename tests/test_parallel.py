@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -68,6 +69,8 @@ def test_tensor_parallelism_is_the_same_by_its_older_words():
     assert isinstance(old, Parallel) and (old.rank, old.size, old.total_kv_heads) == (3, 8, 2)
     assert (old.tp_rank, old.context_rank, old.context_ranks) == (new.tp_rank, new.context_rank, new.context_ranks)
     assert repr(old) == "TensorParallel(rank=3, size=8, total_kv_heads=2, dcp=2)"
+    assert replace(TensorParallel(0, 2, 4), rank=1) == TensorParallel(1, 2, 4)
+    assert replace(TensorParallel(0, 2, 4), size=4) == TensorParallel(0, 4, 4)
     cache, spec = torch.zeros(3, 2, 4, 1, 8, dtype=torch.float16), GQA
     assert one(cache, spec, new) == [
         ref.mapping
@@ -424,3 +427,11 @@ def test_a_cell_of_half_an_element_has_no_shape():
     assert layout_of(torch.zeros(BLOCKS, 2, 4, 7, dtype=torch.float16), spec) is None
     spec.state_content_bytes = 14
     assert layout_of(torch.zeros(BLOCKS, 2, 4, 7, dtype=torch.float16), spec).pattern == "B H N D"
+
+
+def test_heads_that_nobody_counts_are_opaque_where_they_may_be_cut():
+    """One head a rank could be the model's only one, or one of eight."""
+    spec, cache = spec_of(4, 1, 8), registered(ORDERS[0], 1, 4, 8)
+    assert one(cache, spec, Parallel(tp=8, rank=3)) == [opaque_mapping(256, 3, 8)]
+    (whole,) = one(cache, spec, Parallel(pcp=2, rank=1, pcp_deals=False))
+    assert (whole.parallelism_agnostic, whole.num_writers, whole.canonical_page_size_bytes) == (True, 2, 256)

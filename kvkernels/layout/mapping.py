@@ -61,8 +61,9 @@ def _of_attention(
     """Of a layer, or of a block with several: the first of them, how many, and how many there are in all."""
     is_dealt = parallel.context_ranks > 1 and getattr(spec, "dcp_sharded", True)
     latent = is_latent(spec)
-    share = share_of(parallel, None if latent else parallel.total_kv_heads, is_dealt)
-    if share is None or not hasattr(spec, "num_kv_heads"):
+    heads = 1 if latent else _total_heads(spec, parallel)
+    share = None if heads is None else share_of(parallel, None if latent else heads, is_dealt)
+    if heads is None or share is None:
         return None
     if latent and not is_dealt and layers is None:
         return [_whole(n, share) for n in page_bytes]
@@ -73,7 +74,6 @@ def _of_attention(
     if layout is None or set(layout.pool_letters) - {"K"}:
         return None
     pattern = layout.pattern[layout.pattern.index("B") :]
-    heads = 1 if latent else parallel.total_kv_heads
     whole = replace(
         layout, pattern=pattern, L=total_layers, K=layout.K if "K" in pattern else 1, N=layout.N * share.context_ranks,
         H=heads, total_heads=heads, row_bytes=None, page_bytes=0,
@@ -86,6 +86,13 @@ def _of_attention(
     mapping = mapping_of_plan(compile_plan(local, whole, allow_partial=True))
     mapping = replace(mapping, num_writers=share.writers, writer_index=share.writer_index)
     return [mapping] * len(page_bytes)
+
+
+def _total_heads(spec: Any, parallel: Parallel) -> int | None:
+    """Heads of the whole model, where they are known."""
+    if parallel.total_kv_heads is not None:
+        return parallel.total_kv_heads
+    return getattr(spec, "num_kv_heads", None) if parallel.tp == 1 else None
 
 
 def _whole(page_bytes: int, share: Share) -> CanonicalPageMapping:

@@ -9,7 +9,7 @@ from typing import SupportsIndex
 
 from kvkernels.common.arguments import integer
 
-_SIZES = ("tp", "dcp", "pcp", "pp", "total_kv_heads", "interleave")
+_SIZES = ("tp", "dcp", "pcp", "pp", "interleave")
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,9 @@ class Parallel:
         Sizes, 1 by default. ``dcp`` divides ``tp``.
     rank : int
         This one, below ``tp * pcp * pp``.
-    total_kv_heads : int
-        Of the whole model; 1 for MLA, whose heads are not counted.
+    total_kv_heads : int, optional
+        Of the whole model. MLA needs none, nor does a model whose heads are not cut (``tp`` 1); of others, pages are
+        opaque where it is not said.
     interleave : int
         Consecutive tokens that one context rank gets. It divides the block size; otherwise pages are opaque.
     pcp_deals : bool
@@ -62,16 +63,17 @@ class Parallel:
     pcp: int = 1
     pp: int = 1
     rank: int = 0
-    total_kv_heads: int = 1
+    total_kv_heads: int | None = None
     interleave: int = 1
     pcp_deals: bool = True
     first_layer: int = 0
     total_layers: int = 0
 
     def __post_init__(self) -> None:
-        for name in (*_SIZES, "rank", "first_layer", "total_layers"):
+        sizes = _SIZES if self.total_kv_heads is None else (*_SIZES, "total_kv_heads")
+        for name in (*sizes, "rank", "first_layer", "total_layers"):
             object.__setattr__(self, name, integer(f"Parallel: {name}", getattr(self, name)))
-        for name in _SIZES:
+        for name in sizes:
             if getattr(self, name) < 1:
                 raise ValueError(f"Parallel: {name} must be positive, got {getattr(self, name)}")
         if not 0 <= self.rank < self.world:
@@ -141,12 +143,14 @@ class TensorParallel(Parallel):
     """
 
     def __init__(
-        self, rank: SupportsIndex, size: SupportsIndex, total_kv_heads: SupportsIndex, *, dcp: int = 1, pcp: int = 1,
-        pp: int = 1, interleave: int = 1, pcp_deals: bool = True, first_layer: int = 0, total_layers: int = 0,
+        self, rank: SupportsIndex, size: SupportsIndex | None = None, total_kv_heads: SupportsIndex | None = None, *,
+        dcp: int = 1, pcp: int = 1, pp: int = 1, interleave: int = 1, pcp_deals: bool = True, first_layer: int = 0,
+        total_layers: int = 0, tp: SupportsIndex | None = None,
     ) -> None:  # fmt: skip
+        given = tp if size is None else size  # dataclasses.replace hands over the fields of Parallel
         rank, size, heads = (
             integer(f"TensorParallel: {name}", value)
-            for name, value in (("rank", rank), ("size", size), ("total_kv_heads", total_kv_heads))
+            for name, value in (("rank", rank), ("size", given), ("total_kv_heads", total_kv_heads))
         )
         if heads < 1 or size < 1 or not (0 <= rank < size or pcp != 1 or pp != 1):
             raise ValueError(
