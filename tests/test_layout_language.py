@@ -122,6 +122,12 @@ B_N_D = KVLayout("B N D", B=2, N=4, D=8, dtype=U8)
             "parts a and b must not have a byte in common, got byte 7 of a page twice",
         ),
         (
+            # In the same rows of the first layer, elsewhere in those of the second.
+            {"a": KVLayout("L B D", L=2, B=2, D=1, dtype=U8, steps={"L": 20, "B": 4}),
+             "b": KVLayout("L B D", L=2, B=2, D=1, dtype=U8, steps={"L": 22, "B": 4}, offset_bytes=1)},
+            "parts a and b must lie in one row of a block or apart",
+        ),
+        (
             {"a": B_N_D, "b": replace(B_N_D, offset_bytes=40)},
             "parts a and b must lie in one row of a block or apart, got both in tensor 0 from byte 40 on",
         ),

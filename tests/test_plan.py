@@ -11,6 +11,7 @@ import torch
 
 from kvkernels import KVLayout, compile_plan, copy_pages, expand_blocks, whole_page_runs
 from kvkernels.layout import parts
+from kvkernels.layout import plan as plan_module
 from kvkernels.layout.axes import stretches
 from kvkernels.layout.geometry import Digit
 
@@ -225,6 +226,16 @@ def _named(name: str) -> KVLayout | list[KVLayout]:
         sizes = {"B": 4, "N": 64 // of, "D": 64, "dtype": torch.uint8}
         return [KVLayout("B N D", deal=(rank, of, interleave), **sizes) for rank in range(of)]
     return KVLayout(f"B {name}", B=4, N=64, D=64, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(("times", "written"), [(0, 0), (2, 6 * PAGE * 2)])
+def test_a_plan_that_does_not_tile_its_destination_is_refused(monkeypatch, times, written):
+    """Whatever finds the pieces may be wrong: the bytes are counted."""
+    found = plan_module.pieces
+    monkeypatch.setattr(plan_module, "pieces", lambda *given: (one for one in found(*given) for _ in range(times)))
+    src, dst = (KVLayout(pattern, **{**SIZES, "B": 77 + times}) for pattern in ("L | B K N H D", "L | B H N K D"))
+    with pytest.raises(ValueError, match=f"{written} bytes would be written into blocks of {6 * PAGE}; src is"):
+        compile_plan(src, dst)
 
 
 def _positions(digits, at):

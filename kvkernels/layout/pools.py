@@ -83,7 +83,9 @@ def _union(ours: list[PoolPlace], theirs: list[PoolPlace]) -> list[PoolPlace] | 
 def _check_apart(sheets: list[_Sheet]) -> None:
     """That no two parts have a byte in common."""
     for sheet in sheets:
-        for pool in range(len(sheet.places)):
+        # Pages of the same K or V are alike.
+        ks = list(zip(*(part.geometry.k_of_pool for part in sheet.parts), strict=True))
+        for pool in {k: pool for pool, k in enumerate(ks)}.values():
             _check_page(sheet, pool)
     spans = []
     for sheet in sheets:
