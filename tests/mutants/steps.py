@@ -54,7 +54,10 @@ ON_A_DEVICE = _on_torch(
 OPS = "errors explain refusals gather_scatter swap_blocks copy_pages concat batch prepared autograd info"
 REFERENCE = "reference errors refusals copy_pages gather_scatter swap_blocks batch concat explain prepared"
 MOVER = _files("mover mover_ends mover_order mover_random mover_metrics mover_processes")
-LAYOUTS = "layout plan convert slots canonical copy_groups page_mapping"
+LAYOUTS = (
+    "layout layout_parts plan convert slots canonical canonical_orders copy_groups page_mapping parallel "
+    "parallel_states gallery"
+)
 
 PLANS = {
     "csrc/core": [Step(CPU, CALLS), HOST, CORE],
@@ -90,17 +93,33 @@ PLANS = {
     "kvkernels": [Step(PYTHON, _files("info docs explain names"))],
     "kvkernels/common": [Step(PYTHON, _files("integers errors autograd info modes lazy_bits compile"))],
     "kvkernels/layout": _layouts(""),
+    "kvkernels/layout/agree": _layouts("plan layout_parts convert"),
+    "kvkernels/layout/axes": _layouts("convert layout_parts plan"),
     "kvkernels/layout/blocks": _layouts("plan copy_groups slots integers"),
-    "kvkernels/layout/cache": _layouts("layout"),
-    "kvkernels/layout/canonical": _layouts("canonical page_mapping"),
+    "kvkernels/layout/cache": _layouts("layout layout_parts"),
+    "kvkernels/layout/canonical": _layouts("canonical canonical_orders page_mapping parallel"),
     "kvkernels/layout/convert": _layouts("convert"),
+    "kvkernels/layout/fits": _layouts("layout layout_parts"),
+    "kvkernels/layout/forms": _layouts("page_mapping parallel canonical_orders"),
+    "kvkernels/layout/geometry": _layouts("layout layout_parts convert"),
     "kvkernels/layout/groups": _layouts("copy_groups"),
-    "kvkernels/layout/layout": _layouts("layout"),
-    "kvkernels/layout/mapping": _layouts("page_mapping canonical"),
+    "kvkernels/layout/layout": _layouts("layout layout_parts"),
+    "kvkernels/layout/mapping": _layouts("parallel parallel_states page_mapping"),
     "kvkernels/layout/memory": _layouts("layout canonical objects"),
+    "kvkernels/layout/nests": _layouts("plan convert"),
+    "kvkernels/layout/page_runs": _layouts("page_mapping canonical"),
+    "kvkernels/layout/parallel": _layouts("parallel integers"),
+    "kvkernels/layout/pattern": _layouts("layout layout_parts"),
+    "kvkernels/layout/picture": _layouts("layout"),
+    "kvkernels/layout/pieces": _layouts("convert plan layout_parts"),
     "kvkernels/layout/plan": _layouts("plan convert"),
+    "kvkernels/layout/pools": _layouts("layout layout_parts"),
+    "kvkernels/layout/rules": _layouts("layout layout_parts"),
+    "kvkernels/layout/shards": _layouts("layout layout_parts convert"),
     "kvkernels/layout/slots": _layouts("slots"),
-    "kvkernels/layout/specs": _layouts("canonical copy_groups"),
+    "kvkernels/layout/specs": _layouts("canonical copy_groups parallel_states"),
+    "kvkernels/layout/views": _layouts("layout layout_parts"),
+    "kvkernels/layout/words": _layouts("layout objects"),
     "kvkernels/memory": [Step(PYTHON, _files("memory_pool memory_prefix memory_scheduler docs"))],
     "kvkernels/memory/chains": [Step(PYTHON, _files("memory_prefix memory_random memory_scheduler"))],
     "kvkernels/memory/handle": [Step(PYTHON, _files("memory_pool memory_processes"))],
