@@ -47,6 +47,7 @@ class Ended:
 @dataclass
 class _Job:
     is_store: bool
+    device_ids: npt.NDArray[np.integer] = field(default_factory=lambda: np.empty(0, np.int32))
     mappings: Mappings = field(default_factory=list)
     transfers: list[Transfer] = field(default_factory=list)
     expedited: bool = False
@@ -152,6 +153,7 @@ class HostWorker:
         self, job_id: int, job: _Job, device_ids: npt.NDArray[np.integer], chunk_ids: npt.NDArray[np.integer],
         group_sizes: Sequence[int], first_blocks: Sequence[int],
     ) -> None:  # fmt: skip
+        job.device_ids = device_ids
         with self._lock:
             self._jobs[job_id] = job
             try:
@@ -163,8 +165,6 @@ class HostWorker:
                 self._copies.submit(self._mover, job.mappings, job.is_store, job.expedited, job.transfers)
             except Exception as error:
                 job.error = error
-                if job.expedited:
-                    self._bad_blocks.update(device_ids.tolist())
 
     def _elected(self, mapping: npt.NDArray[np.int64] | None) -> npt.NDArray[np.int64] | None:
         """The blocks that this rank writes: ranks take turns by chunk."""
@@ -242,9 +242,7 @@ class HostWorker:
                 _log.warning("load %d was carried out by the reference, because it failed: %s", job_id, error)
                 error, seconds = None, time.perf_counter() - started
             else:
-                self._bad_blocks.update(
-                    block for mapping in job.mappings if mapping is not None for block in mapping[:, 0].tolist()
-                )
+                self._bad_blocks.update(job.device_ids.tolist())
         if error is not None:
             _log.warning("%s %d failed: %s", "store" if job.is_store else "load", job_id, error)
         job.ended = Ended(job_id, error, 0 if error else size, seconds)
