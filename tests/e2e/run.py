@@ -64,7 +64,7 @@ def make_models(models: list[str], out: Path) -> None:
 
 def run_case(case: Case) -> dict[str, Any]:
     module = importlib.import_module({"promise": "promises"}.get(case.kind, case.kind))
-    if case.kind in ("readme", "canonical"):
+    if case.kind in ("readme", "canonical", "sides"):
         return module.run()
     if case.kind == "stress":
         return module.run(case.folder, case.spec, case.blocks_per_chunk, case.defect)
