@@ -75,6 +75,8 @@ def run_case(case: Case) -> dict[str, Any]:
         # MLA has other formulas for a prompt without a prefix.
         cold_too = case.model in TINY_MODELS and case.model != "deepseek"
         return module.run(case.folder, case.spec, case.blocks_per_chunk, case.prompts, case.defect, cold_too)
+    if case.kind == "ttft":
+        return module.run(case.folder, case.spec)
     return module.run(case.folder)
 
 

@@ -111,7 +111,7 @@ def default_cases(version: str) -> list[Case]:
 
 
 def long_cases(version: str) -> list[Case]:
-    """Engines of several processes, which start slowly."""
-    return [Case("ranks", model, SPECS[0]) for model in ("llama-fp32", "deepseek")] + [
-        Case("server", "llama-fp32", SPECS[0])
-    ]
+    """Engines of several processes, which start slowly, and times to the first token."""
+    ttft = [Case("ttft", "llama-bf16", connector) for connector in (None, SPECS[0])]
+    ranks = [Case("ranks", model, SPECS[0]) for model in ("llama-fp32", "deepseek")]
+    return [*ttft, *ranks, Case("server", "llama-fp32", SPECS[0])]
