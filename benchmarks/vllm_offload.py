@@ -1,8 +1,9 @@
 """What the connector costs an engine: the table of benchmarks/results/vllm_offload_cost.md.
 
 Submission is timed on the thread's own clock, contestants taking turns. --vllm names vLLM's
-vllm/v1/kv_offload/cpu/gpu_worker.py, of which one function is run: what it builds a transfer's descriptors with. --model runs an engine, in an environment
-that has vLLM: tokens a second of a decoding batch, while one lane stores all the time and while it does not, in turns.
+vllm/v1/kv_offload/cpu/gpu_worker.py, of which one function is run: what it builds a transfer's descriptors with.
+--model runs an engine, in an environment that has vLLM: tokens a second of a decoding batch, while one lane stores all
+the time and while it does not, in turns.
 """
 
 import argparse
@@ -151,7 +152,7 @@ def markdown(found: dict[str, Any]) -> str:
             f"| no copies | {rates['idle']:.0f} |",
             f"| one lane stores all the time, {rates['gb_per_s']:.1f} GB/s | {rates['busy']:.0f} |",
             "",
-            f"Medians of rounds in turns: with copies {rates['busy'] / rates['idle']:.2f} of what it is without. A tiny model",
+            f"Medians of rounds in turns: {rates['busy'] / rates['idle']:.2f} of what it is without. A tiny model",
             "decodes on one core; the lane has the other where nobody else wants it.",
             "",
         ]
