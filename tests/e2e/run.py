@@ -31,8 +31,8 @@ from defects import BY_NAME
 from report import report
 from suite import EXAMPLE, ROOT, SPECS, STRESS_MODEL, TINY_MODELS, Case, default_cases, failure_cases, long_cases
 
-# An engine takes some ten seconds.
-TIMEOUT_SECONDS = 300
+# An engine takes some ten seconds, and many times that beside others.
+TIMEOUT_SECONDS = 1200
 
 
 def engine_processes() -> BaseContext:

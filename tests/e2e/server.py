@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 CHATS = 50
-START_SECONDS = 180
+START_SECONDS = 600
 TEMPLATE = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
 
 

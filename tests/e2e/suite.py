@@ -114,4 +114,4 @@ def long_cases(version: str) -> list[Case]:
     """Engines of several processes, which start slowly, and times to the first token."""
     ttft = [Case("ttft", "llama-bf16", connector) for connector in (None, SPECS[0])]
     ranks = [Case("ranks", model, SPECS[0]) for model in ("llama-fp32", "deepseek")]
-    return [*ttft, *ranks, Case("server", "llama-fp32", SPECS[0])]
+    return [*ttft, Case("server", "llama-fp32", SPECS[0]), *ranks]
