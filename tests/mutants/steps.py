@@ -120,6 +120,7 @@ PLANS = {
     "kvkernels/layout/specs": _layouts("canonical copy_groups parallel_states"),
     "kvkernels/layout/views": _layouts("layout layout_parts"),
     "kvkernels/layout/words": _layouts("layout objects"),
+    "kvkernels/connectors": [Step(PYTHON, _files("connectors_books connectors_groups connectors_worker docs"))],
     "kvkernels/memory": [Step(PYTHON, _files("memory_pool memory_prefix memory_scheduler docs"))],
     "kvkernels/memory/chains": [Step(PYTHON, _files("memory_prefix memory_random memory_scheduler"))],
     "kvkernels/memory/handle": [Step(PYTHON, _files("memory_pool memory_processes"))],
