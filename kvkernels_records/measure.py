@@ -188,6 +188,8 @@ def cosine_of(dot: float, baseline: float, target: float) -> float:
     """From the products' sums: 1 where both sides are zero, 0 where one is."""
     if baseline == 0 or target == 0:
         return 1.0 if baseline == target else 0.0
+    if not math.isfinite(baseline) or not math.isfinite(target):
+        return math.nan
     return max(-1.0, min(1.0, float(dot / math.sqrt(baseline) / math.sqrt(target))))
 
 
