@@ -29,7 +29,11 @@ MODULES = sorted(
 def test_examples(name):
     if name.startswith("kvkernels.triton."):
         pytest.importorskip("triton")
-    if name == "kvkernels.transfer.mover" and not LIBRARY.compiled:
+    if name.startswith("kvkernels.connectors.vllm"):
+        pytest.importorskip("vllm")
+    if name == "kvkernels.connectors.sums":
+        pytest.importorskip("xxhash")
+    if name in ("kvkernels.transfer.mover", "kvkernels.connectors.worker") and not LIBRARY.compiled:
         pytest.skip("movers need the compiled library")
     flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
     result = doctest.testmod(importlib.import_module(name), optionflags=flags)

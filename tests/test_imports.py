@@ -23,6 +23,7 @@ FLOORS = (
     ("layout", "explain", "names", "policy"),
     ("info", "memory", "prepared"),
     ("transfer",),
+    ("connectors",),
     ("__init__", "cli"),
     ("__main__",),
 )
