@@ -69,7 +69,10 @@ def capture_from_server(config: CaptureConfig, deadline_s: float = 60.0) -> Capt
     if "error" in said:
         raise CaptureServerError(f"{url}: the server did not capture: {said['error']}")
     path = Path(str(said.get("path", "")))
+    failure = Path(f"{path}.error")
     while not path.is_file():
+        if failure.is_file():
+            raise CaptureServerError(f"{url}: the server did not capture: {failure.read_text()[:300]}")
         if not path.parent.is_dir():
             raise CaptureFileError(f"{path}: the server's capture_dir cannot be seen from this machine")
         if time.monotonic() > end:

@@ -21,7 +21,7 @@ FLOORS = (
     ("registration",),
     ("ops",),
     ("layout", "explain", "names", "policy"),
-    ("info", "memory", "prepared"),
+    ("capture", "info", "memory", "observe", "prepared"),
     ("transfer",),
     ("connectors",),
     ("__init__", "cli"),

@@ -82,15 +82,9 @@ def capture_from_llm(
             if point == "after_transfer":
                 raise ValueError("capture_from_llm: nothing was transferred, so there is no after_transfer")
             raise RuntimeError(f"capture_from_llm: the engine ended before {point}")
-    config = llm.llm_engine.vllm_config
-    metadata = {
-        "mock": False, "engine": "vllm", "model": config.model_config.model, "tp_size": 1, "layout": "H T D",
-        "dtype": str(config.model_config.dtype).removeprefix("torch."),
-        "kv_cache_dtype": config.cache_config.cache_dtype,
-        "block_tokens": max(one.block_tokens for one in cached), "prompt_token_ids": list(output.prompt_token_ids),
-        "generated_token_ids": list(output.outputs[0].token_ids), "versions": versions(),
-    }  # fmt: skip
-    return CaptureResult(sorted(watch.found, key=lambda one: (one.layer_index, one.capture_point)), metadata)
+    generated = [*output.prompt_token_ids, *output.outputs[0].token_ids]
+    said = metadata_of(llm.llm_engine.vllm_config, cached, generated, len(output.prompt_token_ids))
+    return CaptureResult(sorted(watch.found, key=lambda one: (one.layer_index, one.capture_point)), said)
 
 
 def vllm_layers(vllm_config: Any, kv_cache_config: Any) -> list[CachedLayer]:
@@ -118,6 +112,35 @@ def vllm_layers(vllm_config: Any, kv_cache_config: Any) -> list[CachedLayer]:
             spec = getattr(group.kv_cache_spec, "kv_cache_specs", {}).get(name, group.kv_cache_spec)
             found.append(_layer(indices[name], number, context[name], spec, vllm_config.model_config.dtype, learned))
     return sorted(found, key=lambda layer: layer.index)
+
+
+def metadata_of(
+    config: Any, layers: Sequence[CachedLayer], token_ids: Sequence[int], prompt_tokens: int
+) -> dict[str, Any]:
+    """What a capture says of its engine and request.
+
+    Parameters
+    ----------
+    config : vllm.config.VllmConfig
+    layers : sequence of CachedLayer
+    token_ids : sequence of int
+        The prompt's, and the generated ones.
+    prompt_tokens : int
+        How many of them are the prompt's.
+    """
+    return {
+        "mock": False,
+        "engine": "vllm",
+        "model": config.model_config.model,
+        "tp_size": 1,
+        "layout": "H T D",
+        "dtype": str(config.model_config.dtype).removeprefix("torch."),
+        "kv_cache_dtype": config.cache_config.cache_dtype,
+        "block_tokens": max(layer.block_tokens for layer in layers),
+        "prompt_token_ids": list(token_ids[:prompt_tokens]),
+        "generated_token_ids": list(token_ids[prompt_tokens:]),
+        "versions": versions(),
+    }
 
 
 def versions() -> dict[str, str]:
