@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -13,21 +13,6 @@ from kvkernels_records.dtypes import Array, as_float64
 
 Floats = npt.NDArray[np.float64]
 _SLAB_ELEMENTS = 1 << 19
-
-
-class Rows(Protocol):
-    """An array, or several that are joined along their first axis."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the whole."""
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """Of the elements."""
-
-    def __getitem__(self, index: int, /) -> Any:
-        """One row of the first axis."""
 
 
 class Joined:
@@ -46,6 +31,10 @@ class Joined:
         raise IndexError(index)
 
 
+#: An array, or several that are joined along their first axis.
+Rows = Array | Joined
+
+
 class Sums:
     """What a group of elements comes to, for each of ``count`` groups; they can be added up in any order."""
 
@@ -56,16 +45,14 @@ class Sums:
         self.dot, self.baseline, self.target = np.zeros(count), np.zeros(count), np.zeros(count)
         self.nonfinite = np.zeros(count, np.int64)
 
-    def add(self, where: int | slice, part: Part) -> None:
-        """Add a slab's rows: to one group, or each to its own."""
-        one = isinstance(where, int)
-        self.elements[where] += part.elements * len(part.max_abs) if one else part.elements
-        self.max_abs[where] = np.maximum(self.max_abs[where], part.max_abs.max(initial=0) if one else part.max_abs)
-        for mine, of_rows in (
-            (self.sum_abs, part.sum_abs), (self.dot, part.dot), (self.baseline, part.baseline),
-            (self.target, part.target), (self.nonfinite, part.nonfinite),
-        ):  # fmt: skip
-            mine[where] += of_rows.sum() if one else of_rows
+    def add(self, where: slice, part: Part, axis: int | None) -> None:
+        """Add a slab's figures to these groups, one for each place along an axis, or to one."""
+        mine = (self.sum_abs, self.dot, self.baseline, self.target, self.nonfinite)
+        for sums, figures in zip(mine, part[2:], strict=True):
+            sums[where] += figures.sum(axis)
+        places = part.max_abs.size if axis is None else part.max_abs.shape[axis]
+        self.elements[where] += part.elements * places
+        np.maximum(self.max_abs[where], part.max_abs.max(axis, initial=0.0), out=self.max_abs[where])
 
     def merge(self, other: Sums, skipped: int = 0) -> None:
         """Add another's groups to those of the same number, or to those that come ``skipped`` later."""
@@ -97,7 +84,7 @@ class Sums:
 
 
 class Part(NamedTuple):
-    """The rows of a slab: each figure of one token of one head."""
+    """A slab's figures, ``(heads, tokens)`` each."""
 
     elements: int
     max_abs: Floats
@@ -134,20 +121,22 @@ def measure(a: Rows, b: Rows, max_abs: float) -> Measured:
     whole, by_head, by_token = Sums(1), Sums(heads), Sums(tokens)
     first: tuple[int, int] | None = None
     worst, worst_diff, largest_a, largest_b = (0, 0), -1.0, 0.0, 0.0
-    for head, start, slab_a, slab_b in _slabs(a, b):
+    for head, token, slab_a, slab_b in _slabs(a, b):
         part, peak_a, peak_b = compare_rows(slab_a, slab_b)
-        stop = start + len(part.max_abs)
-        whole.add(0, part)
-        by_head.add(head, part)
-        by_token.add(slice(start, stop), part)
+        here, there = part.max_abs.shape
+        with np.errstate(over="ignore", invalid="ignore"):  # sums that do not fit are found below
+            whole.add(slice(0, 1), part, None)
+            by_head.add(slice(head, head + here), part, 1)
+            by_token.add(slice(token, token + there), part, 0)
         largest_a, largest_b = max(largest_a, peak_a), max(largest_b, peak_b)
         bad = (part.max_abs > max_abs) | (part.nonfinite > 0)
         if bad.any():
-            token = start + int(bad.argmax())
-            if first is None or token < first[1]:
-                first = head, token
-        if len(part.max_abs) and part.max_abs.max() > worst_diff:
-            worst, worst_diff = (head, start + int(part.max_abs.argmax())), float(part.max_abs.max())
+            earliest = int(bad.any(axis=0).argmax())
+            if first is None or token + earliest < first[1]:
+                first = head + int(bad[:, earliest].argmax()), token + earliest
+        if part.max_abs.size and part.max_abs.max() > worst_diff:
+            place = np.unravel_index(part.max_abs.argmax(), part.max_abs.shape)
+            worst, worst_diff = (head + int(place[0]), token + int(place[1])), float(part.max_abs.max())
     cosine = cosine_of(whole.dot[0], whole.baseline[0], whole.target[0])
     if whole.max_abs[0] == 0:
         cosine = 1.0  # equal, and no rounding says otherwise
@@ -157,17 +146,16 @@ def measure(a: Rows, b: Rows, max_abs: float) -> Measured:
 
 
 def compare_rows(a: Array, b: Array) -> tuple[Part, float, float]:
-    """The figures of each row of a slab, and the largest values of both sides."""
+    """The figures of a slab ``(heads, tokens, dim)``, and the largest values of both sides."""
     x = as_float64(a)
-    rows, elements = x.shape
-    equal = a.dtype == b.dtype and a.tobytes() == b.tobytes()
+    elements = x.shape[-1]
     finite_x = np.isfinite(x)
     clean_x = x if finite_x.all() else np.where(finite_x, x, 0.0)
     with np.errstate(over="ignore"):
-        if equal:
-            squares = np.einsum("ij,ij->i", clean_x, clean_x)
-            zeros = np.zeros(rows)
-            part = Part(elements, zeros, zeros, squares, squares, squares, np.zeros(rows, np.int64))
+        if a.dtype == b.dtype and a.tobytes() == b.tobytes():
+            squares = np.einsum("htd,htd->ht", clean_x, clean_x)
+            zeros = np.zeros(squares.shape)
+            part = Part(elements, zeros, zeros, squares, squares, squares, zeros.astype(np.int64))
             peak = float(np.abs(clean_x).max(initial=0.0))
             return part, peak, peak
         y = as_float64(b)
@@ -178,8 +166,8 @@ def compare_rows(a: Array, b: Array) -> tuple[Part, float, float]:
         if a.dtype.kind in "iu" and b.dtype.kind in "iu":
             diff = np.where(a != b, np.maximum(diff, 1.0), 0.0)  # large ones that float64 takes for equal
         part = Part(
-            elements, diff.max(axis=1, initial=0.0), diff.sum(axis=1), np.einsum("ij,ij->i", x, y),
-            np.einsum("ij,ij->i", x, x), np.einsum("ij,ij->i", y, y), (~same).sum(axis=1),
+            elements, diff.max(axis=2, initial=0.0), diff.sum(axis=2), np.einsum("htd,htd->ht", x, y),
+            np.einsum("htd,htd->ht", x, x), np.einsum("htd,htd->ht", y, y), (~same).sum(axis=2),
         )  # fmt: skip
     return part, float(np.abs(x).max(initial=0.0)), float(np.abs(y).max(initial=0.0))
 
@@ -206,20 +194,22 @@ def shape3(shape: tuple[int, ...]) -> tuple[int, int, int]:
 
 
 def _slabs(a: Rows, b: Rows) -> Iterator[tuple[int, int, Array, Array]]:
-    """Head, first token, and ``(tokens, dim)`` of both sides."""
+    """First head, first token, and ``(heads, tokens, dim)`` of both sides: several heads, or a part of one's tokens."""
     heads, tokens, dim = shape3(a.shape)
     step = max(1, _SLAB_ELEMENTS // max(1, dim))
-    for head in range(heads):
-        row_a, row_b = (_row(side, head, tokens, dim) for side in (a, b))
-        for start in range(0, tokens, step):
-            yield head, start, row_a[start : start + step], row_b[start : start + step]
+    together = max(1, step // max(1, tokens))
+    for head in range(0, heads, together):
+        rows_a, rows_b = (_heads(side, head, min(heads, head + together), tokens, dim) for side in (a, b))
+        for token in range(0, tokens, step):
+            yield head, token, rows_a[:, token : token + step], rows_b[:, token : token + step]
 
 
-def _row(rows: Rows, head: int, tokens: int, dim: int) -> Array:
-    if len(rows.shape) == 3:
-        return np.asarray(rows[head])
-    whole = rows if isinstance(rows, np.ndarray) else np.concatenate(rows.shards)  # type: ignore[attr-defined]
-    return np.asarray(whole.reshape(-1, tokens, dim)[head] if whole.size else whole.reshape(tokens, dim))
+def _heads(rows: Rows, start: int, stop: int, tokens: int, dim: int) -> Array:
+    if isinstance(rows, Joined):
+        if len(rows.shape) == 3:
+            return np.stack([rows[head] for head in range(start, stop)])
+        rows = np.concatenate(rows.shards)
+    return np.asarray(rows).reshape(math.prod(rows.shape[:-2]), tokens, dim)[start:stop]
 
 
 def _in_range(squares: float, largest: float) -> bool:

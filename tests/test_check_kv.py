@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import kvkernels
 from kvkernels_records import CaptureFileError, CaptureResult, LayerCapture, capture_kv_mock, measure, save_capture
 from kvkernels_records import check as check_module
 from kvkernels_records.check import Limits, Report, compare
@@ -415,3 +416,32 @@ def test_the_error_map_has_a_row_a_layer_and_few_columns(tmp_path, monkeypatch):
     rows = panel["max_abs_diff"]
     assert [len(row) for row in rows] == [3] * 4 and rows[2][2] == pytest.approx(2, abs=0.01)
     assert sum(map(sum, rows)) == rows[2][2]
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_ranks_that_were_cut_with_plans_are_one_capture(tmp_path, size):
+    """Each array is a cache of one block, which the library's own plans divide by heads."""
+    whole = capture_kv_mock("a b c d", layers=[0, 1])
+    path = save_capture(whole, tmp_path / "whole.npz")
+    layout = kvkernels.KVLayout("B H N D", B=1, H=32, N=4, D=128, dtype=torch.float16)
+    parts: list[dict[str, np.ndarray]] = [{} for _ in range(size)]
+    for name, array in whole.arrays().items():
+        source = kvkernels.KVCache(layout, torch.from_numpy(array.copy())[None])
+        out = [torch.zeros(1, 32 // size, 4, 128, dtype=torch.float16) for _ in range(size)]
+        shards = [kvkernels.KVCache(layout.shard(rank, size), tensor) for rank, tensor in enumerate(out)]
+        kvkernels.convert_blocks(source, shards, torch.tensor([[0, 0]]))
+        for part, tensor in zip(parts, out, strict=True):
+            part[name] = tensor[0].numpy()
+    paths = [
+        save_arrays(part, {"tp_rank": rank, "tp_size": size}, tmp_path / f"{rank}.npz")
+        for rank, part in enumerate(parts)
+    ]
+    assert not compare(open_source([path]), open_source(paths[::-1]), Limits(0, 1)).divergent
+
+
+def test_a_rank_is_not_the_whole(tmp_path):
+    whole = capture_kv_mock("a", layers=[0])
+    path = save_capture(whole, tmp_path / "whole.npz")
+    rank = save_capture(whole.rank(0, 2), tmp_path / "rank.npz")
+    report = compare(open_source([path]), open_source([rank]), Limits())
+    assert report.divergent and report.keys[0]["reason"] == "shapes (32, 1, 128) and (16, 1, 128)"

@@ -270,3 +270,20 @@ def test_the_dashboard_asks_for_metrics_that_there_are():
     for expression in asked:
         names = re.findall(r"kvkernels_[a-z_]+", expression)
         assert names and set(names) <= samples, expression
+
+
+def test_a_prefix_cache_tells_of_each_block_that_it_was_asked_for():
+    from kvkernels.memory import PrefixCache
+
+    stats = AccessStatsCollector()
+    cache = PrefixCache(block_size=4, hash="sha256", on_access=stats.record_access)
+    hashes = cache.compute_block_hashes(range(16))
+    cache.insert(hashes[:2], [7, 8])
+    assert cache.lookup(hashes) == ([7, 8], 8)
+    assert cache.lookup(hashes[:1]) == ([7], 4)
+    found = stats.export_stats()
+    assert {one["block_id"]: (one["hits"], one["misses"]) for one in found["blocks"]} == {
+        hashes[0].hex(): (2, 0), hashes[1].hex(): (1, 0), hashes[2].hex(): (0, 1), hashes[3].hex(): (0, 1),
+    }  # fmt: skip
+    ours, theirs = stats.get_stats_summary(), cache.get_stats()
+    assert (ours["total_accesses"], ours["total_hits"]) == (theirs["blocks"], theirs["block_hits"])

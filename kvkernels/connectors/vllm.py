@@ -30,9 +30,10 @@ class KVKernelsConnector(OffloadingConnector):
     A load that fails costs its request the cached prefix: it is computed anew, or fails, by vLLM's
     ``kv_load_failure_policy``. Its chunks leave the pool, and so do those of a store that failed.
 
-    ``kv_connector_extra_config`` has what ``KVKernelsOffloadingSpec`` says; ``attention_group``: the KV cache group that
-    is attention, where the model leaves that open; and ``capture_dir``: a folder for captures, without which there are
-    none.
+    ``kv_connector_extra_config`` has what ``KVKernelsOffloadingSpec`` says, and
+
+    - ``attention_group``: the KV cache group that is attention, where the model leaves that open;
+    - ``capture_dir``: the folder for captures that requests ask for; without it there are none.
     """
 
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
