@@ -54,9 +54,8 @@ def COMMAND(
             max_tokens=config.max_tokens, seed=integer(seed, "capture-kv: --seed", 0),
         )  # fmt: skip
     else:
-        from kvkernels_records.server import capture_from_server
-
         from kvkernels_cli.running import number
+        from kvkernels_records.server import capture_from_server
 
         result = capture_from_server(config, deadline_s=number(deadline, "capture-kv: --deadline"))
     path = save_capture(result, output)

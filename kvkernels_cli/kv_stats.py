@@ -51,7 +51,7 @@ def demo(num_accesses: str, output: str, seed: str) -> None:
 
 @COMMAND.command(context_settings=HELP, epilog=EPILOG)
 @click.option("-i", "--input", "source", required=True, metavar="FILE.json",
-              help="What AccessStatsCollector.export_stats or Mover.save_trace wrote.")  # fmt: skip
+              help="What AccessStatsCollector.export_stats or Mover.trace wrote.")  # fmt: skip
 @click.option("-o", "--output", metavar="PATH", help="A PNG for one type, a folder for all.")
 @click.option("--type", "kind", type=click.Choice(TYPES), default="all", show_default=True,
               help="Which picture; timeline and bandwidth are of a mover's trace.")  # fmt: skip

@@ -17,7 +17,7 @@ from kvkernels_records.known import HASHES, BlockId, KnownBlocks
 
 FORMAT = "kvkernels-access-stats/1"
 WINDOWS = {"1m": 60, "5m": 300, "1h": 3600}
-_BATCH = 4096
+_BATCH_ITEMS = 3 * 4096
 _TIMES = 40  # buckets of seconds: below 1 us, and each twice the one before
 _ROWS, _COLUMNS = 64, 60
 
@@ -31,8 +31,8 @@ class AccessStatsCollector:
     block is known from its first access on or not at all, so shares among the known ones are shares among all.
     ``sampling.rate`` says how many are known. Intervals, histograms, top and cold blocks and the heatmap are of those.
 
-    An access costs less than a microsecond, amortised: it is noted, and every 4,096 are counted together. Any thread
-    may record, export or merge.
+    An access is noted, and every 4,096 are counted together; docs/observe.md has what that costs. Any thread may
+    record, export or merge.
 
     Parameters
     ----------
@@ -70,8 +70,9 @@ class AccessStatsCollector:
         self.cold_after_s = cold_after_s
         self._clock = clock
         self._lock = threading.RLock()
-        self._noted: list[tuple[BlockId, bool, float]] = []
-        self._note = self._noted.append
+        #: Id, hit and time of each access in turn: a tuple for each would have Python's collector look at them all.
+        self._noted: list[Any] = []
+        self._note = self._noted.extend
         self._known = KnownBlocks(max_blocks)
         self._hits = self._misses = 0
         self._seconds: dict[int, list[int]] = {}
@@ -88,7 +89,7 @@ class AccessStatsCollector:
         is_hit : bool
         """
         self._note((block_id, is_hit, self._clock()))
-        if len(self._noted) >= _BATCH:
+        if len(self._noted) >= _BATCH_ITEMS:
             self._count()
 
     def get_stats_summary(self) -> dict[str, Any]:
@@ -202,21 +203,21 @@ class AccessStatsCollector:
             del self._noted[: len(batch)]
             if not batch:
                 return
-            ids, said, at = zip(*batch, strict=True)
-            hits, times = np.array(said, bool), np.array(at)
+            ids, hits, times = batch[::3], np.array(batch[1::3], bool), np.array(batch[2::3])
             seconds = times.astype(np.int64)
             known, rows, waited = self._known.add(ids, hits, times)
             self._heat.add(rows, seconds[known])
             self._interval_sum += float(waited.sum())
             np.add.at(self._intervals, _buckets(waited), 1)
             self._hits += int(hits.sum())
-            self._misses += len(batch) - int(hits.sum())
+            self._misses += len(ids) - int(hits.sum())
             self._rate.add((~hits).astype(np.int64) * self._rate.row_width, seconds)
-            for second in np.unique(seconds).tolist():
-                here = seconds == second
+            of_seconds, places = np.unique(seconds, return_inverse=True)
+            both = [np.bincount(places, part, len(of_seconds)).astype(np.int64) for part in (hits, ~hits)]
+            for second, mine in zip(of_seconds.tolist(), np.stack(both, 1).tolist(), strict=True):
                 counts = self._seconds.setdefault(second, [0, 0])
-                counts[0] += int((here & hits).sum())
-                counts[1] += int((here & ~hits).sum())
+                counts[0] += mine[0]
+                counts[1] += mine[1]
             self._trim()
 
     def _trim(self) -> None:

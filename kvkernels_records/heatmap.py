@@ -42,7 +42,7 @@ def draw(report: Report, path: str | Path) -> None:
     columns = min(2, len(panels))
     rows = math.ceil(len(panels) / columns)
     most_layers = max(len(panel["layers"]) for panel in panels.values())
-    height = rows * min(6.0, 1.6 + 0.16 * most_layers) + 0.6
+    height = rows * min(6.0, 2.6 + 0.1 * most_layers) + 0.6
     figure = Figure(figsize=(5.4 * columns + 1.2, height), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
     errors = [value for panel in panels.values() for row in panel["max_abs_diff"] for value in row if value]
@@ -65,6 +65,6 @@ def draw(report: Report, path: str | Path) -> None:
         axis.set_ylabel("layer")
     for axis in list(axes.flat)[len(panels) :]:
         axis.set_visible(False)
-    bar = figure.colorbar(ScalarMappable(norm, "cividis"), ax=axes, shrink=0.9)
-    bar.set_label("largest absolute difference (grey: none)")
+    bar = figure.colorbar(ScalarMappable(norm, "cividis"), ax=axes)
+    bar.set_label("max abs difference (grey: none)")
     figure.savefig(path, dpi=150)

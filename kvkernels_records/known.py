@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import zlib
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -53,12 +54,9 @@ class KnownBlocks:
             Of those to known blocks: which accesses, their blocks' rows; and the seconds since each block's last one,
             where it had one.
         """
-        found = list(map(self._slots.get, ids))
-        if None in found:
-            for place, slot in enumerate(found):
-                if slot is None:
-                    found[place] = self._new(ids[place], float(times[place]))
-        slots = np.array(found, np.int64)
+        slots = np.fromiter(map(self._slots.get, ids, itertools.repeat(-1)), np.int64, len(ids))
+        for place in np.flatnonzero(slots < 0).tolist():
+            slots[place] = self._new(ids[place], float(times[place]))
         known = np.flatnonzero(slots >= 0)
         slots, hits, times = slots[known], hits[known], times[known]
         columns = self._columns

@@ -150,7 +150,7 @@ def test_memory_is_bounded():
         if step in (20_000, 59_999):
             sizes.append(len(json.dumps(stats.state())))
     assert sizes[1] < 1.3 * sizes[0]
-    assert len(stats._seconds) <= 3600 and len(stats._noted) < access._BATCH
+    assert len(stats._seconds) <= 3600 and len(stats._noted) < access._BATCH_ITEMS
 
 
 def test_collectors_of_other_processes_are_merged():
@@ -193,7 +193,7 @@ def test_what_is_no_state_is_refused():
 
 
 def test_no_access_of_any_thread_is_lost(monkeypatch):
-    monkeypatch.setattr(access, "_BATCH", 64)
+    monkeypatch.setattr(access, "_BATCH_ITEMS", 192)
     stats = AccessStatsCollector()
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)

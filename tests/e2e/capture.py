@@ -100,14 +100,15 @@ def same(one: CaptureResult, other: CaptureResult, what: str) -> Findings:
 
 
 def wrong_readings(engine: Engine, model: Path, ids: list[int]) -> Findings:
-    """The next block's K, and K as if it were not packed: each must be far from the forward, in every layer."""
+    """The last block's neighbour, and K as if it were not packed: each must be far from the forward in every layer."""
     findings = []
 
     def next_block(layer: CachedLayer) -> None:
         read = layer.capture
 
         def capture(point: str, table: Any, tokens: int) -> LayerCapture:
-            return read(point, [table[0] + 1, *table[1:]], tokens)
+            last = -(-tokens // layer.block_tokens) - 1
+            return read(point, [*table[:last], table[last] + 1], tokens)
 
         layer.capture = capture
 
@@ -182,6 +183,7 @@ def by_request(engine: Engine, ids: list[int], expected: CaptureResult, folder: 
         return (output.kv_transfer_params or {}).get("kvkernels_capture", {})
 
     findings = []
+    engine.forget(host_too=True)  # computed as at first, to the last bit
     # A sliding window has given up blocks by the time that a request ends: two points are two requests' captures.
     said = ask(points=["during_decode"])
     if "path" not in said or not Path(said["path"]).parent.samefile(folder):

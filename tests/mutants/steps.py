@@ -54,6 +54,7 @@ ON_A_DEVICE = _on_torch(
 OPS = "errors explain refusals gather_scatter swap_blocks copy_pages concat batch prepared autograd info"
 REFERENCE = "reference errors refusals copy_pages gather_scatter swap_blocks batch concat explain prepared"
 MOVER = _files("mover mover_ends mover_order mover_random mover_metrics mover_processes")
+RECORDS = _files("capture_records capture_files check_kv capture_server cli")
 LAYOUTS = "layout plan convert slots canonical copy_groups page_mapping"
 
 PLANS = {
@@ -88,6 +89,7 @@ PLANS = {
     "csrc/ops/triton_table": [Step(STAND_IN, _on_torch("triton link_executors"))],
     "csrc/transfer": [Step(CPU, (*MOVER, *CORE.tests))],
     "kvkernels": [Step(PYTHON, _files("info docs explain names"))],
+    "kvkernels/capture": [Step(PYTHON, _files("capture_packing capture_requests"))],
     "kvkernels/common": [Step(PYTHON, _files("integers errors autograd info modes lazy_bits compile"))],
     "kvkernels/layout": _layouts(""),
     "kvkernels/layout/blocks": _layouts("plan copy_groups slots integers"),
@@ -115,6 +117,7 @@ PLANS = {
     "kvkernels/memory/scheduler": [Step(PYTHON, _files("memory_scheduler memory_random"))],
     "kvkernels/memory/shared": [Step(PYTHON, _files("memory_shared memory_pinned"))],
     "kvkernels/names": [Step(PYTHON, (*_files("names"), *DOCTESTS))],
+    "kvkernels/observe": [Step(PYTHON, _files("observe_access"))],
     "kvkernels/policy": [Step(PYTHON, _files("policy"))],
     "kvkernels/prepared": [Step(PYTHON, _files("prepared_groups prepared docs modes"))],
     "kvkernels/reference": _reference(""),
@@ -124,6 +127,11 @@ PLANS = {
     "kvkernels/reference/prepared": _reference("prepared"),
     "kvkernels/registration": [Step(PYTHON, _files("info compile lazy_bits errors modes"))],
     "kvkernels/transfer": [Step(PYTHON, (*MOVER, *_files("docs")))],
+    "kvkernels_cli": [Step(PYTHON, _files("cli"))],
+    "kvkernels_records": [Step(PYTHON, RECORDS)],
+    "kvkernels_records/access": [Step(PYTHON, _files("observe_access cli"))],
+    "kvkernels_records/grid": [Step(PYTHON, _files("observe_access"))],
+    "kvkernels_records/known": [Step(PYTHON, _files("observe_access"))],
     "kvkernels/triton": [Step(PYTHON, _files("triton triton_interpreter triton_ptx"))],
 }
 
