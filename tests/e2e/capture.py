@@ -35,7 +35,7 @@ from roundtrip import random_prompt
 
 NEW_TOKENS = 4
 # The least cosine below layer 0 in bfloat16. A router takes another expert on a rounding error.
-COSINE = {"qwen3-next": 0.99, "gpt-oss": 0.99}
+COSINE = {"qwen3-next": 0.98, "gpt-oss": 0.99}
 KINDS = {
     "llama-fp32": {"full_attention"},
     "llama-bf16": {"full_attention"},
