@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
+
 import numpy as np
 import pytest
 import torch
 
 from kvkernels.connectors.groups import choose_groups
 from kvkernels.connectors.rows import Rows, group_mappings, num_chunks
+from kvkernels.connectors.sums import PageSums
 from kvkernels.layout import canonicalize
 from kvkernels.layout.specs import MLA, ChunkedLocalAttention, FullAttention, KVCacheGroup, Mamba, SlidingWindow
 
@@ -144,3 +148,16 @@ def test_less_than_one_chunk_of_the_budget_is_unused_over_all_ranks(ranks, verif
 def test_a_budget_below_a_chunk_is_refused(cpu_bytes, block_bytes):
     with pytest.raises(ValueError, match="num_chunks: "):
         num_chunks(cpu_bytes, block_bytes, 1)
+
+
+def test_without_vllm_the_error_names_the_extra():
+    if importlib.util.find_spec("vllm") is not None:
+        pytest.skip("vLLM is there")
+    with pytest.raises(ImportError, match=r"needs vLLM, which is not installed: pip install kvkernels\[vllm\]"):
+        importlib.import_module("kvkernels.connectors.vllm")
+
+
+def test_without_xxhash_the_error_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "xxhash", None)
+    with pytest.raises(ImportError, match=r"verify=True needs xxhash.*pip install kvkernels\[vllm\]"):
+        PageSums(torch.zeros(2, 16, dtype=torch.uint8))

@@ -127,7 +127,7 @@ def test_a_job_with_wrong_ids_fails_alone_and_is_logged_once(device, chunks, why
     worker.close()
 
 
-@pytest.mark.parametrize("where", ["pool", "sum", "copy"])
+@pytest.mark.parametrize("where", ["pool", "end", "sum", "copy"])
 def test_a_page_that_changed_fails_its_check(where):
     pytest.importorskip("xxhash")
     caches = caches_of(ONE)
@@ -136,6 +136,8 @@ def test_a_page_that_changed_fails_its_check(where):
     worker.wait([0])
     if where == "pool":
         worker.host[1][6, 7] ^= 1
+    elif where == "end":
+        worker.host[2][6, PAGE - 1] ^= 1
     elif where == "sum":
         worker._pool.pages[6, -1] ^= 1
     load(worker, 1, [3, 4], [5, 6, 7], [3], [0])

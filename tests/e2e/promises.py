@@ -113,12 +113,18 @@ def states(model: Path, defect: str | None) -> Findings:
         findings.append(f"states: groups {groups} have states, the worker knows of {host._states}")
     if defect == "attention_first":
         host._copies._load.reverse()
-    ended, order = [], []
-    finished, submit = connector.request_finished_all_groups, host._mover.submit
+    ended, order, tables, stored = [], [], [], []
+    finished, submit, submit_store = connector.request_finished_all_groups, host._mover.submit, host.submit_store
 
     def watch_finished(request: Any, block_ids: Any) -> Any:
         ended.append(len(block_ids))
+        tables.append([list(block_ids[engine.group_ids[group]]) for group in groups])
         return finished(request, block_ids)
+
+    def watch_store(job_id: int, device_ids: Any, chunk_ids: Any, sizes: Any, firsts: Any) -> None:
+        ends = [sum(sizes[: group + 1]) for group in range(len(sizes))]
+        stored.extend(int(block) for group in groups for block in device_ids[ends[group] - sizes[group] : ends[group]])
+        submit_store(job_id, device_ids, chunk_ids, sizes, firsts)
 
     def watch_submit(job: Any, *, priority: str, after: Any) -> Any:
         transfer = submit(job, priority=priority, after=after)
@@ -129,6 +135,7 @@ def states(model: Path, defect: str | None) -> Findings:
         return transfer
 
     connector.request_finished_all_groups, host._mover.submit = watch_finished, watch_submit
+    host.submit_store = watch_store
     tokens = engine.chunk_tokens * 3 + 8
     prompt = random_prompt(engine, tokens, 1)
     cold = engine.generate([prompt], [NEW_TOKENS])[0]
@@ -138,6 +145,9 @@ def states(model: Path, defect: str | None) -> Findings:
     warm = engine.generate([prompt], [NEW_TOKENS])[0]
     if warm.cached_tokens != engine.chunk_tokens * 3 or warm.tokens != cold.tokens:
         findings.append(f"states: {warm.cached_tokens} tokens came back, {warm.tokens} instead of {cold.tokens}")
+    # A state's table is null but for its last blocks; a prompt below a block has none that could be stored.
+    if not any(0 in table[:-1] for table in tables[0]) or not stored or 0 in stored:
+        findings.append(f"null: of tables {tables[0]} blocks {stored} were stored")
     if set(ended) != {len(engine.scheduler.kv_cache_config.kv_cache_groups)}:
         findings.append(f"groups: request_finished_all_groups was called with {ended} groups")
     first, second = order[:2] if len(order) >= 2 else ((False, (), 0), (True, (), 0))

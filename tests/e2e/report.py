@@ -20,6 +20,7 @@ def report(cases: list[Case], expect_defects: bool, console: Console) -> bool:
         compare_tokens([case for case in cases if case.kind == kind])
     print_trips([case for case in plain if "cold_ms" in case.result], console)
     print_stress([case for case in plain if "evictions" in case.result], console)
+    print_ttft([case for case in plain if "ttft_ms" in case.result], console)
     for case in seeded:
         missed = f"; NOT by {', '.join(sorted(case.missed_checks))}" if case.missed_checks else ""
         found = ", ".join(sorted(case.failed_checks)) or "nothing"
@@ -70,6 +71,13 @@ def print_trips(cases: list[Case], console: Console) -> None:
         )
     if cases:
         console.print(table)
+
+
+def print_ttft(cases: list[Case], console: Console) -> None:
+    """What offloading saves, and what it costs a request that never hits: the two cold columns."""
+    for case in cases:
+        times = ", ".join(f"{where} {ms:.1f} ms" for where, ms in case.result["ttft_ms"].items())
+        console.print(f"TTFT of 2000 tokens, {case.model}, {case.spec or 'no connector'}: {times}")
 
 
 def print_stress(cases: list[Case], console: Console) -> None:

@@ -102,18 +102,19 @@ def default_cases(version: str) -> list[Case]:
     if version != "0.32":
         trips = [Case("roundtrip", model, connector, 1) for model in TINY_MODELS]
         stress = [Case("stress", STRESS_MODEL, None), Case("stress", STRESS_MODEL, connector, 2)]
-        return [Case("readme"), *stress, *trips, *failure_cases(version)]
+        return [Case("readme"), Case("sides"), *stress, *trips, *failure_cases(version)]
     stress = [Case("stress", STRESS_MODEL, None), *(Case("stress", STRESS_MODEL, one, 2) for one in SPECS)]
     trips = [Case("roundtrip", model, connector, n) for model in TINY_MODELS for n in (1, 3)]
     trips += [Case("roundtrip", "gemma3", spec, 2)]
     seeded = [Case("roundtrip", "llama-bf16", connector, 3, defect) for defect in BY_NAME]
     seeded += [Case("stress", STRESS_MODEL, connector, 2, defect) for defect in STRESS_DEFECTS]
     captures = [Case("capture", model, connector) for model in TINY_MODELS]
-    return [Case("readme"), Case("canonical"), *captures, *stress, *trips, *failure_cases(version), *seeded]
+    plain = [Case("readme"), Case("canonical"), Case("sides"), *captures]
+    return [*plain, *stress, *trips, *failure_cases(version), *seeded]
 
 
 def long_cases(version: str) -> list[Case]:
-    """Engines of several processes, which start slowly."""
-    return [Case("ranks", model, SPECS[0]) for model in ("llama-fp32", "deepseek")] + [
-        Case("server", "llama-fp32", SPECS[0])
-    ]
+    """Engines of several processes, which start slowly, and times to the first token."""
+    ttft = [Case("ttft", "llama-bf16", connector) for connector in (None, SPECS[0])]
+    ranks = [Case("ranks", model, SPECS[0]) for model in ("llama-fp32", "deepseek")]
+    return [*ttft, Case("server", "llama-fp32", SPECS[0]), *ranks]

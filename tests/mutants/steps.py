@@ -103,6 +103,7 @@ PLANS = {
     "kvkernels/layout/plan": _layouts("plan convert"),
     "kvkernels/layout/slots": _layouts("slots"),
     "kvkernels/layout/specs": _layouts("canonical copy_groups"),
+    "kvkernels/connectors": [Step(PYTHON, _files("connectors_books connectors_groups connectors_worker docs"))],
     "kvkernels/memory": [Step(PYTHON, _files("memory_pool memory_prefix memory_scheduler docs"))],
     "kvkernels/memory/chains": [Step(PYTHON, _files("memory_prefix memory_random memory_scheduler"))],
     "kvkernels/memory/handle": [Step(PYTHON, _files("memory_pool memory_processes"))],
