@@ -140,6 +140,15 @@ def test_a_failing_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypa
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_who_has_mapped_a_file_keeps_it_when_another_takes_its_name(tmp_path, suffix):
+    path = save_capture(capture(), tmp_path / f"a{suffix}")
+    old = load_capture(path).get(0).key
+    wanted = old.tobytes()
+    save_capture(capture(), path)
+    assert old.tobytes() == wanted != load_capture(path).get(0).key.tobytes()
+
+
 def test_metadata_that_is_no_json_is_refused_before_anything_is_written(tmp_path):
     for wrong in ({"a": object()}, {"a": float("nan")}):
         with pytest.raises(ValueError, match="metadata must be strict JSON"):
