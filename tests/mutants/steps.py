@@ -58,6 +58,7 @@ LAYOUTS = (
     "layout layout_parts plan convert slots canonical canonical_orders copy_groups page_mapping parallel "
     "parallel_states gallery"
 )
+RECORDS = _files("capture_records capture_files check_kv capture_server cli")
 
 PLANS = {
     "csrc/core": [Step(CPU, CALLS), HOST, CORE],
@@ -91,6 +92,7 @@ PLANS = {
     "csrc/ops/triton_table": [Step(STAND_IN, _on_torch("triton link_executors"))],
     "csrc/transfer": [Step(CPU, (*MOVER, *CORE.tests))],
     "kvkernels": [Step(PYTHON, _files("info docs explain names"))],
+    "kvkernels/capture": [Step(PYTHON, _files("capture_packing capture_requests"))],
     "kvkernels/common": [Step(PYTHON, _files("integers errors autograd info modes lazy_bits compile"))],
     "kvkernels/layout": _layouts(""),
     "kvkernels/layout/agree": _layouts("plan layout_parts convert"),
@@ -136,6 +138,7 @@ PLANS = {
     "kvkernels/memory/shared": [Step(PYTHON, _files("memory_shared memory_pinned"))],
     "kvkernels/names": [Step(PYTHON, (*_files("names"), *DOCTESTS))],
     "kvkernels/policy": [Step(PYTHON, _files("policy policy_files policy_cpu"))],
+    "kvkernels/observe": [Step(PYTHON, _files("observe_access"))],
     "kvkernels/prepared": [Step(PYTHON, _files("prepared_groups prepared docs modes"))],
     "kvkernels/reference": _reference(""),
     "kvkernels/reference/checks": _reference("errors refusals swap_blocks concat compile"),
@@ -145,6 +148,11 @@ PLANS = {
     "kvkernels/registration": [Step(PYTHON, _files("info compile lazy_bits errors modes"))],
     "kvkernels/transfer": [Step(PYTHON, (*MOVER, *_files("docs")))],
     "kvkernels/transfer/calibrate": [Step(PYTHON, _files("tune"))],
+    "kvkernels_cli": [Step(PYTHON, _files("cli"))],
+    "kvkernels_records": [Step(PYTHON, RECORDS)],
+    "kvkernels_records/access": [Step(PYTHON, _files("observe_access cli"))],
+    "kvkernels_records/grid": [Step(PYTHON, _files("observe_access"))],
+    "kvkernels_records/known": [Step(PYTHON, _files("observe_access"))],
     "kvkernels/triton": [Step(PYTHON, _files("triton triton_interpreter triton_ptx"))],
 }
 
