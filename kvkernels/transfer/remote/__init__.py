@@ -15,12 +15,14 @@ from kvkernels.transfer.remote.errors import (
 )
 from kvkernels.transfer.remote.handle import RemoteTransfer, TransferResult
 from kvkernels.transfer.remote.pool import Peer, RemotePool
+from kvkernels.transfer.remote.service import KVTransferEngine
 
 __all__ = [
     "AuthenticationError",
     "CancelledError",
     "ChecksumError",
     "DeadlineError",
+    "KVTransferEngine",
     "LengthError",
     "Peer",
     "PeerLostError",

@@ -37,6 +37,7 @@ class Engine:
         for one in (self._listener, self._woken):
             hub.selector.register(one, selectors.EVENT_READ, None)
         self._calls: collections.deque[Callable[[], None]] = collections.deque()
+        self._lock = threading.Lock()
         self._ends = False
         self._last_event = 0.0
         self._process = os.getpid()
@@ -48,11 +49,12 @@ class Engine:
         """Have the thread call it soon. From any thread; RuntimeError where there is none to call it."""
         if os.getpid() != self._process:
             raise RuntimeError("RemotePool: the pool must be of this process, got one of its parent's")
-        if self._ends:
-            raise RuntimeError("RemotePool: the pool must be open, got one that was closed")
-        self._calls.append(function)
-        with contextlib.suppress(BlockingIOError):  # it is awake already
-            self._waker.send(b"\0")
+        with self._lock:
+            if self._ends:
+                raise RuntimeError("RemotePool: the pool must be open, got one that was closed")
+            self._calls.append(function)
+            with contextlib.suppress(BlockingIOError):  # it is awake already
+                self._waker.send(b"\0")
 
     def close(self) -> None:
         """End all links and the thread. From any other thread; a second call does nothing."""
@@ -73,6 +75,7 @@ class Engine:
             except Exception:  # a defect; what waits has deadlines, which the next turns keep
                 _log.exception("the thread of a RemotePool failed")
                 time.sleep(_PATIENT_S)
+        self._give_up_all()  # what was called for after the end was
         for link in list(self._hub.links):
             self._hub.end(link, PeerLostError("remote: the pool was closed"))
         self._hub.selector.close()
@@ -108,15 +111,19 @@ class Engine:
                 self._hub.accept(self._listener.accept()[0], now)
 
     def _stop(self) -> None:
+        self._give_up_all()
+        for link in self._hub.links:
+            with contextlib.suppress(RemoteError):
+                link.write()
+        with self._lock:
+            self._ends = True
+
+    def _give_up_all(self) -> None:
         error = RefusedError("remote: the pool was closed")
         self._hub.receiver.drop_all(error)
         for route in self._hub.routes():
             for outgoing in list(route.outbox.transfers.values()):
                 route.outbox.give_up(outgoing, error)
-        for link in self._hub.links:
-            with contextlib.suppress(RemoteError):
-                link.write()
-        self._ends = True
 
 
 _ENGINES: weakref.WeakSet[Engine] = weakref.WeakSet()

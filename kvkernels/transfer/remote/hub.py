@@ -86,7 +86,7 @@ class Hub:
     def accept(self, connection: socket.socket, now: float) -> None:
         """Somebody has connected."""
         if sum(not link.is_established for link in self.links) >= MOST_STRANGERS:
-            self._stats.failed("strangers")
+            self._stats.link_failed("strangers")
             connection.close()
         else:
             self._add(Link(connection, "server", self._secret, self._me, self, now))
@@ -162,7 +162,7 @@ class Hub:
         if route is not None and route.link is link:
             route.lost(error, now, self.receiver)
         if error.cause == ProtocolError.cause or not was_established:
-            self._stats.failed(error.cause)
+            self._stats.link_failed(error.cause)
 
     # What links tell of.
 

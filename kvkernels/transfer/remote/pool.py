@@ -310,8 +310,12 @@ class RemotePool:
         return [transfer for transfer in list(self._ended.values()) if transfer.tell()]
 
     def stats(self) -> dict[str, Any]:
-        """Transfers, pages and bytes that were sent and received, retries, failures by cause, pages that were dropped,
-        and what is live: blocks being received and sent, links, and rings."""
+        """What was sent and received, and what is live.
+
+        ``sent_`` and ``received_transfers``, ``_pages`` and ``_bytes``; ``retried``; ``failed``, by cause;
+        ``dropped_pages``; ``refused_segments``, whose pages had not their sums; ``failed_links``, by cause; and as of
+        now ``receiving_blocks``, ``sending_blocks``, ``links`` and ``rings``.
+        """
         receiving, sending = self._claims.held()
         live = {"links": len(self._hub.links), "rings": len(self._hub.inbound)}
         return {**self._stats.read(), "receiving_blocks": receiving, "sending_blocks": sending, **live}

@@ -182,7 +182,7 @@ class Receiver:
             try:
                 self._place(arrival.conversion, part, packed, blocks, message.sums)
             except ChecksumError as error:
-                self._stats.failed(error.cause)
+                self._stats.add(refused_segments=1)
                 port.post(Nack(message.transfer, message.segment, error.cause, short(error)))
                 return
             units[:] = True

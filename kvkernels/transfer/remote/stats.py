@@ -8,7 +8,7 @@ from typing import Any
 
 FIELDS = (
     "sent_transfers", "sent_pages", "sent_bytes", "received_transfers", "received_pages", "received_bytes", "retried",
-    "dropped_pages",
+    "dropped_pages", "refused_segments",
 )  # fmt: skip
 
 
@@ -19,6 +19,7 @@ class Stats:
         self._lock = threading.Lock()
         self._counts = dict.fromkeys(FIELDS, 0)
         self._failed: Counter[str] = Counter()
+        self._links: Counter[str] = Counter()
 
     def add(self, **counts: int) -> None:
         """To the fields of these names."""
@@ -27,11 +28,16 @@ class Stats:
                 self._counts[name] += count
 
     def failed(self, cause: str) -> None:
-        """A transfer that failed, a connection that was refused."""
+        """A transfer came to nothing."""
         with self._lock:
             self._failed[cause] += 1
+
+    def link_failed(self, cause: str) -> None:
+        """A connection was not made, or ended because of what the peer said."""
+        with self._lock:
+            self._links[cause] += 1
 
     def read(self) -> dict[str, Any]:
         """A copy."""
         with self._lock:
-            return {**self._counts, "failed": dict(self._failed)}
+            return {**self._counts, "failed": dict(self._failed), "failed_links": dict(self._links)}
