@@ -374,9 +374,9 @@ def test_cancel(pages, side):
         assert here.result(WAIT_S).outcome == "failed" and isinstance(here.result().error, CancelledError)
         here.cancel()
         settled(one, other)
-        # The block is free again, and the sender's word has reached the receiver: it is not expected any more.
-        there = other.receive_blocks("r", [1], timeout_s=WAIT_S)
-        assert one.send_blocks(peer, "r", [1], timeout_s=WAIT_S).result(WAIT_S).outcome == "committed"
+        # The blocks are free again.
+        there = other.receive_blocks("s", [1], timeout_s=WAIT_S)
+        assert one.send_blocks(peer, "s", [1], timeout_s=WAIT_S).result(WAIT_S).outcome == "committed"
         assert there.result(WAIT_S).outcome == "visible"
 
 

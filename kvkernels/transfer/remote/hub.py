@@ -146,7 +146,8 @@ class Hub:
         """Fence first: the transport's ends are closed before anything learns that the link is gone."""
         if not link.is_open:
             return
-        was_established = link.is_established
+        if error.cause == ProtocolError.cause or not link.is_established:
+            self._stats.link_failed(error.cause)
         self.selector.unregister(link.socket)
         self.links.remove(link)
         route = self._route_of.pop(link, None)
@@ -161,8 +162,6 @@ class Hub:
         self.receiver.lost(link, now)
         if route is not None and route.link is link:
             route.lost(error, now, self.receiver)
-        if error.cause == ProtocolError.cause or not was_established:
-            self._stats.link_failed(error.cause)
 
     # What links tell of.
 

@@ -184,7 +184,8 @@ class RemotePool:
         ----------
         peer : Peer
         request : str
-            What the receiver calls it; the transfer waits until it does.
+            What the receiver calls it; the transfer waits until it does. A name is for one try: where that fails, the
+            two sides take another.
         block_ids : Tensor or sequence of int
             In the order of the receiver's. They must stay as they are until the transfer has ended.
         timeout_s : float
