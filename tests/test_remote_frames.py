@@ -1,4 +1,4 @@
-"""Frames, the handshake, and strangers and liars at the door: KVKERNELS_REMOTE_FRAMES=10000 for as many of each kind."""
+"""Frames, the handshake, strangers and liars: KVKERNELS_REMOTE_FRAMES=10000 for as many frames of each kind."""
 
 from __future__ import annotations
 
@@ -362,8 +362,8 @@ def random_message(rng: random.Random, liar: Liar):
     transfer = rng.choice((liar.transfer, bytes(16)))
     epoch = rng.choice((liar.peer.epoch, 3))
     return rng.choice((
-        lambda: m.Begin(transfer, rng.choice(("r", "s")), rng.randint(1, BLOCKS + 1), rng.choice((liar.digest, bytes(32))),
-                        epoch),
+        lambda: m.Begin(transfer, rng.choice(("r", "s")), rng.randint(1, BLOCKS + 1),
+                        rng.choice((liar.digest, bytes(32))), epoch),
         lambda: m.Ask(transfer, epoch),
         lambda: m.Commit(transfer, epoch, number(), number(), max(1, number() % 4096), number(),
                          rng.randbytes(rng.choice((0, 8, 8 * BLOCKS, 7)))),

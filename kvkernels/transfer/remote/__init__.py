@@ -13,6 +13,7 @@ from kvkernels.transfer.remote.errors import (
     RefusedError,
     RemoteError,
 )
+from kvkernels.transfer.remote.files import FileTier
 from kvkernels.transfer.remote.handle import RemoteTransfer, TransferResult
 from kvkernels.transfer.remote.pool import Peer, RemotePool
 from kvkernels.transfer.remote.service import KVTransferEngine
@@ -22,6 +23,7 @@ __all__ = [
     "CancelledError",
     "ChecksumError",
     "DeadlineError",
+    "FileTier",
     "KVTransferEngine",
     "LengthError",
     "Peer",

@@ -25,13 +25,15 @@ _NO_PLACE = 0  # the device of host memory
 
 
 class NixlTransport:
-    """UCX through NIXL. UCX is kept to this machine unless ``UCX_NET_DEVICES`` says otherwise."""
+    """UCX through NIXL, on this machine alone where the pool listens there alone, if the environment says nothing."""
 
     name = "nixl"
     needs_polls = True
 
     def __init__(self, host: str) -> None:
         os.environ.setdefault("NIXL_LOG_LEVEL", "WARN")
+        # What writes through shared memory writes on after its target has destroyed its agent.
+        os.environ.setdefault("UCX_TLS", "^shm")
         if host in ("127.0.0.1", "::1", "localhost"):
             os.environ.setdefault("UCX_NET_DEVICES", "lo")
         self._api = _imported()
