@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import socket
@@ -353,6 +354,15 @@ def test_a_layout_that_is_none_is_no_way_in(target, text):
     liar.say(m.Open(text))
     assert liar.hear(m.NoRing).cause == "protocol"
     assert not liar.is_closed()
+
+
+@pytest.mark.parametrize("change", [("L", 10**9), ("N", 10**12), ("H", 10**15), ("K", 10**9), ("B", 10**18)])
+def test_a_layout_of_any_size_costs_nothing(target, change):
+    _, remote, cache = target
+    liar, values = Impostor(remote.address), json.loads(cache.layout.text)
+    began = time.thread_time()
+    liar.say(m.Open(json.dumps({**values, "pattern": "L N H | B", change[0]: change[1]})))
+    assert isinstance(liar.hear(), (m.NoRing, m.Ring)) and time.thread_time() - began < 5
 
 
 def random_message(rng: random.Random, liar: Liar):

@@ -2,7 +2,7 @@
 
 ::
 
-    | magic | bytes of the header u32 | header | sums of all pages | XXH3 of all before | pages of part 0 | of 1 | …
+    | magic | bytes of the header u32 | header | its XXH3 | sums of all pages | their XXH3 | pages of part 0 | of 1 | …
 """
 
 from __future__ import annotations
@@ -109,11 +109,12 @@ class FileTier:
         packed = [torch.empty(len(blocks), part.page_bytes, dtype=torch.uint8) for part in parts]
         sums = b"".join(pack(pools, part, blocks, pages) for part, pages in zip(parts, packed, strict=True))
         header = msgspec.msgpack.encode(_Header(_VERSION, layout.text, len(blocks), _PART_BYTES))
-        head = _MAGIC + _LENGTH.pack(len(header)) + header + sums
+        head = _MAGIC + _LENGTH.pack(len(header)) + header
         temporary = self._folder / f"{secrets.token_hex(16)}.tmp"
         try:
             with temporary.open("xb") as file:
-                file.write(head + xxhash.xxh3_64_digest(head))
+                for said in (head, sums):
+                    file.write(said + xxhash.xxh3_64_digest(said))
                 for pages in packed:
                     file.write(pages.numpy().data)
                 file.flush()
@@ -179,9 +180,10 @@ class FileTier:
         if len(start) < len(_MAGIC) + _LENGTH.size or not start.startswith(_MAGIC):
             raise ProtocolError("FileTier: a file must begin as one does")
         body = file.read(min(_LENGTH.unpack(start[len(_MAGIC) :])[0], 1 << 20))
+        _check_sum(file, start + body)
         try:
             header = msgspec.msgpack.decode(body, type=_Header)
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise ProtocolError(f"FileTier: a file must have a header, got {error}") from None
         if header.version != _VERSION:
             raise ProtocolError(f"FileTier: a file must be of version {_VERSION}, got {header.version}")
@@ -189,8 +191,7 @@ class FileTier:
             raise LengthError(f"FileTier: a file must have {count} pages, got {header.pages}")
         conversion = Conversion(layout_of_text(header.layout), self._cache.layout, header.part_bytes)
         sums = file.read(len(conversion.parts) * count * SUM_BYTES)
-        if file.read(SUM_BYTES) != xxhash.xxh3_64_digest(start + body + sums):
-            raise ChecksumError("FileTier: a file's beginning must have its sum")
+        _check_sum(file, sums)
         packed = [self._read_part(file, part, count) for part in conversion.parts]
         if file.read(1):
             raise LengthError("FileTier: a file must end with its pages")
@@ -222,3 +223,8 @@ class FileTier:
     def _count(self, what: str) -> None:
         with self._lock:
             self._counts[what] += 1
+
+
+def _check_sum(file: BinaryIO, said: bytes) -> None:
+    if file.read(SUM_BYTES) != xxhash.xxh3_64_digest(said):
+        raise ChecksumError("FileTier: what comes before a file's pages must have its sum")

@@ -13,6 +13,8 @@ and counted is a *unit*: one block's pages in one part. Unit ``part * blocks + i
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -28,6 +30,7 @@ from kvkernels.transfer.remote.errors import ChecksumError, PlanError, ProtocolE
 from kvkernels.transfer.remote.messages import MOST_PAGES
 from kvkernels.transfer.remote.sums import first_difference, sums_of
 
+_MOST_ROWS = 1 << 24  # layers times K and V times tokens times heads
 #: A run with its sides exchanged.
 _SWAPPED = [1, 0, 3, 2, 4, 6, 5, 7, 9, 8, 10, 12, 11, 13, 15, 14]
 
@@ -55,8 +58,14 @@ def as_cache(pools: KVCache | Sequence[Tensor]) -> KVCache:
 
 
 def layout_of_text(text: str) -> KVLayout:
-    """A peer's layout; ProtocolError where it is none."""
+    """A peer's layout; ProtocolError where it is none, or has more pools than anything that is served."""
     try:
+        values = json.loads(text)
+        pools = values
+        while pools is not None:  # the cache, then its scales
+            if math.prod(int(pools[letter]) for letter in "LKNH") > _MOST_ROWS:
+                raise ValueError(f"more than {_MOST_ROWS} rows of heads in a block")
+            pools = None if pools["scales"] is None else json.loads(pools["scales"])
         return KVLayout.from_text(text)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
         raise ProtocolError(f"remote: layout must be a KVLayout's text, got one with {error!r}"[:500]) from None
