@@ -28,6 +28,7 @@ from kvkernels.transfer.remote import (
     RemotePool,
 )  # fmt: skip
 from kvkernels.transfer.remote import sender as sender_module
+from kvkernels.transfer.remote.wire import Conversion
 
 BLOCKS, PAGE = 64, 96
 
@@ -269,6 +270,26 @@ def test_row_checksum_that_never_fits_fails_and_writes_nothing(pages, monkeypatc
         assert sent.outcome == "failed" and isinstance(sent.error, ChecksumError)
         assert there.result(WAIT_S).outcome == "dropped"
     assert all(torch.equal(a, b) for a, b in zip(whole, before, strict=True))
+
+
+@pytest.mark.parametrize("verify", ["ring", "end"])
+def test_pages_are_read_back_where_that_is_asked_for(pages, monkeypatch, verify):
+    """A byte that goes wrong on its way from the ring into the block, the first time."""
+    src, dst, _ = pages
+    unpack, flips = Conversion.unpack, iter(range(1))
+
+    def flipped(self, part, packed, ids, pools):
+        unpack(self, part, packed, ids, pools)
+        if next(flips, None) is not None:
+            pools[1][ids[0], 7] ^= 1
+
+    monkeypatch.setattr(Conversion, "unpack", flipped)
+    with pair(src, dst, verify=verify) as (one, other, peer):
+        there = other.receive_blocks("r", range(8), timeout_s=WAIT_S)
+        sent = one.send_blocks(peer, "r", range(8), timeout_s=WAIT_S).result(WAIT_S)
+        assert sent.outcome == "committed" and there.result(WAIT_S).outcome == "visible"
+        assert sent.retries == other.stats()["refused_segments"] == (verify == "end")
+    assert torch.equal(dst[1][:8], src[1][:8]) == (verify == "end")
 
 
 def test_row_a_length_mismatch_is_an_error_and_never_a_resize(pages):

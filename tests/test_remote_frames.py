@@ -434,3 +434,24 @@ def test_idle_links_say_nothing():
         assert there.result(WAIT_S).outcome == "visible"
         time.sleep(0.3)
         assert one.stats()["links"] == other.stats()["links"] == 1
+
+
+def test_a_peer_that_says_nothing_any_more_is_given_up():
+    """It knows the secret, and then hangs: without a deadline of the transfer's being near."""
+    with socket.create_server(("127.0.0.1", 0)) as listener, RemotePool(
+        [random_bytes(4, 8)], silence_s=0.1, most_retries=1
+    ) as pool:  # fmt: skip
+        sent = pool.send_blocks(Peer(*listener.getsockname()), "r", [0], timeout_s=WAIT_S)
+        connections = []
+        for _ in range(2):
+            connection, _ = listener.accept()
+            connections.append(connection)
+            handshake, buffer = Handshake("server", SECRET, ME), bytearray()
+            while handshake.session is None:
+                buffer += connection.recv(4096)
+                while (frame := take_frame(buffer, False)) is not None and handshake.session is None:
+                    connection.sendall(handshake.receive(body_of_plain(frame)))
+        result = sent.result(WAIT_S)
+        assert (result.outcome, result.retries) == ("failed", 2) and "0.1 s of silence" in str(result.error)
+        for connection in connections:
+            connection.close()
