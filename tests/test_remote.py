@@ -28,7 +28,7 @@ from kvkernels.transfer.remote import (
     RemotePool,
 )  # fmt: skip
 from kvkernels.transfer.remote import sender as sender_module
-from kvkernels.transfer.remote.wire import Conversion
+from kvkernels.transfer.remote.wire import Conversion, ring_of
 
 BLOCKS, PAGE = 64, 96
 
@@ -70,7 +70,7 @@ def test_pages_arrive_in_their_blocks_and_nothing_else_changes(pages):
     assert all(torch.equal(a, b) for a, b in zip(src, source, strict=True))
 
 
-@pytest.mark.parametrize("segment_bytes", [PAGE, 2 * PAGE + 1, 7 * PAGE, 1 << 20])
+@pytest.mark.parametrize("segment_bytes", [1, PAGE, 2 * PAGE + 1, 7 * PAGE, 1 << 20])
 def test_blocks_that_are_larger_than_a_segment_go_in_parts(pages, segment_bytes):
     src, dst, _ = pages
     with pair(src, dst, segments=1, segment_bytes=segment_bytes, verify="end") as (one, other, peer):
@@ -292,6 +292,14 @@ def test_pages_are_read_back_where_that_is_asked_for(pages, monkeypatch, verify)
     assert torch.equal(dst[1][:8], src[1][:8]) == (verify == "end")
 
 
+def test_a_ring_has_fewer_segments_where_pages_are_large():
+    layout = KVLayout("B", opaque=True, B=2, page_bytes=(1 << 26) + 1)
+    assert ring_of(layout, 8, 1 << 20) == (3, (1 << 26) + 1)
+    assert ring_of(layout, 2, 1 << 27) == (2, 1 << 27)
+    with pytest.raises(PlanError, match="at most 268435456 bytes"):
+        ring_of(KVLayout("B", opaque=True, B=2, page_bytes=(1 << 28) + 1), 8, 1 << 20)
+
+
 def test_row_a_length_mismatch_is_an_error_and_never_a_resize(pages):
     src, dst, whole = pages
     before = [one.clone() for one in whole]
@@ -481,7 +489,7 @@ POOLS = {
     "sizes": (dict(pools=[torch.zeros(4, 8), torch.zeros(4, 9)]), "as many bytes each"),
     "segments": (dict(segments=0), "segments must be from 1 to 64"),
     "many": (dict(segments=65), "segments must be from 1 to 64"),
-    "small": (dict(segment_bytes=PAGE - 1), f"at least a page's {PAGE}"),
+    "large": (dict(segment_bytes=(1 << 28) + 1), "segment_bytes must be from 1 to 268435456"),
     "verify": (dict(verify="no"), "verify must be 'ring' or 'end'"),
     "transport": (dict(transport="pigeon"), "transport must be 'tcp' or 'nixl'"),
     "name": (dict(name=""), "name must be 1 to 64"),

@@ -10,7 +10,7 @@ import torch
 from remote_cases import random_bytes
 
 from kvkernels import KVLayout
-from kvkernels.transfer.remote.errors import ProtocolError, RemoteError
+from kvkernels.transfer.remote.errors import PeerRestartedError, ProtocolError, RemoteError
 from kvkernels.transfer.remote.handshake import Identity
 from kvkernels.transfer.remote.messages import (
     Abort,
@@ -144,7 +144,10 @@ class World:
 
         def end(outcome: str, error) -> None:
             self.ends[name].append(outcome)
-            del self.reserved[name]
+            arrivals = self.reserved.pop(name).arrivals.values()
+            told = [decode(one) for link in self.links if link is not None for one in link[1].out]
+            told = [one.transfer for one in told if isinstance(one, Final)]
+            assert not any(arrival.transfer in told for arrival in arrivals), "a sender was told before the owner"
             if outcome == "visible":
                 src, _ = self.wanted[name]
                 expected = self.truth[src].permute(0, 2, 1, 3).reshape(len(src), -1)
@@ -281,6 +284,18 @@ class World:
         for box in self.boxes:
             box.tick(self.now)
 
+    def run(self, rank: int, until) -> None:
+        """Connect, and let everything happen in order."""
+        self.connect(rank)
+        while not until():
+            self.deliver(rank, True)
+            if not until():
+                self.deliver(rank, False)
+            self.boxes[rank].fill(self.now)
+            writes = self.links[rank][4]
+            for segment in list(writes.going) if writes else ():
+                writes.step(segment)
+
     def finish(self) -> None:
         """Nothing new, and all deadlines pass."""
         self.now += DEADLINE_S + 1
@@ -324,3 +339,74 @@ def test_whatever_happens_a_transfer_is_visible_as_a_whole_or_not_at_all(writers
     # Everything that can become of one did.
     assert set(outcomes) == {"committed", "failed", "unknown", "visible", "dropped"}, outcomes
     assert outcomes["committed"] > outcomes["failed"] / 20
+
+
+def test_a_lost_answer_is_unknown_where_another_process_has_taken_the_receivers_place():
+    """All was sent, and nobody can say any more what became of it: it is not sent again, under whatever name it is."""
+    world = World(3, writers=2)
+    blocks = torch.tensor([4, 9])
+    world.wanted["r"] = (torch.tensor([1, 2]), blocks)
+    world.reserve("r", blocks)
+    world.send("r", 0, torch.tensor([1, 2]))
+    box, outgoing = world.boxes[0], world.sent[0][2]
+
+    world.run(0, lambda: outgoing.may_be_visible)
+    at_sender, at_receiver, *_ = world.links[0]
+    at_sender.is_open = at_receiver.is_open = False
+    box.lost(RemoteError("the receiver was killed"))
+    assert (outgoing.state, outgoing.retries) == ("sending", 1)
+    world.start_receiver()
+    del world.reserved["r"]
+    world.reserve("r", blocks)
+    before = world.pool.clone()
+    ends = []
+    outgoing.end = lambda outcome, error: ends.append((outcome, error))
+    world.run(0, lambda: ends)
+    ((outcome, error),) = ends
+    assert outcome == "unknown" and isinstance(error, PeerRestartedError) and "another process" in str(error)
+    assert torch.equal(world.pool, before) and not world.reserved["r"].arrivals
+
+
+def test_a_lost_answer_is_heard_on_the_next_link():
+    world = World(6, writers=1)
+    world.wanted["r"] = (torch.tensor([1]), torch.tensor([4]))
+    world.reserve("r", torch.tensor([4]))
+    world.send("r", 0, torch.tensor([1]))
+    outgoing = world.sent[0][2]
+    world.run(0, lambda: world.ends["r"] == ["visible"])
+    world.links[0][1].out.clear()
+    world.receiver.lost(world.links[0][1], world.now)
+    world.boxes[0].lost(RemoteError("the answer was lost"))
+    assert outgoing.state == "sending"
+    world.run(0, lambda: outgoing.state != "sending")
+    assert (outgoing.state, outgoing.retries, world.ends["r"]) == ("committed", 1, ["visible"])
+
+
+def test_what_was_for_another_receiver_is_refused():
+    world = World(4, writers=1)
+    world.reserve("r", torch.tensor([1]))
+    world.connect(0)
+    _, at_receiver, ring, conversion, _ = world.links[0]
+    world.receiver.begin(at_receiver, conversion, Begin(bytes(16), "r", 1, conversion.digest, world.me.epoch + 1))
+    world.receiver.ask(at_receiver, Ask(bytes([1] * 16), world.me.epoch + 1))
+    world.receiver.ask(at_receiver, Ask(bytes([2] * 16), world.me.epoch))
+    said = [decode(one) for one in at_receiver.out]
+    assert [(one.outcome, one.cause) for one in said] == [
+        ("dropped", "restarted"), ("unheard", "restarted"), ("unheard", ""),
+    ]  # fmt: skip
+    assert not world.reserved["r"].arrivals
+    assert ring.segments == 2
+
+
+def test_the_last_outcomes_are_remembered_and_no_more():
+    world = World(5, writers=1)
+    world.connect(0)
+    _, at_receiver, _, conversion, _ = world.links[0]
+    transfers = [bytes([i] * 16) for i in range(60)]
+    for transfer in transfers:
+        world.receiver.begin(at_receiver, conversion, Begin(transfer, "r", 1, conversion.digest, 0))
+    at_receiver.out.clear()
+    for transfer in transfers:
+        world.receiver.ask(at_receiver, Ask(transfer, world.me.epoch))
+    outcomes = [decode(one).outcome for one in at_receiver.out]
+    assert outcomes == ["unheard"] * 10 + ["dropped"] * 50

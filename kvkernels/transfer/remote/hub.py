@@ -37,7 +37,7 @@ from kvkernels.transfer.remote.sender import Outbox, Outlet
 from kvkernels.transfer.remote.settings import Settings
 from kvkernels.transfer.remote.stats import Stats
 from kvkernels.transfer.remote.transports import Inlet, Transport
-from kvkernels.transfer.remote.wire import Conversion, layout_of_text
+from kvkernels.transfer.remote.wire import Conversion, layout_of_text, ring_of
 
 _log = logging.getLogger("kvkernels")
 MOST_STRANGERS = 16  #: connections whose peers have not shown that they know the secret
@@ -273,17 +273,19 @@ class Hub:
             raise ProtocolError("remote: a link must be opened once, got a second time")
         settings, mine = self._settings, self._settings.layout
         try:
-            conversion = Conversion(layout_of_text(message.layout), mine, settings.segment_bytes)
+            theirs = layout_of_text(message.layout)
+            segments, segment_bytes = ring_of(theirs, settings.segments, settings.segment_bytes)
+            conversion = Conversion(theirs, mine, segment_bytes)
             if len(self.inbound) >= settings.most_rings:
                 raise RefusedError(f"remote: there must be at most {settings.most_rings} senders")
         except RemoteError as error:
             link.post(NoRing(error.cause, short(error)))
             return
-        ring = Ring(settings.segments, settings.segment_bytes)
+        ring = Ring(segments, segment_bytes)
         inlet = self._transport.inlet(link, ring)
         self.inbound[link] = Inbound(ring, inlet, conversion)
         name = self._transport.name
-        link.post(RingMessage(settings.segments, settings.segment_bytes, mine.text, name, inlet.metadata))
+        link.post(RingMessage(segments, segment_bytes, mine.text, name, inlet.metadata))
 
     def _inbound_of(self, link: Link) -> Inbound:
         if link not in self.inbound:

@@ -77,7 +77,7 @@ class RemotePool:
         Whether peers may fetch blocks, or ``allow_fetch(name, block_ids)`` that says so, which is called in the pool's
         thread. What may be fetched must be whole and stay as it is meanwhile.
     segments, segment_bytes : int
-        The ring that each sender to this pool gets. A segment holds at least one pool's page.
+        The ring that each sender to this pool gets; larger segments where its pages need them, 256 MiB in all.
     verify : {'ring', 'end'}
         ``end`` also reads pages back after they were put into their blocks, and compares.
     most_rings : int

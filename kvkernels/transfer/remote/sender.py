@@ -48,9 +48,8 @@ from kvkernels.transfer.remote.messages import Ring as RingMessage
 from kvkernels.transfer.remote.receiver import Port
 from kvkernels.transfer.remote.ring import Ring
 from kvkernels.transfer.remote.stats import Stats
-from kvkernels.transfer.remote.wire import Conversion, layout_of_text, pack, units_in
+from kvkernels.transfer.remote.wire import MOST_RING_BYTES, Conversion, layout_of_text, pack, units_in
 
-MOST_RING_BYTES = 1 << 28
 _BACKOFF_S, _MOST_BACKOFF_S = 0.05, 1.0
 
 

@@ -36,9 +36,6 @@ class Settings:
             check_seconds(f"RemotePool: {name}", getattr(self, name))
         if not isinstance(self.name, str) or not 1 <= len(self.name) <= 64:
             raise ValueError(f"RemotePool: name must be 1 to 64 characters, got {self.name!r}")
-        largest = max(place.page_bytes for place in self.layout.places)
-        if largest > self.segment_bytes:
-            raise ValueError(f"RemotePool: segment_bytes must be at least a page's {largest}, got {self.segment_bytes}")
 
 
 def check_seconds(what: str, value: float) -> float:

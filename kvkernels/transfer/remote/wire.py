@@ -30,6 +30,7 @@ from kvkernels.transfer.remote.errors import ChecksumError, PlanError, ProtocolE
 from kvkernels.transfer.remote.messages import MOST_PAGES
 from kvkernels.transfer.remote.sums import first_difference, sums_of
 
+MOST_RING_BYTES = 1 << 28
 _MOST_ROWS = 1 << 24  # layers times K and V times tokens times heads
 #: A run with its sides exchanged.
 _SWAPPED = [1, 0, 3, 2, 4, 6, 5, 7, 9, 8, 10, 12, 11, 13, 15, 14]
@@ -90,6 +91,14 @@ class Part:
         return slice(self.first_pool, self.first_pool + len(self.sizes))
 
 
+def ring_of(layout: KVLayout, segments: int, segment_bytes: int) -> tuple[int, int]:
+    """Segments and their bytes for a sender of these pages: larger ones, and maybe fewer, where pages need them."""
+    segment_bytes = max(segment_bytes, *_page_bytes(layout))
+    if segment_bytes > MOST_RING_BYTES:
+        raise PlanError(f"remote: a pool's page must have at most {MOST_RING_BYTES} bytes, got {segment_bytes}")
+    return min(segments, MOST_RING_BYTES // segment_bytes), segment_bytes
+
+
 def parts_of(layout: KVLayout, segment_bytes: int) -> list[Part]:
     """As few as fit in segments; PlanError where one pool's page does not."""
     parts: list[Part] = []
@@ -97,7 +106,7 @@ def parts_of(layout: KVLayout, segment_bytes: int) -> list[Part]:
     first = 0
     for page_bytes in _page_bytes(layout):
         if page_bytes > segment_bytes:
-            raise PlanError(f"remote: a pool's page must fit in a segment of {segment_bytes} bytes, got {page_bytes}")
+            raise PlanError(f"remote: a pool's page must fit in {segment_bytes} bytes, got {page_bytes}")
         if sum(sizes) + page_bytes > segment_bytes:
             parts.append(_part(first, sizes))
             first, sizes = first + len(sizes), []
