@@ -16,6 +16,7 @@ import torch
 import kvkernels
 import kvkernels.memory
 import kvkernels.transfer
+import kvkernels.transfer.remote
 from kvkernels import reference
 from kvkernels.registration import LIBRARY, fake, schemas
 
@@ -31,6 +32,9 @@ MODULES = sorted(
 def test_examples(name):
     if name.startswith("kvkernels.triton."):
         pytest.importorskip("triton")
+    if name.startswith("kvkernels.transfer.remote"):
+        pytest.importorskip("msgspec")
+        pytest.importorskip("xxhash")
     if name == "kvkernels.transfer.mover" and not LIBRARY.compiled:
         pytest.skip("movers need the compiled library")
     flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
@@ -52,7 +56,7 @@ def test_each_op_says(op, word):
 
 
 PAGES = {"README.md": 5, **{f"docs/{name}.md": count for name, count in (
-    ("index", 1), ("layouts", 3), ("memory", 10), ("mover", 1), ("paths", 1),
+    ("index", 1), ("layouts", 3), ("memory", 10), ("mover", 1), ("paths", 1), ("remote", 3),
 )}}  # fmt: skip
 #: A line of a page's code and the error that the comment under it promises.
 RAISES = re.compile(r"^(\S.*)\n# (\w+Error): (.*)\n", re.MULTILINE)
@@ -138,7 +142,7 @@ def test_conversions_have_the_defaults_of_the_ops(name):
 
 @pytest.mark.parametrize(
     "module",
-    [kvkernels, kvkernels.layout, kvkernels.memory, kvkernels.transfer],
+    [kvkernels, kvkernels.layout, kvkernels.memory, kvkernels.transfer, kvkernels.transfer.remote],
     ids=lambda module: module.__name__,
 )
 def test_everything_public_has_a_docstring(module):

@@ -53,6 +53,7 @@ ON_A_DEVICE = _on_torch(
 )
 OPS = "errors explain refusals gather_scatter swap_blocks copy_pages concat batch prepared autograd info"
 REFERENCE = "reference errors refusals copy_pages gather_scatter swap_blocks batch concat explain prepared"
+REMOTE = _files("remote_states remote_frames remote remote_files")
 MOVER = _files("mover mover_ends mover_order mover_random mover_metrics mover_processes")
 LAYOUTS = "layout plan convert slots canonical copy_groups page_mapping"
 
@@ -124,6 +125,8 @@ PLANS = {
     "kvkernels/reference/prepared": _reference("prepared"),
     "kvkernels/registration": [Step(PYTHON, _files("info compile lazy_bits errors modes"))],
     "kvkernels/transfer": [Step(PYTHON, (*MOVER, *_files("docs")))],
+    "kvkernels/transfer/remote": [Step(PYTHON, REMOTE), Step(PYTHON, _files("remote_faults"))],
+    "kvkernels/transfer/remote/files": [Step(PYTHON, _files("remote_files"))],
     "kvkernels/triton": [Step(PYTHON, _files("triton triton_interpreter triton_ptx"))],
 }
 
