@@ -64,7 +64,7 @@ def page(found: dict, given: argparse.Namespace) -> str:
         f"`make remote-long`: what `tests/remote_long.py` did in {found['minutes']:.0f} minutes on {found['cpu']}, "
         f"{os.cpu_count()} cores, at a load of {found['load']:.1f}.", "",
         f"## {given.rounds} faults of each transport", "",
-        "Two processes with a pool each move 12 pages of 16 KiB at a time, three transfers at once, through two segments "
+        "Two processes with a pool each move 12 pages of 16 KiB at a time, three transfers at once, through 2 segments "
         "of 64 KiB. At a random moment one of them is killed or stopped; a third of the receivers is slow.", "",
         f"| | {' | '.join(transports)} | what |", f"| --- |{' ---: |' * len(transports)} --- |",
     ]  # fmt: skip

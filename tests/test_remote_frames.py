@@ -96,6 +96,8 @@ def test_a_handshake_ends_in_a_session_of_two_keys():
     assert (server.peer, client.peer) == (ME, Identity("there", 9))
     assert server.session.open(client.session.seal(b"up")) == b"up"
     assert client.session.open(server.session.seal(b"down")) == b"down"
+    with pytest.raises(ProtocolError, match="MAC"):
+        client.session.open(client.session.seal(b"sent back"))
     with pytest.raises(ProtocolError, match="got more"):
         client.receive(b"")
     again = Handshake("client", SECRET, ME), Handshake("server", SECRET, ME)

@@ -23,10 +23,10 @@ import torch
 import xxhash
 from torch import Tensor
 
-from kvkernels.common.arguments import integers
 from kvkernels.layout.cache import KVCache
+from kvkernels.transfer.remote.claims import checked_blocks
 from kvkernels.transfer.remote.errors import ChecksumError, LengthError, PlanError, ProtocolError
-from kvkernels.transfer.remote.messages import MOST_BLOCKS, SUM_BYTES
+from kvkernels.transfer.remote.messages import SUM_BYTES
 from kvkernels.transfer.remote.wire import Conversion, Part, as_cache, check_sums, layout_of_text, pack, parts_of
 
 _MAGIC = b"kvpages\n"
@@ -211,14 +211,7 @@ class FileTier:
         return self._folder / f"{key.hex()}.kv"
 
     def _blocks(self, op: str, block_ids: Tensor | Sequence[int]) -> Tensor:
-        given = block_ids.tolist() if isinstance(block_ids, Tensor) else block_ids
-        ids = integers(f"FileTier.{op}: block_ids", given)
-        if not 1 <= len(ids) <= MOST_BLOCKS:
-            raise ValueError(f"FileTier.{op}: block_ids must be 1 to {MOST_BLOCKS}, got {len(ids)}")
-        wrong = next((one for one in ids if not 0 <= one < self._cache.num_blocks), None)
-        if wrong is not None:
-            raise IndexError(f"FileTier.{op}: block_ids must be below {self._cache.num_blocks}, got {wrong}")
-        return torch.tensor(ids, dtype=torch.int64)
+        return checked_blocks(f"FileTier.{op}", block_ids, self._cache.num_blocks)
 
     def _count(self, what: str) -> None:
         with self._lock:

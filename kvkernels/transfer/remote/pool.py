@@ -9,19 +9,18 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
-import torch
 from torch import Tensor
 
 from kvkernels.common.arguments import integer, integers
 from kvkernels.layout.cache import KVCache
-from kvkernels.transfer.remote.claims import Claims
+from kvkernels.transfer.remote.claims import Claims, checked_blocks
 from kvkernels.transfer.remote.engine import Engine
 from kvkernels.transfer.remote.errors import RemoteError
 from kvkernels.transfer.remote.handle import RemoteTransfer
 from kvkernels.transfer.remote.handshake import Identity
 from kvkernels.transfer.remote.hub import Hub
 from kvkernels.transfer.remote.keys import load_secret
-from kvkernels.transfer.remote.messages import MOST_BLOCKS, Fetch, FetchRefused, short
+from kvkernels.transfer.remote.messages import Fetch, FetchRefused, short
 from kvkernels.transfer.remote.messages import Ring as RingMessage
 from kvkernels.transfer.remote.nixl import NixlTransport
 from kvkernels.transfer.remote.receiver import Port, Receiver, Reservation, bytes_of
@@ -146,7 +145,7 @@ class RemotePool:
             raise ValueError(f"RemotePool: verify must be 'ring' or 'end', got {verify!r}")
         secret = load_secret(secret_file)
         self._allow_fetch = allow_fetch
-        self._settings, self._stats, self._claims = settings, Stats(), Claims()
+        self._settings, self._stats, self._claims = settings, Stats(), Claims(self._cache.num_blocks)
         self._ended: dict[int, RemoteTransfer] = {}
         self._lock = threading.Lock()
         self._requests: set[str] = set()
@@ -347,14 +346,7 @@ class RemotePool:
             raise
 
     def _blocks(self, op: str, block_ids: Blocks) -> Tensor:
-        given = block_ids.tolist() if isinstance(block_ids, Tensor) else block_ids
-        ids = integers(f"{op}: block_ids", given)
-        if not 1 <= len(ids) <= MOST_BLOCKS:
-            raise ValueError(f"{op}: block_ids must be 1 to {MOST_BLOCKS}, got {len(ids)}")
-        wrong = next((one for one in ids if not 0 <= one < self._cache.num_blocks), None)
-        if wrong is not None:
-            raise IndexError(f"{op}: block_ids must be below {self._cache.num_blocks}, got {wrong}")
-        return torch.tensor(ids, dtype=torch.int64)
+        return checked_blocks(op, block_ids, self._cache.num_blocks)
 
     def _reserve(
         self, op: str, request: str, block_ids: Blocks, writers: int, timeout_s: float
