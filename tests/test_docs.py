@@ -18,6 +18,7 @@ import kvkernels.capture
 import kvkernels.memory
 import kvkernels.observe
 import kvkernels.transfer
+import kvkernels.transfer.remote
 import kvkernels_records
 from kvkernels import reference
 from kvkernels.registration import LIBRARY, fake, schemas
@@ -35,6 +36,9 @@ MODULES = sorted(
 def test_examples(name):
     if name.startswith("kvkernels.triton."):
         pytest.importorskip("triton")
+    if name.startswith("kvkernels.transfer.remote"):
+        pytest.importorskip("msgspec")
+        pytest.importorskip("xxhash")
     if name.startswith("kvkernels.connectors.vllm"):
         pytest.importorskip("vllm")
     if name == "kvkernels.connectors.sums":
@@ -69,6 +73,7 @@ PAGES = {
     "docs/mover.md": 1,
     "docs/observe.md": 2,
     "docs/paths.md": 1,
+    "docs/remote.md": 3,
     "docs/tune.md": 1,
 }
 #: A line of a page's code and the error that the comment under it promises.
@@ -159,7 +164,15 @@ def test_conversions_have_the_defaults_of_the_ops(name):
 
 @pytest.mark.parametrize(
     "module",
-    [kvkernels, kvkernels.layout, kvkernels.memory, kvkernels.transfer, kvkernels.capture, kvkernels.observe],
+    [
+        kvkernels,
+        kvkernels.capture,
+        kvkernels.layout,
+        kvkernels.memory,
+        kvkernels.observe,
+        kvkernels.transfer,
+        kvkernels.transfer.remote,
+    ],
     ids=lambda module: module.__name__,
 )
 def test_everything_public_has_a_docstring(module):

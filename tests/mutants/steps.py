@@ -53,6 +53,7 @@ ON_A_DEVICE = _on_torch(
 )
 OPS = "errors explain refusals gather_scatter swap_blocks copy_pages concat batch prepared autograd info"
 REFERENCE = "reference errors refusals copy_pages gather_scatter swap_blocks batch concat explain prepared"
+REMOTE = _files("remote_states remote_frames remote remote_files")
 MOVER = _files("mover mover_ends mover_order mover_random mover_metrics mover_processes")
 LAYOUTS = (
     "layout layout_parts plan convert slots canonical canonical_orders copy_groups page_mapping parallel "
@@ -153,6 +154,8 @@ PLANS = {
     "kvkernels_records/access": [Step(PYTHON, _files("observe_access cli"))],
     "kvkernels_records/grid": [Step(PYTHON, _files("observe_access"))],
     "kvkernels_records/known": [Step(PYTHON, _files("observe_access"))],
+    "kvkernels/transfer/remote": [Step(PYTHON, REMOTE), Step(PYTHON, _files("remote_faults"))],
+    "kvkernels/transfer/remote/files": [Step(PYTHON, _files("remote_files"))],
     "kvkernels/triton": [Step(PYTHON, _files("triton triton_interpreter triton_ptx"))],
 }
 
