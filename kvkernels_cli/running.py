@@ -32,7 +32,7 @@ def run(command: click.Command, name: str, arguments: Sequence[str] | None = Non
         return status if isinstance(status, int) else 0
     except click.ClickException as error:
         error.show()
-        return error.exit_code
+        return int(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         return 130
     except BrokenPipeError:
