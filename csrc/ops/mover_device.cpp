@@ -8,19 +8,18 @@
 #include <stdexcept>
 #include <utility>
 
+#include "core/chunks.h"
 #include "cuda/mover_streams.h"
 #include "ops/cuda_site.h"
 #include "ops/executors/room.h"
 #include "ops/held.h"
 #include "ops/named_errors.h"
 #include "ops/path.h"
-#include "transfer/cut_work.h"
 
 namespace kvkernels {
 namespace {
 
 using transfer::Access;
-using transfer::CutWork;
 using transfer::Handed;
 using transfer::Item;
 using transfer::Kind;
@@ -89,11 +88,11 @@ class ChunkMark : public Mark {
 // One op's copy.
 struct Part {
   Job job;
-  CutWork cut;
+  WorkChunks chunks;
   int64_t first_chunk;
 
   Part(Job whole, int64_t chunk_bytes, int64_t first)
-      : job(std::move(whole)), cut(job.work, chunk_bytes), first_chunk(first) {
+      : job(std::move(whole)), chunks(job.work, chunk_bytes), first_chunk(first) {
     if (job.work.direction == Direction::kHostToDevice) job.host_tensors = job.held.src->tensors();
     if (job.work.direction == Direction::kDeviceToHost) job.host_tensors = job.held.dst->tensors();
   }
@@ -110,8 +109,8 @@ struct Part {
     chunk.peer = job.peer;
     chunk.host_tensors = job.host_tensors;
     chunk.any_ids = job.any_ids;
-    if (cut.keeps_moves()) chunk.device_moves = job.device_moves;
-    chunk.work = cut.chunk(job.work, index - first_chunk);
+    if (chunks.keeps_moves()) chunk.device_moves = job.device_moves;
+    chunk.work = chunks.chunk(job.work, index - first_chunk);
     return chunk;
   }
 };
@@ -189,7 +188,7 @@ class DeviceParts : public transfer::DevicePayload {
 
   const Part* part_of(int64_t chunk) const {
     const auto found = std::find_if(parts.begin(), parts.end(), [chunk](const auto& part) {
-      return chunk >= part->first_chunk && chunk - part->first_chunk < part->cut.count();
+      return chunk >= part->first_chunk && chunk - part->first_chunk < part->chunks.count();
     });
     return found == parts.end() ? nullptr : found->get();
   }
@@ -248,7 +247,7 @@ class CudaMoverDevices : public MoverDevices {
       if (part.job.peer >= 0) devices.insert(part.job.peer);
       if (item->bytes == 0) item->direction = work.direction;
       if (item->bytes == 0) item->executor = part.job.asked == Executor::kAuto ? Executor::kStaged : part.job.asked;
-      chunks += part.cut.count();
+      chunks += part.chunks.count();
       item->bytes += work.bytes;
       if (work.bytes == 0) continue;
       for (const bool is_written : {false, true}) {

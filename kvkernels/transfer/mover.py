@@ -27,23 +27,26 @@ _MOST_LANES = 256
 
 
 class Mover:
-    """Carries out copies beside the model, in order of urgency, and says when each is done.
+    """Carries out copies beside the model, on the host or a device, in order of urgency, and says when each is done.
 
     Parameters
     ----------
     device : torch.device or str, optional
-        Where the tensors are: the CPU.
+        Where the tensors are: the CPU, a CUDA device, or ``"cuda"`` for whichever a job's tensors are on. A device has
+        the pools of one side or of both; those on the host must be pinned.
     lanes : int, optional
-        Cores that copies may use at a time; by default 2, or 1 where the process has but one or two.
+        Cores that copies on the host may use at a time; by default 2, or 1 where the process has but one or two.
     chunk_bytes : int, optional
-        The parts that a large copy is cut into, between which a more urgent one may come.
+        The parts that a large copy is cut into, between which a more urgent one may come: by default 16 MiB, and 8 MiB
+        on a device, where two of a direction are on their way at a time.
 
     Raises
     ------
     ValueError
-        A device that is not the CPU, or numbers that are not positive.
+        A device that is not there, or is neither the CPU nor a CUDA device; numbers that are not positive; ``lanes`` on
+        a device.
     RuntimeError
-        There is no compiled library.
+        There is no compiled library, or none with CUDA code.
 
     Notes
     -----
@@ -56,6 +59,11 @@ class Mover:
     **Threads.** Those that copy are the library's own: they never need the GIL, so that Python may be busy. Those for
     stores have a lower priority for the operating system. A job is checked by the thread that submits it, in the modes
     (``inference_mode``, ``no_grad``) of that thread. All methods are safe to call from several threads.
+
+    **Streams.** On a device a transfer comes after what the caller's current stream was asked for before ``submit``, in
+    streams of the mover's own, one for each direction and priority. ``Transfer.block_stream`` has a stream wait for it.
+    One thread hands chunks over and sees their ends. A stream that is being captured is refused; captures of other
+    streams are left alone. Unverified on hardware.
 
     **Memory.** A transfer keeps its tensors alive until it has ended; mappings and ids are read when it is submitted.
     Sources must stay unwritten and destinations unread by others until then. Versions, for autograd, count the write

@@ -6,13 +6,13 @@
 
 #include "core/lower.h"
 
-namespace kvkernels::transfer {
+namespace kvkernels {
 
 // Pairs are kept whole where all moves of one fit in a chunk; where they do not, moves are taken apart, layer by layer.
 // A single page larger than a chunk is a chunk.
-class CutWork {
+class WorkChunks {
  public:
-  CutWork(const Work& work, int64_t chunk_bytes);
+  WorkChunks(const Work& work, int64_t chunk_bytes);
 
   int64_t count() const { return count_; }
 
@@ -36,4 +36,4 @@ class CutWork {
   int64_t count_ = 0;
 };
 
-}  // namespace kvkernels::transfer
+}  // namespace kvkernels

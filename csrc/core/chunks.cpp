@@ -1,10 +1,10 @@
-#include "transfer/cut_work.h"
+#include "core/chunks.h"
 
 #include <algorithm>
 
-namespace kvkernels::transfer {
+namespace kvkernels {
 
-CutWork::CutWork(const Work& work, int64_t chunk_bytes) {
+WorkChunks::WorkChunks(const Work& work, int64_t chunk_bytes) {
   if (work.bytes == 0) return;
   first_pairs_.reserve(work.segments.size());
   int64_t pairs = 0;
@@ -29,7 +29,7 @@ CutWork::CutWork(const Work& work, int64_t chunk_bytes) {
   }
 }
 
-Work CutWork::chunk(const Work& work, int64_t index) const {
+Work WorkChunks::chunk(const Work& work, int64_t index) const {
   const auto after = std::upper_bound(groups_.begin(), groups_.end(), index,
                                       [](int64_t wanted, const Group& group) { return wanted < group.first_chunk; });
   const Group& group = *std::prev(after);
@@ -57,4 +57,4 @@ Work CutWork::chunk(const Work& work, int64_t index) const {
   return part;
 }
 
-}  // namespace kvkernels::transfer
+}  // namespace kvkernels
