@@ -218,6 +218,10 @@ void transfers_of_threads_end_as_in_order_of_submission() {
       const Report report = queue.report(ticket);
       const auto state = static_cast<State>(report.state);
       ++ended[state];
+      if (report.kind == static_cast<int64_t>(Kind::kDependency)) {
+        const int64_t cause = std::stoll(queue.error(ticket).substr(std::string("transfer ").size()));
+        expect(queue.report(cause).state > static_cast<int64_t>(State::kDone), "it names one that was not done");
+      }
       for (int64_t i = 0; i < one.segment.count; ++i) {
         const int64_t src = one.segment.src + i;
         const int64_t dst = one.segment.dst + i;

@@ -283,7 +283,7 @@ def test_drain_and_poll_and_callbacks(mover):
     with mover.held():
         stuck = mover.submit(swap(*pools[0]))
         assert not mover.drain([pools[0][1]], timeout=0.01) and mover.drain([pools[1][1]], timeout=LONG)
-    assert mover.drain(timeout=LONG) and stuck.done() and set(mover.poll()) <= set(sent)
+    assert mover.drain(timeout=LONG) and stuck.done() and set(mover.poll()) <= {*sent, stuck}
 
 
 @pytest.mark.parametrize("finish", [True, False])
@@ -331,7 +331,7 @@ def test_a_trace_is_of_streams_by_the_devices_time(mover, tmp_path):
     for event in (e for e in events if e["ph"] == "X"):
         assert names[event["tid"]].endswith(event["name"].split()[0])
         result = next(one for one in sent if one.ticket == event["args"]["transfer"]).result()
-        assert event["dur"] / 1e6 == pytest.approx(result.seconds, abs=1e-6) and result.queue_seconds > -1e-3
+        assert event["dur"] / 1e6 == pytest.approx(result.seconds, abs=1e-3) and result.queue_seconds > -1e-3
 
 
 def test_works_under_inference_mode_and_counts_versions(mover):

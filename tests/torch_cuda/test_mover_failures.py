@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,13 @@ def test_every_call_at_every_k(stand_in, direction, executor):
     assert {f for f in never if made[f]} == set()
 
 
+def wait_for_looks(sim: Sim, transfer: Transfer) -> None:
+    """Until the mover's thread has looked some more, or the transfer has ended."""
+    looks, until = sim.calls("cudaEventQuery") + 8, time.monotonic() + LONG
+    while sim.calls("cudaEventQuery") < looks and not transfer.done() and time.monotonic() < until:
+        time.sleep(0.001)
+
+
 def test_a_failure_in_the_middle_leaves_the_rest_unasked_and_the_destination_undefined(stand_in):
     src, dst, far, fresh = host(), device(255), host(255), host()
     with Mover("cuda:0", chunk_bytes=PAGE) as mover:
@@ -137,6 +145,24 @@ def test_a_failure_in_the_middle_leaves_the_rest_unasked_and_the_destination_und
         assert rows["load"]["failed"] >= 1 and mover.drain(timeout=LONG)
 
 
+def test_a_failure_inside_a_chunk_ends_when_what_is_on_its_way_has(stand_in):
+    """Until then its tensors are kept, and whoever writes there next waits."""
+    src, dst, fresh = host(), device(255), host()
+    with Mover("cuda:0") as mover:
+        stand_in.set("batch_refuses", 1)
+        stand_in.set("time_stands_still", 1)
+        with mover.held():
+            stand_in.fail("cudaMemcpyAsync", 4, OUT_OF_MEMORY)
+            torn = mover.submit(swap(src, dst, executor="dma"))
+            overwrites = mover.submit(swap(fresh, dst, executor="dma"))
+        wait_for_looks(stand_in, torn)
+        assert torn.state == "running" and overwrites.state == "queued"
+        stand_in.set("time_stands_still", 0)
+        result = torn.result(LONG)
+        assert str(result.error).endswith("; the destination is undefined") and result.undefined
+        assert overwrites.result(LONG).state == "done" and is_moved(fresh, dst)
+
+
 def test_what_was_handed_over_before_a_failure_was_seen_fails_with_it(stand_in):
     """The mark behind the first says an error once, when the second is on its way already."""
     src, mid, far = host(), device(255), host(255)
@@ -150,6 +176,8 @@ def test_what_was_handed_over_before_a_failure_was_seen_fails_with_it(stand_in):
         stand_in.fail("cudaEventQuery", 1, OUT_OF_MEMORY)
         while stand_in.log("cudaEventQuery") == []:
             pass
+        wait_for_looks(stand_in, first)
+        assert first.state == "running"  # what the call said is not what became of the bytes
         stand_in.set("time_stands_still", 0)
         results = [one.result(LONG) for one in (first, second, third)]
         assert [result.state for result in results] == ["failed", "failed", "done"]

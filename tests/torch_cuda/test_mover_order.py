@@ -84,6 +84,18 @@ def test_expedited_come_before_loads_before_stores_and_else_in_order_of_submissi
     assert frozen.handed_over() == [names[i] for i in (2, 5, 1, 4, 0, 3) for _ in range(3)]
 
 
+def test_each_priority_has_a_stream_of_it_that_blocks_nobody(stand_in, by_page):
+    """The least is that of torch's own streams."""
+    nonblocking, seen = 1, {}
+    for priority in ("expedited", "load", "store"):
+        stand_in.clear_log()
+        by_page.submit(swap(host(), device()), priority=priority).wait(LONG)
+        (made,) = stand_in.log("cudaStreamCreateWithPriority")
+        assert made["flags"] == nonblocking
+        seen[priority] = made["priority"]
+    assert seen == {"expedited": -5, "load": -1, "store": 0}
+
+
 def test_a_blocked_stream_costs_the_host_no_wait_for_bytes(stand_in, by_page):
     """The transfer is handed over whole, behind one that it needs, while nothing at all happens on the device."""
     frozen = Frozen(stand_in, ["expedited", "needed", "stored"])

@@ -6,6 +6,7 @@ Each is a small program in two orders: in the wrong one some seed corrupts data,
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -245,10 +246,11 @@ def test_transfers_that_depend_on_each_other(stand_in, mover):
         for pool, source in clean.items():
             pool.copy_(source)
         torch.cuda.synchronize()
-        mover.submit(swap(first, second), priority="store")
-        mover.submit(swap(second, third), priority="load")
-        last = mover.submit(swap(third, back), priority="store")
-        again = mover.submit(swap(back, second), priority="expedited")
+        with mover.held():
+            mover.submit(swap(first, second), priority="store")
+            mover.submit(swap(second, third), priority="load")
+            last = mover.submit(swap(third, back), priority="store")
+            again = mover.submit(swap(back, second), priority="expedited")
         return again.result(LONG).state == "done" and last.done() and is_all(back, NEW) and is_all(second, NEW)
 
     holds(stand_in, program)
@@ -262,9 +264,55 @@ def test_transfers_that_write_what_another_reads(stand_in, mover):
     def program():
         pool.copy_(old), kept.copy_(source)
         torch.cuda.synchronize()
-        mover.submit(swap(pool, kept), priority="store")
-        loaded = mover.submit(swap(source, pool), priority="expedited")
+        with mover.held():
+            mover.submit(swap(pool, kept), priority="store")
+            loaded = mover.submit(swap(source, pool), priority="expedited")
         return loaded.result(LONG).state == "done" and is_all(kept, OLD) and is_all(pool, NEW)
+
+    holds(stand_in, program)
+
+
+def test_a_transfer_that_is_submitted_when_the_one_before_it_is_on_its_way(stand_in, mover):
+    """Handed over whole, but not ended: it is ordered behind it on the device, in another stream."""
+    source, mid, dst, old = host(NEW), device(OLD), host(OLD), host(OLD)
+
+    def program():
+        mid.copy_(old), dst.copy_(old)
+        torch.cuda.synchronize()
+        stand_in.set("time_stands_still", 1)
+        loaded = mover.submit(swap(source, mid, executor="dma"))
+        loaded.block_stream(torch.cuda.Stream())  # so all of it is with the device
+        stored = mover.submit(swap(mid, dst), priority="store")
+        assert not loaded.done()
+        stand_in.set("time_stands_still", 0)
+        return stored.result(LONG).state == "done" and is_all(dst, NEW)
+
+    holds(stand_in, program)
+
+
+def test_a_transfer_that_becomes_urgent_stays_behind_what_it_waits_for(stand_in, mover):
+    """Its first chunks are in the stream of stores, the others in another: both behind the engine and those before."""
+    src, mid, dst, old = device(OLD), device(OLD), host(OLD), host(OLD)
+    new, compute = host(NEW), torch.cuda.Stream()
+
+    def copies():
+        return stand_in.calls("cuMemcpyBatchAsync") + stand_in.calls("cudaMemcpyAsync")
+
+    def program():
+        for pool in (src, mid, dst):
+            pool.copy_(old)
+        torch.cuda.synchronize()
+        stand_in.set("time_stands_still", 1)
+        filled(src, new, compute)
+        before = copies()
+        with torch.cuda.stream(compute):
+            mover.submit(swap(src, mid, executor="dma"), priority="store")
+            stored = mover.submit(swap(mid, dst, executor="dma"), priority="store")
+        while copies() < before + 2:
+            time.sleep(0.001)
+        stored.block_stream()
+        stand_in.set("time_stands_still", 0)
+        return stored.result(LONG).state == "done" and is_all(dst, NEW)
 
     holds(stand_in, program)
 
