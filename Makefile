@@ -33,7 +33,7 @@ export KVKERNELS_COMPILED = ON
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build wheel swap pages layouts calls memory mover sass test simgpu simgpu-build gpu gpu-dry-run sanitize e2e torches mutants \
+.PHONY: help build wheel docs swap pages layouts calls memory mover sass test simgpu simgpu-build gpu gpu-dry-run sanitize e2e torches mutants \
   lint format audit clean distclean always
 
 help:
@@ -52,6 +52,7 @@ help:
 	@echo "make e2e        vLLM on the CPU offloads its KV cache through kvkernels (ARGS=\"--model my-model/\"; see --help)"
 	@echo "make torches    the op tests with the library as it is built on torch 2.10 to 2.14 (30 GB; ARGS=\"--torch 2.10.0\")"
 	@echo "make mutants    whether the tests notice when the sources are edited (hours; ARGS=\"--count 20\"; see --help)"
+	@echo "make docs       the documentation, in build/docs (ARGS=\"-b dirhtml\" goes to sphinx-build)"
 	@echo "make build      only build"
 	@echo "make wheel      a wheel for this Python in dist, under the manylinux tag that auditwheel gives it"
 	@echo "make lint       ruff, clang-format and mypy"
@@ -97,6 +98,14 @@ wheel: $(VENV)/.requirements-dev
 	rm -rf build/wheel build/lib* build/bdist*
 	$(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir build/wheel .
 	$(BIN)/auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --wheel-dir dist build/wheel/*.whl
+
+$(VENV)/.requirements-docs: docs/requirements.txt $(VENV)/.requirements
+	$(BIN)/python -m pip install -r $<
+	@touch $@
+
+docs: build $(VENV)/.requirements-docs
+	$(BIN)/python -m sphinx -W --keep-going -q $(ARGS) docs build/docs
+	@echo "build/docs/index.html"
 
 sass: build
 	$(BIN)/python benchmarks/sass.py

@@ -7,6 +7,7 @@ import importlib.util
 import inspect
 import pkgutil
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ import kvkernels.transfer
 from kvkernels import reference
 from kvkernels.registration import LIBRARY, fake, schemas
 
+ROOT = Path(__file__).resolve().parents[1]
 MODULES = sorted(
     found.name
     for found in pkgutil.walk_packages(kvkernels.__path__, "kvkernels.")
@@ -49,24 +51,60 @@ def test_each_op_says(op, word):
     assert word in getattr(kvkernels, op).__doc__
 
 
-@pytest.mark.parametrize("name,count", [("layouts", 3), ("memory", 10)])
-def test_the_code_of_a_page_runs(name, count):
-    if name == "memory":
+PAGES = {"README.md": 5, **{f"docs/{name}.md": count for name, count in (
+    ("index", 1), ("layouts", 3), ("memory", 10), ("mover", 1), ("paths", 1),
+)}}  # fmt: skip
+#: A line of a page's code and the error that the comment under it promises.
+RAISES = re.compile(r"^(\S.*)\n# (\w+Error): (.*)\n", re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_the_code_of_a_page_runs(name):
+    if name in ("README.md", "docs/memory.md"):
         pytest.importorskip("xxhash")
         pytest.importorskip("blake3")
-    page = (Path(__file__).resolve().parents[1] / "docs" / f"{name}.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    assert len(blocks) == count
-    exec("\n".join(blocks), {})
+    if name in ("README.md", "docs/mover.md", "docs/paths.md") and not LIBRARY.compiled:
+        pytest.skip("movers and the cpu executor need the compiled library")
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.DOTALL)
+    assert len(blocks) == PAGES[name]
+    names: dict[str, object] = {}
+    for block in blocks:
+        while promised := RAISES.search(block):
+            exec(block[: promised.start()], names)
+            with pytest.raises(Exception) as raised:
+                exec(promised[1], names)
+            assert (raised.typename, str(raised.value)) == (promised[2], promised[3])
+            block = block[promised.end() :]
+        exec(block, names)
 
 
-def test_the_code_of_the_movers_page_runs():
-    if not LIBRARY.compiled:
-        pytest.skip("movers need the compiled library")
-    page = (Path(__file__).resolve().parents[1] / "docs" / "mover.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    assert len(blocks) == 1
-    exec(blocks[0], {})
+def links_into_the_repository(docname, text):
+    """As docs/conf.py has it, which is loaded as Sphinx does."""
+    return runpy.run_path(str(ROOT / "docs" / "conf.py"))["links_into_the_repository"](docname, text)
+
+
+def test_links_of_the_documentation_to_other_folders_are_the_repositorys():
+    text = "[a](../csrc/core) [b](paths.md#x) ![c](../benchmarks/results/pages.png) [d](https://e.org/../f) [g](#h)"
+    linked = links_into_the_repository("index", text)
+    assert re.fullmatch(r"\[a\]\(https://\S+/csrc/core\) (.*)", linked)[1] == text.split(" ", 1)[1]
+    assert "/README.md#ops)" in links_into_the_repository("api/index", "[a](../../README.md#ops)")
+    with pytest.raises(FileNotFoundError, match="links to csrc/gone, which is not there"):
+        links_into_the_repository("index", "[a](../csrc/gone)")
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_links_of_the_repositorys_pages_are_there(name):
+    text = (ROOT / name).read_text()
+    anchors = {re.sub(r"[^\w -]", "", line.lstrip("# ")).lower().replace(" ", "-")
+               for line in text.splitlines() if line.startswith("#")}  # fmt: skip
+    for path, anchor in re.findall(r"\]\(([^)\s#]*)(?:#([^)]*))?\)", text):
+        if "://" not in path:
+            assert (ROOT / path).exists(), path
+            assert path or anchor in anchors, anchor
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) < 250
 
 
 @pytest.mark.parametrize("function", ["convert_blocks", "copy_slots", "copy_groups"])
