@@ -60,14 +60,17 @@ LAYOUTS = (
     "parallel_states gallery"
 )
 RECORDS = _files("capture_records capture_files check_kv capture_server cli")
+MOVER_ON_A_DEVICE = _on_torch("mover mover_order mover_races mover_failures mover_random")
 
 PLANS = {
     "csrc/core": [Step(CPU, CALLS), HOST, CORE],
     "csrc/core/cuda_driver": [HOST, CORE],
     "csrc/core/gpu_policy": [HOST, CORE],
+    "csrc/core/chunks": [CORE, Step(STAND_IN, MOVER_ON_A_DEVICE)],
     "csrc/core/staged": [HOST, CORE],
     "csrc/cpu": [Step(CPU, CALLS), Step(CPU, (*CORE.tests, *_files("streaming policy_cpu")))],
     "csrc/cuda/peer": [Step(STAND_IN, _on_torch("peers devices"))],
+    "csrc/cuda/mover_streams": [Step(STAND_IN, MOVER_ON_A_DEVICE)],
     "csrc/cuda": [HOST, Step(SIMGPU, _files("cuda_time ptx_bulk ptx_kernels"))],
     "csrc/ops": _ops("errors refusals"),
     "csrc/ops/address_facts": [Step(STAND_IN, _on_torch("addresses old_driver devices") + _files("batch"))],
@@ -88,10 +91,12 @@ PLANS = {
     "csrc/ops/held": _ops("prepared mover"),
     "csrc/ops/mover": [Step(CPU, MOVER)],
     "csrc/ops/policy_ops": _ops("policy policy_cpu"),
+    "csrc/ops/mover_device": [Step(STAND_IN, MOVER_ON_A_DEVICE)],
     "csrc/ops/prepared": _ops("prepared"),
     "csrc/ops/swap": _ops("swap_blocks"),
     "csrc/ops/triton_table": [Step(STAND_IN, _on_torch("triton link_executors"))],
-    "csrc/transfer": [Step(CPU, (*MOVER, *CORE.tests))],
+    "csrc/transfer": [Step(CPU, (*MOVER, *CORE.tests)), Step(STAND_IN, MOVER_ON_A_DEVICE)],
+    "csrc/transfer/dispatch": [Step(STAND_IN, MOVER_ON_A_DEVICE), CORE],
     "kvkernels": [Step(PYTHON, _files("info docs explain names"))],
     "kvkernels/capture": [Step(PYTHON, _files("capture_packing capture_requests"))],
     "kvkernels/common": [Step(PYTHON, _files("integers errors autograd info modes lazy_bits compile"))],
