@@ -10,6 +10,7 @@ import copy
 from typing import Any
 
 from kvkernels.connectors.groups import choose_groups
+from kvkernels.connectors.vllm_capture import CaptureRequests, CaptureWriter
 from kvkernels.connectors.vllm_sides import SchedulerSide, WorkerSide
 from kvkernels.connectors.vllm_spec import KVKernelsOffloadingSpec
 from kvkernels.connectors.vllm_version import (
@@ -29,8 +30,10 @@ class KVKernelsConnector(OffloadingConnector):
     A load that fails costs its request the cached prefix: it is computed anew, or fails, by vLLM's
     ``kv_load_failure_policy``. Its chunks leave the pool, and so do those of a store that failed.
 
-    ``kv_connector_extra_config`` has what ``KVKernelsOffloadingSpec`` says, and ``attention_group``: the KV cache group
-    that is attention, where the model leaves that open.
+    ``kv_connector_extra_config`` has what ``KVKernelsOffloadingSpec`` says, and
+
+    - ``attention_group``: the KV cache group that is attention, where the model leaves that open;
+    - ``capture_dir``: the folder for captures that requests ask for; without it there are none.
     """
 
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
@@ -44,12 +47,38 @@ class KVKernelsConnector(OffloadingConnector):
         choice = choose_groups(groups, config.extra_config.get("attention_group"))
         spec.chained = tuple(group_ids[group] for group in choice.chained)
         spec.states = choice.states
+        ranks = vllm_config.parallel_config.world_size
+        self._captures = CaptureRequests(config.extra_config.get("capture_dir"), ranks)
+        self._capture_writer = CaptureWriter(vllm_config, kv_cache_config)
         self.connector_scheduler: SchedulerSide | None = None
         self.connector_worker: WorkerSide | None = None
         if role == KVConnectorRole.SCHEDULER:
             self.connector_scheduler = SchedulerSide(spec, vllm_config, kv_cache_config)
         else:
             self.connector_worker = WorkerSide(spec, vllm_config, kv_cache_config)
+
+    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> Any:
+        self._captures.on_matched(request, num_computed_tokens)
+        return super().get_num_new_matched_tokens(request, num_computed_tokens)
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> Any:
+        self._captures.on_allocated(request, num_external_tokens)
+        return super().update_state_after_alloc(request, blocks, num_external_tokens)
+
+    def request_finished_all_groups(self, request: Any, block_ids: Any) -> Any:
+        keeps_blocks, said = super().request_finished_all_groups(request, block_ids)
+        captured = self._captures.on_finished(request, block_ids)
+        return keeps_blocks, said if captured is None else {**(said or {}), **captured}
+
+    def build_connector_meta(self, scheduler_output: Any) -> Any:
+        meta = super().build_connector_meta(scheduler_output)
+        meta.kvkernels_captures = self._captures.take()
+        return meta
+
+    def handle_preemptions(self, kv_connector_metadata: Any) -> None:
+        # The step's first call, before anything writes to blocks that were given back.
+        self._capture_writer.write(getattr(kv_connector_metadata, "kvkernels_captures", ()))
+        super().handle_preemptions(kv_connector_metadata)
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
         return self._worker_side.get_transfer_results()

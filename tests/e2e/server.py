@@ -10,10 +10,17 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from pathlib import Path
 from typing import Any
+
+from capture import compare_with_forward
+from kvkernels_records import CaptureConfig, save_capture
+from kvkernels_records.check import Limits, compare
+from kvkernels_records.server import CaptureServerError, capture_from_server
+from kvkernels_records.sources import open_source
 
 CHATS = 50
 START_SECONDS = 600
@@ -21,6 +28,11 @@ TEMPLATE = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
 
 
 def run(model: Path) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as name:
+        return run_with(model, Path(name).resolve())
+
+
+def run_with(model: Path, captures: Path) -> dict[str, Any]:
     findings: list[str] = []
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -28,7 +40,7 @@ def run(model: Path) -> dict[str, Any]:
     transfer = {
         "kv_connector": "KVKernelsConnector", "kv_connector_module_path": "kvkernels.connectors.vllm",
         "kv_role": "kv_both", "kv_load_failure_policy": "recompute",
-        "kv_connector_extra_config": {"cpu_bytes_to_use": 1 << 26, "verify": True},
+        "kv_connector_extra_config": {"cpu_bytes_to_use": 1 << 26, "verify": True, "capture_dir": str(captures)},
     }  # fmt: skip
     command = [
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model.resolve()),
@@ -41,6 +53,7 @@ def run(model: Path) -> dict[str, Any]:
     try:
         base = f"http://127.0.0.1:{port}"
         wait_until_ready(base, server)
+        findings += captured(base, captures, model)
         first = asyncio.run(chats(base, CHATS))
         second = asyncio.run(chats(base, CHATS))
         wrong = [i for i, (a, b) in enumerate(zip(first, second, strict=True)) if a != b or not a]
@@ -64,6 +77,31 @@ def run(model: Path) -> dict[str, Any]:
         server.kill()
         server.wait()
     return {"findings": findings, "hits": hits}
+
+
+def captured(base: str, captures: Path, model: Path) -> list[str]:
+    """A capture by URL holds what a plain forward of the weights computes, and says where two prompts part."""
+    prompt = [f"w{i * 7 % 500 + 3}" for i in range(150)]
+    other = [*prompt[:96], "w400", *prompt[97:]]
+    config = CaptureConfig(base, " ".join(prompt), "unused")
+    first = capture_from_server(config)
+    second = capture_from_server(CaptureConfig(base, " ".join(other), "unused"))
+    findings = compare_with_forward(model, first)
+    paths = [save_capture(result, captures / name) for result, name in ((first, "a"), (second, "b"))]
+    report = compare(open_source(paths[:1]), open_source(paths[1:]), Limits())
+    if report.first is None or (report.first["layer"], report.first["token"]) != (0, 96):
+        findings.append(f"capture: the prompts part at {report.first}")
+    for wrong, text in (
+        ({"layers": [9]}, "layers must be of 0 to 3"),
+        ({"capture_points": ["after_transfer"]}, "nothing"),
+    ):
+        try:
+            capture_from_server(CaptureConfig(base, "w3 w4", "unused", **wrong))
+            findings.append(f"capture: {wrong} was not refused")
+        except CaptureServerError as refusal:
+            if text not in str(refusal):
+                findings.append(f"capture: {refusal}")
+    return findings
 
 
 def wait_until_ready(base: str, server: subprocess.Popen[bytes]) -> None:

@@ -33,7 +33,8 @@ PROMISES = {
 
 @dataclass
 class Case:
-    kind: str  # "roundtrip", "stress", "failures", "promise", "policies", "server", "ranks", "readme" or "canonical"
+    # "roundtrip", "stress", "failures", "promise", "policies", "server", "ranks", "capture", "readme" or "canonical"
+    kind: str
     model: str = ""  # a tiny model's name, or a folder
     spec: str | None = None
     blocks_per_chunk: int = 1
@@ -107,7 +108,9 @@ def default_cases(version: str) -> list[Case]:
     trips += [Case("roundtrip", "gemma3", spec, 2)]
     seeded = [Case("roundtrip", "llama-bf16", connector, 3, defect) for defect in BY_NAME]
     seeded += [Case("stress", STRESS_MODEL, connector, 2, defect) for defect in STRESS_DEFECTS]
-    return [Case("readme"), Case("canonical"), Case("sides"), *stress, *trips, *failure_cases(version), *seeded]
+    captures = [Case("capture", model, connector) for model in TINY_MODELS]
+    plain = [Case("readme"), Case("canonical"), Case("sides"), *captures]
+    return [*plain, *stress, *trips, *failure_cases(version), *seeded]
 
 
 def long_cases(version: str) -> list[Case]:
