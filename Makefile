@@ -36,7 +36,7 @@ export KVKERNELS_COMPILED = ON
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build wheel docs swap pages layouts calls memory mover sass test simgpu simgpu-build gpu gpu-dry-run sanitize \
+.PHONY: help build wheel docs swap pages layouts calls memory mover remote remote-long sass test simgpu simgpu-build gpu gpu-dry-run sanitize \
   e2e e2e-0.33 e2e-long torches mutants lint format audit clean distclean always
 
 help:
@@ -46,6 +46,8 @@ help:
 	@echo "make calls      what a call costs before a byte moves, as in benchmarks/results"
 	@echo "make memory     what the books of host memory cost, as in benchmarks/results"
 	@echo "make mover      what the mover costs and moves, as in benchmarks/results"
+	@echo "make remote     bytes a second to another process, by page size, as in benchmarks/results"
+	@echo "make remote-long  200 peers killed and stopped, 10,000 false frames (ARGS=\"--rounds 20\")"
 	@echo "make sass       what the CUDA kernels' machine code looks like (needs cuobjdump)"
 	@echo "make test       build and run all tests (ARGS=\"-k gather\" goes to pytest)"
 	@echo "make simgpu     the GPU tests without a GPU: torch's CUDA build on a stand-in for CUDA (needs nvcc; 5 GB)"
@@ -129,6 +131,13 @@ memory: build $(VENV)/.requirements-dev
 
 mover: build
 	$(BIN)/python benchmarks/mover.py $(ARGS)
+
+remote: build $(VENV)/.requirements-dev
+	$(BIN)/python benchmarks/remote.py $(ARGS)
+
+# 200 kills and stops of each transport and 10,000 frames of each kind, which the tests do 20 and 400 of. Minutes.
+remote-long: build $(VENV)/.requirements-dev
+	$(BIN)/python tests/remote_long.py $(ARGS)
 
 layouts: build
 	$(BIN)/python benchmarks/layouts.py $(ARGS)
