@@ -12,6 +12,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 # vLLM pins its own torch, numpy and some eighty others.
 ENGINE := .venv-vllm
+# A later vLLM, which has no CPU build: its Python files over the older one's compiled ones.
+LATER_VLLM := 0.33.0
+LATER := .venv-vllm-0.33
 # An environment for each other torch and Python.
 TORCHES := .venv-torches
 # torch's CUDA build, for the stand-in for CUDA.
@@ -33,8 +36,8 @@ export KVKERNELS_COMPILED = ON
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build wheel docs swap pages layouts calls memory mover remote remote-long sass test simgpu simgpu-build gpu gpu-dry-run sanitize e2e torches mutants \
-  lint format audit clean distclean always
+.PHONY: help build wheel docs swap pages layouts calls memory mover remote remote-long sass test simgpu simgpu-build gpu gpu-dry-run sanitize \
+  e2e e2e-0.33 e2e-long torches mutants lint format audit clean distclean always
 
 help:
 	@echo "make swap       build, check every byte and time the copies (ARGS=\"--model qwen3-32b\"; see --help)"
@@ -52,6 +55,8 @@ help:
 	@echo "make gpu-dry-run  every line of that on the stand-in, very small"
 	@echo "make sanitize   small copies by every CUDA kernel under compute-sanitizer (needs a GPU; reports in build/sanitizer)"
 	@echo "make e2e        vLLM on the CPU offloads its KV cache through kvkernels (ARGS=\"--model my-model/\"; see --help)"
+	@echo "make e2e-0.33   the same with a later vLLM"
+	@echo "make e2e-long   two ranks, and vLLM's HTTP server with fifty chats at once, on both"
 	@echo "make torches    the op tests with the library as it is built on torch 2.10 to 2.14 (30 GB; ARGS=\"--torch 2.10.0\")"
 	@echo "make mutants    whether the tests notice when the sources are edited (hours; ARGS=\"--count 20\"; see --help)"
 	@echo "make docs       the documentation, in build/docs (ARGS=\"-b dirhtml\" goes to sphinx-build)"
@@ -190,9 +195,21 @@ $(ENGINE)/.requirements: examples/vllm_offload/requirements.txt
 	$(ENGINE)/bin/python -m pip install --no-deps -r $<
 	@touch $@
 
+$(LATER)/.requirements: tests/e2e/overlay.py $(ENGINE)/.requirements
+	$(ENGINE)/bin/python $< $(ENGINE) $(LATER) $(LATER_VLLM)
+	@touch $@
+
 # The library loads there as it is: it knows torch only through its stable ABI.
 e2e: build $(ENGINE)/.requirements
 	$(ENGINE)/bin/python tests/e2e/run.py $(ARGS)
+
+e2e-0.33: build $(LATER)/.requirements
+	$(LATER)/bin/python tests/e2e/run.py $(ARGS)
+
+# Engines of several processes, one after the other, on both.
+e2e-long: build $(ENGINE)/.requirements $(LATER)/.requirements
+	$(ENGINE)/bin/python tests/e2e/run.py --long --jobs 1 $(ARGS)
+	$(LATER)/bin/python tests/e2e/run.py --long --jobs 1 $(ARGS)
 
 torches: build
 	$(BIN)/python tests/torches/run.py $(ARGS)
@@ -221,4 +238,4 @@ clean:
 	rm -rf build dist *.egg-info kvkernels/*.so kvkernels/_build.json $(VENV)/.built
 
 distclean: clean
-	rm -rf $(VENV) $(STAND_IN) $(ENGINE) $(TORCHES)
+	rm -rf $(VENV) $(STAND_IN) $(ENGINE) $(LATER) $(TORCHES)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from setuptools import Extension, __version__, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 # Without isolation the environment's own is used, however old, and reads pyproject.toml with errors a page long. One
 # that does not know its version says 0.
@@ -26,6 +27,9 @@ if 0 < int(__version__.partition(".")[0]) < 77:
 
 ROOT = Path(__file__).resolve().parent
 LIBRARIES = ("libkvkernels_ops.so", f"_host{sysconfig.get_config_var('EXT_SUFFIX')}")
+
+# What `kvkernels bench` runs, which is benchmarks/swap.py: a clone has it there, a wheel in the commands' package.
+BENCHMARK = [f"{name}.py" for name in ("swap", "contest", "geometry", "harness", "machine", "models", "plot", "verify")]
 
 # The end of every refusal to build.
 WAYS = """\
@@ -89,6 +93,19 @@ def missing(torch: str, path: str) -> list[str]:
     return [problem for problem, there in found.items() if not there]
 
 
+class PyBuild(build_py):
+    """Packs the benchmark beside the modules."""
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:
+            return
+        target = Path(self.build_lib) / "kvkernels_cli" / "benchmarks"
+        target.mkdir(parents=True, exist_ok=True)
+        for name in BENCHMARK:
+            shutil.copy(ROOT / "benchmarks" / name, target)
+
+
 class CMakeBuild(build_ext):
     """Builds both artifacts with CMake and ninja and installs them beside the package's modules."""
 
@@ -131,4 +148,4 @@ class CMakeBuild(build_ext):
         return []
 
 
-setup(ext_modules=[Extension("kvkernels._host", [])], cmdclass={"build_ext": CMakeBuild})
+setup(ext_modules=[Extension("kvkernels._host", [])], cmdclass={"build_ext": CMakeBuild, "build_py": PyBuild})

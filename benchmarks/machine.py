@@ -28,7 +28,7 @@ def cpu_caches() -> dict[str, str]:
 
 def describe(device: torch.device, huge_page_share: float | None) -> dict[str, Any]:
     """What a reader needs to judge the figures; ``huge_page_share`` is the part of the buffers on huge pages."""
-    from kvkernels import _host
+    from kvkernels import _host, policy
 
     described: dict[str, Any] = {
         "device": str(device),
@@ -36,7 +36,7 @@ def describe(device: torch.device, huge_page_share: float | None) -> dict[str, A
         "cores": len(os.sched_getaffinity(0)),
         "caches": cpu_caches(),
         "instruction_set": _host.instruction_set(),
-        "cpu_policy": _host.cpu_policy(),
+        "cpu_policy": policy.cpu.in_force(),
         "transparent_huge_pages": _read("/sys/kernel/mm/transparent_hugepage/enabled"),
         "huge_page_share": huge_page_share,
         "torch": torch.__version__,

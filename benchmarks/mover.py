@@ -2,11 +2,14 @@
 
 Contestants take turns; a figure is the lower quartile of the rounds for times, the upper one for rates, which another
 program beside it moves least. --vllm names vllm/v1/kv_offload/cpu/gpu_worker.py of an unpacked wheel of vLLM, of which
-one function is run: what it builds a transfer's descriptors with.
+one function is run: what it builds a transfer's descriptors with. --lmcache names
+lmcache/v1/platform/torch_ops/mem_alloc.py of one of LMCache, of which another is: what it copies lists of host memory
+with, to which the addresses are given. vLLM's build for the CPU (0.32) has no function that copies blocks.
 """
 
 import argparse
 import ast
+import ctypes
 import json
 import os
 import queue
@@ -16,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,11 +91,23 @@ class PythonWorker:
             done.set()
 
 
-def rates(rounds: int, payload: int) -> list[dict[str, Any]]:
-    """Bytes a second of random pages, against a loop of ``copy_`` in a thread."""
+def function_of(path: Path, name: str) -> Callable[..., Any]:
+    """One function of a file alone."""
+    found = [node for node in ast.parse(path.read_text()).body if getattr(node, "name", "") == name]
+    space: dict[str, Any] = {"np": np, "torch": torch, "ctypes": ctypes}
+    exec(compile(ast.Module(found, []), str(path), "exec"), space)
+    return space[name]
+
+
+LMCACHE = "LMCache"
+
+
+def rates(rounds: int, payload: int, lmcache: Path | None) -> list[dict[str, Any]]:
+    """Bytes a second of random pages, against a loop of ``copy_`` in a thread, and LMCache's function in one."""
     src, dst = harness.HostMemory(payload).flat, harness.HostMemory(payload).flat
     harness.fill_random(src, 1), dst.zero_()
     worker, rows = PythonWorker(), []
+    batched_memcpy = function_of(lmcache, "batched_memcpy") if lmcache else None
     movers = {lanes: Mover(lanes=lanes, chunk_bytes=CHUNK_BYTES) for lanes in (1, 2)}
     for page in PAGES:
         blocks = payload // page
@@ -118,6 +134,10 @@ def rates(rounds: int, payload: int) -> list[dict[str, Any]]:
                 return seconds
 
             contestants[f"copy_, {threads} threads"] = copied
+        if batched_memcpy:
+            lists = [(pool.data_ptr() + mapping[:, side] * page).tolist() for side, pool in enumerate(pools)]
+            call = partial(batched_memcpy, *lists, [page] * blocks)
+            contestants[LMCACHE] = lambda call=call: timed(lambda: worker.submit(call).wait())
         times = in_turns(contestants, rounds)
         bytes_ = blocks * page
         assert torch.equal(pools[1][mapping[:, 1]], pools[0][mapping[:, 0]])
@@ -128,15 +148,6 @@ def rates(rounds: int, payload: int) -> list[dict[str, Any]]:
     return rows
 
 
-def vllm_function(path: Path) -> Callable[..., None]:
-    """``compute_sub_block_ptrs`` of vLLM's file alone."""
-    tree = ast.parse(path.read_text())
-    found = [node for node in tree.body if getattr(node, "name", "") == "compute_sub_block_ptrs"]
-    space: dict[str, Any] = {"np": np, "torch": torch}
-    exec(compile(ast.Module(found, []), str(path), "exec"), space)
-    return space["compute_sub_block_ptrs"]
-
-
 def submits(rounds: int, vllm: Path | None) -> list[dict[str, Any]]:
     """Microseconds of a submit of 160 pools a side, checks included, beside vLLM's building of descriptors.
 
@@ -145,7 +156,7 @@ def submits(rounds: int, vllm: Path | None) -> list[dict[str, Any]]:
     """
     src, dst = ([torch.zeros(2048, 64, dtype=torch.uint8) for _ in range(POOLS)] for _ in range(2))
     copy = kvkernels.prepare(src, dst)
-    pointers = vllm_function(vllm) if vllm else None
+    pointers = function_of(vllm, "compute_sub_block_ptrs") if vllm else None
     rows = []
     with Mover(lanes=1) as mover:
         for blocks in (64, 1000):
@@ -379,9 +390,11 @@ def markdown(found: dict[str, Any]) -> str:
         f"## GB/s of random pages, {found['payload'] // MIB} MiB, against a loop of `copy_` in a thread", "",
     ]  # fmt: skip
     names = [name for name in found["rates"][0] if name != "page"]
-    lines += [f"| page | {' | '.join(names)} | ratio, 1 | ratio, 2 |", f"| --- |{' ---: |' * (len(names) + 2)}"]
+    heads = [*names, "ratio, 1", "ratio, 2", *([f"ratio, {LMCACHE}"] if LMCACHE in names else [])]
+    lines += [f"| page | {' | '.join(heads)} |", f"| --- |{' ---: |' * len(heads)}"]
     for row in found["rates"]:
         ratios = [row[f"{n} lanes"] / row[f"copy_, {n} threads"] for n in (1, 2)]
+        ratios += [row["1 lanes"] / row[LMCACHE]] if LMCACHE in row else []
         cells = [f"{row[name]:.2f}" for name in names] + [f"{one:.2f}" for one in ratios]
         lines.append(f"| {row['page'] // 1024} KiB | {' | '.join(cells)} |")
     lines += ["", "Goals: a ratio of 2 up to 32 KiB, and of 1.4 from 512 KiB on."]
@@ -427,6 +440,7 @@ def main() -> None:
     parser.add_argument("--mib", type=int, default=256, help="payload of the rates")
     parser.add_argument("--store-mib", type=int, default=1024)
     parser.add_argument("--vllm", type=Path)
+    parser.add_argument("--lmcache", type=Path)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -435,7 +449,7 @@ def main() -> None:
         "rounds": options.rounds,
         "payload": options.mib * MIB,
         "store": options.store_mib * MIB,
-        "rates": rates(options.rounds, options.mib * MIB),
+        "rates": rates(options.rounds, options.mib * MIB, options.lmcache),
         "submits": submits(options.rounds, options.vllm),
         "latencies": latencies(options.rounds),
         "chunks": chunk_times(options.rounds),

@@ -1,4 +1,4 @@
-"""The command line: ``python -m kvkernels info``, ``policy`` and ``replay``."""
+"""The command line: ``python -m kvkernels info``, ``policy``, ``tune`` and ``replay``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from kvkernels import policy
 from kvkernels.info import info, info_text
 from kvkernels.memory.replay import command as replay
 from kvkernels.registration import LIBRARY
+from kvkernels.transfer import calibrate
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -20,12 +21,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     show = commands.add_parser("info", help="which executors serve which op here, and why")
     show.add_argument("--json", action="store_true", help="print JSON")
-    table = commands.add_parser("policy", help="the table by which auto goes on a GPU, as JSON for KVKERNELS_POLICY")
+    table = commands.add_parser("policy", help="the tables that calls go by, as JSON for KVKERNELS_POLICY")
     table.add_argument("--default", action="store_true", help="the one that is compiled in")
+    calibrate.add_arguments(commands.add_parser("tune", help="measure this machine, and write what serves best here"))
     replay.add_arguments(commands.add_parser("replay", help="what eviction policies would have hit on a trace"))
     options = parser.parse_args(arguments)
     if options.command == "replay":
         return replay.run(options)
+    if options.command == "tune":
+        return calibrate.run(options)
     if options.command == "policy":
         return _print_policy(policy.default() if options.default else policy.in_force())
     found = info()

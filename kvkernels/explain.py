@@ -49,6 +49,8 @@ class Explanation:
         Threads of the ``cpu`` executor.
     streaming : bool
         Whether its stores bypass the caches.
+    table : str
+        Where what decides on such calls came from: compiled in, a file, and where and when that was measured.
     device : dict
         What only the executors on a device say.
     """
@@ -65,6 +67,7 @@ class Explanation:
     moves: int
     lanes: int = 1
     streaming: bool = False
+    table: str = ""
     device: Mapping[str, Any] = field(default_factory=dict)
 
 

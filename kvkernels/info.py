@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import platform
@@ -31,7 +30,9 @@ def info() -> dict[str, Any]:
         Only what JSON has. ``compiled`` and ``why`` say whether the compiled library is loaded; ``ops`` has, for each
         op and each combination of devices, the ``executors`` that can serve it, the one that ``auto`` takes, and why.
         ``cuda`` has the ``policy`` by which ``auto`` goes on a GPU: its ``source``, its ``rows``, whose meaning
-        ``kvkernels.policy`` has, and ``kernel_below_bytes``, the variable of that name where it is set.
+        ``kvkernels.policy`` has, ``refused``, why a file in the cache directory does not serve, and
+        ``kernel_below_bytes``, the variable of that name where it is set. The ``policy`` of ``cpu`` has the numbers by
+        which copies on the host go, and ``table``, which says where they are from.
 
     Notes
     -----
@@ -46,13 +47,14 @@ def info() -> dict[str, Any]:
     available = torch.cuda.is_available()  # loads the driver, which the library then asks for its version
     build = {**build_record(), **json.loads(ask(torch.ops.kvkernels._build_info))}
     architectures = [a for a in str(build.get("architectures", "")).split(",") if a]
+    in_force = policy.in_force()
     cuda = {
         "built": bool(build.get("cuda")),
         "version": build.get("cuda_version") or None,
         "architectures": architectures,
         "available": available,
         "driver_refusal": build.get("driver_refusal") or None,
-        "policy": {**policy.in_force(), "kernel_below_bytes": os.environ.get("KVKERNELS_KERNEL_BELOW_BYTES")},
+        "policy": {**in_force, "kernel_below_bytes": os.environ.get("KVKERNELS_KERNEL_BELOW_BYTES")},
     }
     return {
         "version": __version__,
@@ -70,19 +72,12 @@ def info() -> dict[str, Any]:
 
 
 def _cpu(build: Mapping[str, Any]) -> dict[str, Any]:
-    found = {
+    return {
         "instruction_set": build.get("instruction_set"),
         "tuning": build.get("tuning"),
         "torch_threads": torch.get_num_threads(),
-        "policy": None,
+        "policy": policy.cpu.in_force() or None,
     }
-    try:
-        host = importlib.import_module("kvkernels._host")
-        found["instruction_set"] = host.instruction_set()
-        found["policy"] = host.cpu_policy()
-    except ImportError as error:
-        found["why_no_policy"] = str(error)
-    return found
 
 
 def _service(op: str, place: str, cuda: Mapping[str, Any]) -> dict[str, Any]:
@@ -161,8 +156,10 @@ def info_text(found: Mapping[str, Any]) -> str:
         f"cuda:     {code}; torch finds {'a' if cuda['available'] else 'no'} CUDA device",
         *([f"driver:   {cuda['driver_refusal']}"] if cuda["driver_refusal"] else []),
         f"policy:   {cuda['policy']['source']}, {len(cuda['policy']['rows'])} rows{below}",
+        *([f"refused:  {cuda['policy']['refused']}"] if cuda["policy"]["refused"] else []),
         f"cpu:      {cpu['instruction_set'] or 'torch decides'}, tuned for: {cpu['tuning'] or 'nothing'}, "
         f"{cpu['torch_threads']} threads",
+        *([f"table:    {cpu['policy']['table']}"] if cpu["policy"] else []),
         "",
     ]
     for op, places in found["ops"].items():

@@ -298,13 +298,22 @@ def test_mover_writes_its_tables_and_its_picture(tmp_path):
         "def compute_sub_block_ptrs(block_ids, blocks_per_chunk, output, tensor, skip_count=0):\n"
         "    output[:] = tensor.data_ptr() + block_ids.astype(np.uint64) * tensor.stride(0)\n"
     )
+    lmcache = tmp_path / "mem_alloc.py"
+    lmcache.write_text(
+        "import not_there\n\n"
+        "def batched_memcpy(src_ptrs, dst_ptrs, sizes):\n"
+        "    for src, dst, size in zip(src_ptrs, dst_ptrs, sizes):\n"
+        "        ctypes.memmove(dst, src, size)\n"
+    )
     done = run_script(
-        "mover.py", "--rounds", 1, "--mib", 8, "--store-mib", 64, "--vllm", vllm, "--out", tmp_path / "out",
+        "mover.py", "--rounds", 1, "--mib", 8, "--store-mib", 64, "--vllm", vllm, "--lmcache", lmcache,
+        "--out", tmp_path / "out",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "out" / "mover.json").read_text())
     assert [row["page"] for row in found["rates"]] == [4096, 16384, 32768, 131072, 524288, 2097152]
-    assert all(rate > 0 for row in found["rates"] for rate in row.values())
+    assert all(rate > 0 for row in found["rates"] for rate in row.values()) and "LMCache" in found["rates"][0]
+    assert " | ratio, LMCache |\n" in done.stdout
     assert [row["blocks"] for row in found["submits"]] == [64, 1000] and found["submits"][0]["vLLM"] > 0
     assert found["waits"]["chunk_ms"] > 0 and found["matmul"]["store_gb_s"] > 0
     assert "| 4 KiB |" in done.stdout and (tmp_path / "out" / "mover.md").read_text() in done.stdout

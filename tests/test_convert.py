@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
-from layout_cases import Side, Spelled, expected, random_mapping, random_sides, shard_heads, write_out
+from layout_cases import Part, Rank, Side, expected, random_mapping, random_sides, shard_heads, side_of
 
 import kvkernels
 from kvkernels import KVCache, KVLayout, compile_plan, convert_blocks
+
+#: Pairs of layouts; KVKERNELS_EXAMPLES=10 makes them 5,000.
+PAIRS = max(20, round(500 * float(os.environ.get("KVKERNELS_EXAMPLES", "1"))))
 
 
 def _caches(side: Side) -> list[KVCache]:
@@ -21,32 +25,63 @@ def _bytes(side: Side) -> list[list[bytes]]:
     return [[bytes(tensor.tolist()) for tensor in tensors] for tensors in side.tensors]
 
 
-def _convert_and_compare(rng, executors: tuple[str, ...]) -> str:
-    """What the pair was, for the count of what was seen."""
+def _convert_and_compare(rng, executors: tuple[str, ...]) -> None:
     src, dst = random_sides(rng)
     mapping = random_mapping(rng, src, dst)
-    layer = int(rng.integers(src.layouts[0].L)) if rng.integers(4) == 0 else None
-    wanted, source, poison = expected(src, dst, mapping, layer), _bytes(src), _bytes(dst)
+    total_layers = src.ranks[0].parts[0].totals[0]
+    layer = int(rng.integers(total_layers)) if rng.integers(4) == 0 else None
+    wanted, complete = expected(src, dst, mapping, layer)
+    source, poison = _bytes(src), _bytes(dst)
     ids = torch.tensor(mapping, dtype=torch.int64).reshape(-1, 2)
+    caches, out = _caches(src), _caches(dst)
+    text = lambda: f"{src.layouts} to {dst.layouts} with {mapping}, layer {layer}"  # noqa: E731
+    if not complete:
+        with pytest.raises(ValueError, match=r"compile_plan: the sources lack \w+ that the destination has"):
+            convert_blocks(caches, out, ids, layer=layer)
+        assert _bytes(dst) == poison, text()
     for executor in executors:
         for tensors, values in zip(dst.tensors, poison, strict=True):
             for tensor, value in zip(tensors, values, strict=True):
                 tensor.copy_(torch.frombuffer(bytearray(value), dtype=torch.uint8)) if value else None
-        convert_blocks(_caches(src), _caches(dst), ids, layer=layer, executor=executor)
-        text = f"{executor}: {src.layouts} to {dst.layouts} with {mapping}, layer {layer}"
-        assert _bytes(dst) == wanted, text
-        assert _bytes(src) == source, text
-    ranks = (len(src.ranks), len(dst.ranks))
-    kind = "blocks" if src.layouts[0].N != dst.layouts[0].N else "same"
-    return f"{kind} {'scales' if src.layouts[0].scales else ''} {'tp' if max(ranks) > 1 else ''}"
+        convert_blocks(caches, out, ids, layer=layer, executor=executor, allow_partial=not complete)
+        assert _bytes(dst) == wanted, f"{executor}: {text()}"
+        assert _bytes(src) == source, f"{executor}: {text()}"
+
+
+def _kinds(src: Side, dst: Side) -> set[str]:
+    """What there is in a pair of sides."""
+    parts = [part for side in (src, dst) for rank in side.ranks for part in rank.parts]
+    words = {word for part in parts for word in (*part.outside, *part.inside)}
+    found = {
+        "block sizes": src.span != dst.span,
+        "ranks": max(len(src.ranks), len(dst.ranks)) > 1,
+        "parts": any(len(rank.parts) > 1 for side in (src, dst) for rank in side.ranks),
+        "one page": any(part.tensor == 0 and part.offset for part in parts),
+        "scales": any(rank.scales for side in (src, dst) for rank in side.ranks),
+        "dealt": any(part.deal for part in parts),
+        "stages": any(len(part.layers) < part.totals[0] for part in parts),
+        "elements": any(len(part.elements) < part.totals[2] for part in parts),
+        "heads": any(len(part.heads) < part.totals[1] for part in parts),
+        "gaps": any(part.steps for part in parts),
+        "cuts": any("/" in word for word in words),
+        "state": "W" in words,
+        "uneven": any(part.elements_v is not None for part in parts),
+    }
+    return {kind for kind, is_there in found.items() if is_there}
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_random_pairs(seed):
-    """2,000 pairs of layouts: any order of letters, any shards, block sizes, padding, scales and head sizes."""
+    """Two spellings of one cache: orders, cuts, gaps, parts in one page or apart, ranks of any kind, block sizes."""
     rng = np.random.default_rng([5, seed])
-    seen = Counter(_convert_and_compare(rng, ("cpu", "reference")) for _ in range(100))
-    assert len(seen) == 8, seen
+    for _ in range(PAIRS // 20):
+        _convert_and_compare(rng, ("cpu", "reference"))
+
+
+def test_random_pairs_are_of_every_kind():
+    rng = np.random.default_rng(1)
+    seen = Counter(kind for _ in range(150) for kind in _kinds(*random_sides(rng)))
+    assert len(seen) == 13 and min(seen.values()) >= 4, seen
 
 
 TP_PAIRS = [(1, 8), (8, 1), (2, 4), (4, 2), (3, 2), (6, 4), (5, 3), (8, 8), (1, 1)]
@@ -61,20 +96,22 @@ def test_tensor_parallel_sizes(patterns, src_ranks, dst_ranks, heads):
     sides = []
     for pattern, ranks in zip(patterns, (src_ranks, dst_ranks), strict=True):
         whole = KVLayout(pattern, L=2, K=2, B=3, N=2, H=heads, D=3, dtype=torch.float16)
-        parts = [Spelled(whole.shard(rank, ranks), part) for rank, part in enumerate(shard_heads(heads, ranks))]
-        tensors = [
-            tuple(torch.from_numpy(rng.integers(0, 256, len(places), dtype=np.uint8)) for places in write_out(part))
-            for part in parts
-        ]
-        sides.append(Side(tuple(parts), tuple(tensors)))
+        outside, _, inside = pattern.replace(" ", "").rpartition("|")
+        parts = [
+            Part(
+                "kv", tuple(outside), tuple(inside), 3, torch.float16, (0, 1), (0, 1), 1, held, (0, 1, 2), True,
+                totals=(2, heads, 3),
+            )
+            for held in shard_heads(heads, ranks)
+        ]  # fmt: skip
+        side = side_of(rng, [Rank((part,)) for part in parts], 2)
+        for rank, layout in enumerate(side.layouts):
+            assert whole.shard(rank, ranks).__dict__["_geometry"] == layout.__dict__["_geometry"]
+        sides.append(side)
     src, dst = sides
-    # What ranks hold twice is the same bytes, as it is in an engine.
-    for spelled, tensors in zip(src.ranks, src.tensors, strict=True):
-        twin = next(i for i, rank in enumerate(src.ranks) if rank.heads == spelled.heads)
-        for mine, theirs in zip(tensors, src.tensors[twin], strict=True):
-            mine.copy_(theirs)
     mapping = [(2, 0), (0, 2)]
-    wanted = expected(src, dst, mapping)
+    wanted, complete = expected(src, dst, mapping)
+    assert complete
     convert_blocks(_caches(src), _caches(dst), torch.tensor(mapping))
     assert _bytes(dst) == wanted
 

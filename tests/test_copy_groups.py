@@ -263,3 +263,75 @@ def test_many_blocks_inside_one_cache():
     for name, page in pages.items():
         assert torch.equal(page[ids[4096:]], before[name][ids[:4096]])
         assert torch.equal(page[ids[:4096]], before[name][ids[:4096]])
+
+
+def _windows(full: int, window: int):
+    """Two layers that attend to everything, and two to a window, in pools of lengths of their own."""
+    specs = [MLA(block_size=4, head_size=8, dtype=torch.float16), MLA(block_size=4, head_size=6, dtype=torch.float16)]
+    caches, groups = {}, []
+    for spec, blocks in zip(specs, (full, window), strict=True):
+        names = [f"{spec.head_size}.{i}" for i in range(2)]
+        caches |= {name: torch.randint(-9, 9, (blocks, 4, spec.head_size)).to(torch.float16) for name in names}
+        groups.append(KVCacheGroup(names, spec))
+    return caches, groups
+
+
+@pytest.mark.parametrize("num_blocks", [None, [12, 5]])
+@pytest.mark.parametrize("ratio", [1, 3])
+def test_pools_of_other_lengths_a_group(num_blocks, ratio):
+    """As SGLang and TensorRT-LLM keep them: a window's pool is shorter, on both sides."""
+    caches, groups = _windows(12, 5)
+    engine = canonicalize(caches, groups, num_blocks=num_blocks)
+    host = empty_host_caches(engine, [4, 2], blocks_per_host_block=ratio)
+    assert [len(one.tensor) for one in engine.tensors] == [12, 12, 5, 5]
+    assert [len(one.tensor) for one in host.tensors] == [4, 4, 2, 2]
+    for one in host.tensors:
+        one.tensor.fill_(77)
+    wanted = [one.tensor.clone().view(len(one.tensor), ratio, -1) for one in host.tensors]
+    sizes, ids = [2, 2], torch.tensor([11, 3, 4, 0])
+    host_ids = torch.tensor([3, 1, 1, 0]) if ratio == 1 else torch.tensor([3, 1])
+    assert copy_groups(engine, host, ids, host_ids, sizes) == 2 * 2 * (64 + 48)
+    for tensor, one in enumerate(engine.tensors):
+        for i in range(2):
+            group = tensor // 2
+            to = (int(host_ids[2 * group + i]), 0) if ratio == 1 else (int(host_ids[group]), i)
+            wanted[tensor][to] = one.tensor[ids[2 * group + i]]
+    assert all(torch.equal(one.tensor, want.flatten(1)) for one, want in zip(host.tensors, wanted, strict=True))
+    before = [one.tensor.clone() for one in engine.tensors]
+    for one in engine.tensors:
+        one.tensor.fill_(0)
+    copy_groups(host, engine, host_ids, ids, sizes)
+    for tensor, one in enumerate(engine.tensors):
+        mine = ids[2 * (tensor // 2) : 2 * (tensor // 2) + 2]
+        assert torch.equal(one.tensor[mine], before[tensor][mine])
+        assert int(one.tensor.count_nonzero()) == int(before[tensor][mine].count_nonzero())
+    with pytest.raises(IndexError, match=r"src_block_ids has 5 in group 1, of 5 blocks"):
+        copy_groups(engine, host, torch.tensor([5, 5]), torch.tensor([0, 0]), [1, 1])
+
+
+def test_lengths_a_group_are_one_a_group():
+    caches, groups = _windows(12, 5)
+    with pytest.raises(ValueError, match=r"^canonicalize: num_blocks must be one number, or one a group of 2, got "):
+        canonicalize(caches, groups, num_blocks=[12])
+    with pytest.raises(ValueError, match="must have 12 blocks of 48 bytes"):
+        canonicalize(caches, groups, num_blocks=12)
+    engine = canonicalize(caches, groups)
+    with pytest.raises(ValueError, match=r"^empty_host_caches: num_blocks must be one number, or one a group of 2"):
+        empty_host_caches(engine, [1, 2, 3])
+    with pytest.raises(ValueError, match=r"counted from 0, and from 1 in a host block, got num_blocks \[1, -2\]"):
+        empty_host_caches(engine, [1, -2])
+
+
+def test_groups_that_share_memory_have_one_number_of_blocks():
+    storage = torch.zeros(12, 4, 8, dtype=torch.float16)
+    spec = MLA(block_size=4, head_size=8, dtype=torch.float16)
+    groups = [KVCacheGroup(["a"], spec), KVCacheGroup(["b"], spec)]
+    assert len(canonicalize({"a": storage, "b": storage}, groups).tensors) == 1
+    with pytest.raises(ValueError, match="layers sharing memory must agree on their blocks, got 12 and 5"):
+        canonicalize({"a": storage, "b": storage[:5]}, groups)
+
+
+def test_a_tensor_of_several_groups_has_the_blocks_of_the_largest():
+    for of_group, lengths in (([5, 2, 1], [5, 1]), ([2, 5, 1], [5, 1])):
+        host = empty_host_caches(_engine(), of_group)
+        assert [len(one.tensor) for one in host.tensors] == lengths

@@ -30,6 +30,7 @@ PROGRAMS = {
     "test_core": CORE,
     "test_core_bytes": [*CORE, *CPU],
     "test_cut": CORE,
+    "test_dispatch": TRANSFER,
     "test_staged": CORE,
     "test_stretch": [CSRC / "cpu" / "stretch.cpp"],
     "test_stores": [CSRC / "cpu" / f"{name}.cpp" for name in ("isa", "loops", "tuning")],
@@ -108,6 +109,12 @@ def test_the_movers_queue_without_races(tmp_path: Path) -> None:
     program = Build(tmp_path, RACES).program("test_transfer", TRANSFER)
     run([program, "threads_submit_and_the_last_writer_is_the_last_submitted"])
     run([program, "a_queue_that_is_closed_while_it_is_used_ends_everything"])
+
+
+def test_the_movers_thread_for_a_device_without_races(tmp_path: Path) -> None:
+    program = Build(tmp_path, RACES).program("test_dispatch", TRANSFER)
+    for name in names_of_tests(CPP / "test_dispatch.cpp"):
+        run([program, name])
 
 
 def test_cpu_copy(memory_build: Build) -> None:

@@ -21,8 +21,9 @@ FLOORS = (
     ("registration",),
     ("ops",),
     ("layout", "explain", "names", "policy"),
-    ("info", "memory", "prepared"),
+    ("capture", "info", "memory", "observe", "prepared"),
     ("transfer",),
+    ("connectors",),
     ("__init__", "cli"),
     ("__main__",),
 )
@@ -158,3 +159,33 @@ def test_csrc_includes_only_its_floor_and_lower_ones(folder):
         foreign |= set(re.findall(r"^\s*#\s*include <(torch|cuda|pybind11)", text, re.M))
     assert own and own <= INCLUDES[folder]
     assert foreign == FOREIGN[folder]
+
+
+def imported_at_once(path: Path) -> set[str]:
+    """The packages that importing a file imports: what stands in functions comes later."""
+    found = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add((node.module or "").split(".")[0])
+    return found
+
+
+@pytest.mark.parametrize("package", ["kvkernels_records", "kvkernels_cli"])
+def test_what_starts_without_torch_imports_it_in_functions_alone(package):
+    """explaining is a command's second half, which is imported when its arguments have been read."""
+    for name, path in modules_of(ROOT / package).items():
+        if name != "kvkernels_cli.explaining":
+            assert not imported_at_once(path) & {"torch", "kvkernels"}, name
+
+
+def test_records_know_none_of_the_others():
+    for name, path in modules_of(ROOT / "kvkernels_records").items():
+        packages = {imported.split(".")[0] for imported in names_imported(name, path)}
+        assert not packages & {"kvkernels", "kvkernels_cli", "click"}, name
+
+
+def test_the_library_does_not_know_its_commands():
+    for name, path in modules_of(ROOT / "kvkernels").items():
+        assert not {"kvkernels_cli"} & {imported.split(".")[0] for imported in names_imported(name, path)}, name

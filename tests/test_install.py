@@ -63,6 +63,10 @@ def flowing(text: str) -> str:
     return re.sub(r"\s+", " ", text)
 
 
+# What `kvkernels bench` needs of benchmarks/: swap.py and whatever that imports, which tests/test_cli.py runs.
+BENCHMARK = [f"{name}.py" for name in ("swap", "contest", "geometry", "harness", "machine", "models", "plot", "verify")]
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
     """A copy of the sources in which an editable build of another day has left its files."""
@@ -396,7 +400,8 @@ def unpacked(source, tmp_path_factory) -> Path:
 def test_an_sdist_has_the_sources_and_nothing_that_was_built(unpacked):
     packed = {str(path.relative_to(unpacked)) for path in unpacked.rglob("*") if path.is_file()}
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()}
-    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "kvkernels").rglob("*.py")}
+    modules = {str(path.relative_to(ROOT)) for path in ROOT.glob("kvkernels*/**/*.py")}
+    modules |= {f"benchmarks/{name}" for name in BENCHMARK}
     assert sources and modules and sources | modules | {"setup.py", "CMakeLists.txt", "kvkernels/py.typed"} <= packed
     assert not [name for name in packed if name.endswith(".so") or name == "kvkernels/_build.json"]
 
@@ -447,7 +452,8 @@ def test_make_wheel_makes_one_for_this_python_without_torch(editable, unpacked, 
     with zipfile.ZipFile(wheel) as packed:
         names = [name for name in packed.namelist() if not name.endswith("/")]
     assert sorted(Path(name).name for name in names if ".so" in name) == sorted([HOST, LIBRARY])
-    modules = {f"kvkernels/{path.relative_to(ROOT / 'kvkernels')}" for path in (ROOT / "kvkernels").rglob("*.py")}
+    modules = {str(path.relative_to(ROOT)) for path in ROOT.glob("kvkernels*/**/*.py")}
+    modules |= {f"kvkernels_cli/benchmarks/{name}" for name in BENCHMARK}
     assert {name for name in names if name.endswith(".py")} == modules
     python = with_this_torch(tmp_path / "env")
     pip(python, "--no-index", wheel, cwd=tmp_path)

@@ -143,8 +143,8 @@ def test_raw_addresses_are_refused(mover):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"device": "cuda"}, "device must be the cpu"),
-        ({"device": "meta"}, "device must be the cpu"),
+        ({"device": "cuda:99"}, "device must be one of"),
+        ({"device": "meta"}, "device must be the cpu or a cuda device, got meta"),
         ({"lanes": 0}, "lanes must be positive"),
         ({"lanes": 1000}, "lanes must be at most"),
         ({"chunk_bytes": 0}, "chunk_bytes must be positive"),

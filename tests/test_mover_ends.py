@@ -235,6 +235,22 @@ def test_close_cancels_and_says_what_is_undefined():
     assert dst.any() and not torch.equal(src, dst)
 
 
+def test_close_while_what_runs_is_held():
+    """No chunk of it is being copied then that would end it."""
+    src, dst = pool(64, 1 << 20), pool(64, 1 << 20, fill=0)
+    for _ in range(5):
+        mover = Mover(lanes=1, chunk_bytes=1 << 20)
+        one = mover.submit(swap(src, dst, *((i, i) for i in range(64))), priority="store")
+        while one.state == "queued":
+            pass
+        with mover.held():
+            while len(mover._owner.trace()) < 1:
+                pass
+            time.sleep(0.005)  # for the chunk at hand
+            mover.close(finish=False)
+        assert one.result().state == "cancelled" and one.result().undefined[0] is dst
+
+
 def test_a_with_block_that_raises_cancels():
     with pytest.raises(KeyError), Mover(lanes=1) as mover:
         mover._owner.hold(True)

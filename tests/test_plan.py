@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from kvkernels import KVLayout, compile_plan, copy_pages, expand_blocks, whole_page_runs
+from kvkernels.layout import parts
+from kvkernels.layout import plan as plan_module
+from kvkernels.layout.axes import stretches
+from kvkernels.layout.geometry import Digit
 
 SIZES = {"L": 3, "K": 2, "B": 8, "N": 4, "H": 4, "D": 8, "dtype": torch.float16}
 NHD = KVLayout("L | K B N H D", **SIZES)
@@ -122,6 +128,162 @@ def test_refusals_name_both_layouts(src, dst, match):
         compile_plan(src, dst)
     text = str(caught.value)
     assert text.startswith("compile_plan: ") and text.count("KVLayout(") >= (2 if src else 0)
+
+
+ONE_K = {name: size for name, size in SIZES.items() if name not in "LK"}
+STATE = KVLayout("B W D", B=8, W=4, D=8, dtype=torch.float16)
+LATENT = KVLayout("B N D", B=8, N=8, D=8, dtype=torch.float16)
+TWO = parts(latent=LATENT, rope=replace(LATENT, D=4, page_bytes=0))
+
+
+@pytest.mark.parametrize(
+    ("src", "dst", "match"),
+    [
+        (TWO, LATENT, "parts must be the same on both sides, got latent, rope and kv"),
+        (TWO, parts(latent=LATENT, nope=replace(LATENT, D=4, page_bytes=0)), "got latent, rope and latent, nope"),
+        (TWO, parts(latent=LATENT, rope=LATENT), "elements of part rope must be the same on both sides, got 4 and 8"),
+        (
+            TWO, parts(latent=LATENT, rope=replace(LATENT, D=4, dtype=torch.bfloat16, page_bytes=0)),
+            "dtype of part rope must be the same on both sides, got torch.float16 and torch.bfloat16",
+        ),
+        (
+            parts(k="B N H D", **ONE_K), parts(k="B N H D", **{**ONE_K, "H": 2}),
+            "heads of part k must be the same on both sides, got 4 and 2",
+        ),
+        (STATE, replace(STATE, W=2, page_bytes=0), "rows of part kv must be the same on both sides, got 4 and 2"),
+        (replace(LATENT, deal=(0, 2, 1)), LATENT, "the sources lack tokens that the destination has; allow_partial"),
+        (replace(NHD, L=2, total_layers=3), NHD, "the sources lack layers that the destination has"),
+        (LATENT.shard(1, 2, "D"), LATENT, "the sources lack elements that the destination has"),
+        (
+            [replace(LATENT, deal=(0, 2, 1)), replace(LATENT, deal=(0, 4, 1))], LATENT,
+            "the shards of a side must have one block size",
+        ),
+        (
+            KVLayout("B N/4 D N%4", B=8, N=8, D=8, dtype=torch.float16), replace(LATENT, N=2, page_bytes=0),
+            "blocks of 8 tokens cannot be cut into 2 where N is cut by 4",
+        ),
+        (
+            KVLayout("N/4 B N%4 D", B=8, N=8, D=8, dtype=torch.float16), replace(LATENT, N=4, page_bytes=0),
+            "blocks of 8 tokens cannot be cut into 4 where N counts pools",
+        ),
+        (
+            parts(kv=LATENT, scale=KVLayout("B D", B=8, D=8, dtype=torch.float32)),
+            parts(kv=replace(LATENT, N=4, page_bytes=0), scale=KVLayout("B D", B=8, D=8, dtype=torch.float32)),
+            "blocks of 8 tokens cannot be cut into 4 where part scale has no N",
+        ),
+        (
+            parts(kv=LATENT, scale=KVLayout("B D", B=8, D=8, dtype=torch.float32)),
+            parts(kv=LATENT, scale=KVLayout("B N D", B=8, N=8, D=8, dtype=torch.float32)),
+            "part scale must have N on both sides, or on neither",
+        ),
+    ],
+)  # fmt: skip
+def test_refusals_of_parts_ranges_and_deals_name_both_layouts(src, dst, match):
+    with pytest.raises(ValueError, match=match) as caught:
+        compile_plan(src, dst)
+    assert str(caught.value).startswith("compile_plan: ") and str(caught.value).count("KVLayout(") >= 2
+
+
+@pytest.mark.parametrize(("unit", "of", "interleave"), [(4, 8, 1), (2, 2, 2), (12, 8, 1), (6, 2, 2)])
+def test_a_unit_is_whole_turns_of_all_ranks(unit, of, interleave):
+    sides = [[KVLayout("B N D", B=2, N=24, D=2, dtype=torch.uint8, deal=(r, of, interleave)) for r in range(of)]] * 2
+    with pytest.raises(ValueError, match=f"a unit of {unit} tokens must be a multiple of the {of * interleave} that"):
+        compile_plan(*sides, unit_tokens=unit)
+    plan = compile_plan(*sides, unit_tokens=of * interleave)
+    assert (plan.src_subblocks, plan.bytes) == (24 // interleave, 2 * of * interleave)
+
+
+@pytest.mark.parametrize(
+    ("src", "dst", "runs", "fragments"),
+    [
+        # Pages of like parts are one piece; parts apart are a row each; what is cut alike on both sides is not cut.
+        ("page", "page", 1, 1),
+        ("page", "apart", 3, 3 * 64),
+        ("D/4 N D%4", "D/4 N D%4", 1, 1),
+        ("D/4 N D%4", "N D", 1, 64 * 16),
+        ("D/4 N D%4", "D/8 N D%8", 1, 64 * 16),
+        ("dealt 8", "dealt 8", 8, 8),
+        ("dealt 8", "N D", 8, 8 * 8),
+        ("dealt 8", "dealt 4", 8, 8 * 8),
+        ("dealt 2 by 16", "dealt 4 by 8", 4, 4 * 2),
+    ],
+)
+def test_runs_are_few(src, dst, runs, fragments):
+    """Of 64 tokens of 64 elements, and of a page of three parts."""
+    plan = compile_plan(_named(src), _named(dst))
+    assert (len(plan.runs.all), plan.fragments) == (runs, fragments), plan.runs.all
+
+
+def _named(name: str) -> KVLayout | list[KVLayout]:
+    of_parts = {part: ("B N D", size, torch.uint8) for part, size in (("latent", 512), ("scale", 16), ("rope", 128))}
+    if name == "apart":
+        return parts(**of_parts, B=4, N=64)
+    if name == "page":
+        at = {"latent": 0, "scale": 512, "rope": 528}
+        return parts(**{part: (*said, at[part]) for part, said in of_parts.items()}, B=4, N=64, steps={"N": 656})
+    if name.startswith("dealt"):
+        of, interleave = int(name.split()[1]), int(name.split()[-1]) if "by" in name else 1
+        sizes = {"B": 4, "N": 64 // of, "D": 64, "dtype": torch.uint8}
+        return [KVLayout("B N D", deal=(rank, of, interleave), **sizes) for rank in range(of)]
+    return KVLayout(f"B {name}", B=4, N=64, D=64, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(("times", "written"), [(0, 0), (2, 6 * PAGE * 2)])
+def test_a_plan_that_does_not_tile_its_destination_is_refused(monkeypatch, times, written):
+    """Whatever finds the pieces may be wrong: the bytes are counted."""
+    found = plan_module.pieces
+    monkeypatch.setattr(plan_module, "pieces", lambda *given: (one for one in found(*given) for _ in range(times)))
+    src, dst = (KVLayout(pattern, **{**SIZES, "B": 77 + times}) for pattern in ("L | B K N H D", "L | B H N K D"))
+    with pytest.raises(ValueError, match=f"{written} bytes would be written into blocks of {6 * PAGE}; src is"):
+        compile_plan(src, dst)
+
+
+def _positions(digits, at):
+    """Pools and bytes of each coordinate."""
+    for x in at:
+        steps = [(x // digit.divisor % digit.extent, digit) for digit in digits]
+        yield sum(n * digit.pools for n, digit in steps), sum(n * digit.bytes for n, digit in steps)
+
+
+def _walked(stretch):
+    """The same, by the loops of a stretch."""
+    begin = np.array([stretch.src_pools, stretch.src_bytes, stretch.dst_pools, stretch.dst_bytes])
+    for index in itertools.product(*(range(loop.extent) for loop in stretch.loops)):
+        at = begin.copy()
+        for i, loop in zip(index, stretch.loops, strict=True):
+            at += i * np.array([loop.src_pools, loop.src_bytes, loop.dst_pools, loop.dst_bytes])
+        yield tuple(at.tolist())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_stretches_are_every_position_once_and_in_order(seed):
+    """Whatever the two sides cut and deal out, the loops go where the coordinates, one by one, say."""
+    rng = np.random.default_rng(seed)
+    irregular = 0
+    for _ in range(100):
+        size = int(rng.integers(1, 60))
+        sides = []
+        for _ in range(2):
+            by = int(rng.integers(1, 7))
+            digits = (Digit(-(-size // by), by, 0, int(rng.integers(50, 90))), Digit(by, 1, int(rng.integers(2)), 7))
+            at = np.arange(size) + int(rng.integers(by)) if rng.integers(2) else rng.permutation(size)
+            sides.append((digits, at.tolist()))
+        (src, src_at), (dst, dst_at) = sides
+        wanted = [(*a, *b) for a, b in zip(*(_positions(digits, at) for digits, at in sides), strict=True)]
+        pieces = stretches(src, dst, src_at, dst_at)
+        found = [position for piece in pieces for position in _walked(piece)]
+        assert found == wanted
+        irregular += 1 < len(pieces) < size
+    assert irregular > 10
+
+
+def test_a_plan_of_many_parts_and_layers_is_quick_to_make():
+    """Nothing goes through elements or tokens one by one that need not: 61 layers of two parts, 8 ranks to 4."""
+    page = {"latent": ("L | B N D", 512, torch.uint8), "scale": ("L | B N D", 16, torch.uint8, 512)}
+    sizes = {"L": 61, "B": 4096, "steps": {"N": 528}}
+    sides = [[parts(**page, **sizes, N=512 // of, deal=(rank, of, 1)) for rank in range(of)] for of in (8, 4)]
+    plan = compile_plan(*sides)
+    assert len(plan.runs.all) == 61 * 8 and plan.bytes == 61 * 512 * 528
 
 
 def test_a_cached_plan_cannot_be_changed():

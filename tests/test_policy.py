@@ -31,6 +31,7 @@ EVERY_KEY = {
     "ring_copy_bytes_at_least": 1,
     "executor": "staged",
 }
+BUDGETED = {"direction": "d2d", "sm_budget": 12, "executor": "bulk"}
 
 
 def written(tmp_path: Path, table: object) -> Path:
@@ -63,7 +64,7 @@ def test_the_default_is_printed_as_a_file_that_can_be_read(tmp_path, capsys):
     assert main(["policy"]) == 0
     printed = capsys.readouterr().out
     assert printed == policy.text_of(default) + "\n"
-    assert policy.load(written(tmp_path, printed)) == default["rows"]
+    assert policy.load(written(tmp_path, printed)) == {"rows": default["rows"]}
     assert main(["policy", "--default"]) == 0 and capsys.readouterr().out == printed
 
 
@@ -86,14 +87,14 @@ def test_without_a_library_there_is_nothing_to_print(monkeypatch, capsys):
 @compiled
 @pytest.mark.parametrize("mode", ["", "torch._subclasses.FakeTensorMode().__enter__(); "])
 def test_the_file_that_the_environment_names_serves_and_is_reported(tmp_path, mode):
-    rows = [{**EVERY_KEY, "comment": "measured on a napkin"}, {"executor": "dma"}]
+    rows = [{**EVERY_KEY, "comment": "measured on a napkin"}, BUDGETED, {"executor": "dma"}]
     path = written(tmp_path, {"comment": ["anything"], "rows": rows})
     script = f"import json, torch; {mode}import kvkernels; from kvkernels import policy; "
     script += "print(json.dumps([policy.in_force(), policy.default(), kvkernels.info()['cuda']['policy']]))"
     done = python(script, KVKERNELS_POLICY=str(path), KVKERNELS_KERNEL_BELOW_BYTES="7")
     assert done.returncode == 0, done.stderr
     in_force, default, reported = json.loads(done.stdout)
-    assert in_force == {"source": str(path), "rows": [EVERY_KEY, {"executor": "dma"}]}
+    assert in_force == {"source": str(path), "refused": None, "rows": [EVERY_KEY, BUDGETED, {"executor": "dma"}]}
     assert list(in_force["rows"][0]) == list(EVERY_KEY)
     assert default == policy.default()
     assert reported == {**in_force, "kernel_below_bytes": "7"}
@@ -103,8 +104,10 @@ def test_info_says_which_policy_serves():
     found = kvkernels.info()
     assert found["cuda"]["policy"] == {**policy.in_force(), "kernel_below_bytes": None}
     assert f"\npolicy:   default, {len(policy.in_force()['rows'])} rows\n" in info_text(found)
-    found["cuda"]["policy"] = {"source": "some/file", "rows": [{}], "kernel_below_bytes": "12"}
+    found["cuda"]["policy"] = {"source": "some/file", "refused": None, "rows": [{}], "kernel_below_bytes": "12"}
     assert "\npolicy:   some/file, 1 rows, below 12 bytes\n" in info_text(found)
+    found["cuda"]["policy"]["refused"] = "not by some/file: why"
+    assert "\nrefused:  not by some/file: why\n" in info_text(found)
 
 
 @pytest.mark.parametrize("name", ["", "no/such/file", "."])
@@ -123,17 +126,23 @@ def test_a_file_that_is_not_there_keeps_the_package_from_being_imported(name):
             '{"rows": [{"executor": "dma", "executor": "dma"}]}',
             " must be a file with JSON, got an object with a key that comes twice among ['executor', 'executor']",
         ),
-        ([], " must be an object with a list 'rows', got []"),
-        ({"row": []}, " must be an object with a list 'rows', got {'row': []}"),
-        ({"rows": {}}, " must be an object with a list 'rows', got {'rows': {}}"),
-        ({"rows": [], "b": 1, "a": 1}, " must have the keys 'rows' and 'comment' alone, got 'a'"),
+        ([], " must be an object with 'rows' or 'cpu', got []"),
+        ({"row": []}, " must be an object with 'rows' or 'cpu', got {'row': []}"),
+        ({"rows": {}}, ": rows must be a list, got {}"),
+        ({"rows": [], "format": 2}, ": format must be 1, got 2: measure again"),
+        ({"rows": [], "machine": "mine"}, ": machine must be an object, got 'mine'"),
+        ({"rows": [], "measured": [1]}, ": measured must be an object, got [1]"),
+        (
+            {"rows": [], "b": 1, "a": 1},
+            " must have the keys comment, format, machine, measured, cpu, rows alone, got 'a'",
+        ),
         ({"rows": [{"executor": "dma"}, 7]}, ": rows[1] must be an object, got 7"),
         ({"rows": [{}]}, ": rows[0].executor must be there, got a row without"),
         (
             {"rows": [{"executor": "dma", "fragment_below": 1}]},
             ": rows[0] must have the keys executor, direction, link, capability_at_least, capability_below, copies, "
-            "count_at_least, count_below, fragment_bytes_below, ring_copy_bytes_at_least and comment alone, got "
-            "'fragment_below'",
+            "count_at_least, count_below, fragment_bytes_below, ring_copy_bytes_at_least, sm_budget and comment alone, "
+            "got 'fragment_below'",
         ),
     ],
 )
@@ -172,6 +181,10 @@ def test_values_that_no_row_has(tmp_path, key, value, message):
             "capability_below must be more than capability_at_least, got '9.0'",
         ),
         (
+            {"executor": "dma", "sm_budget": 4},
+            "sm_budget must be of a row with the executor 'kernel' or 'bulk', got 'dma'",
+        ),
+        (
             {"ring_copy_bytes_at_least": 1},
             "ring_copy_bytes_at_least must be of a row with the executor 'staged', got 'kernel'",
         ),
@@ -187,13 +200,13 @@ def test_numbers_that_are_no_rows_are_refused_by_the_library():
 
     def refused(rows: torch.Tensor) -> str:
         with pytest.raises(ValueError) as raised:
-            torch.ops.kvkernels._set_policy(rows)
+            torch.ops.kvkernels._set_policy(rows, "")
         return str(raised.value)
 
-    any_call = torch.full((1, 10), -1)
+    any_call = torch.full((1, 11), -1)
     assert refused(any_call) == "_set_policy: rows must each have an executor, got one without"
-    assert refused(any_call.int()).startswith("_set_policy: rows must be contiguous int64 of shape [n, 10] on the cpu")
-    assert refused(any_call[:, :9]).endswith("got int64 of shape [1, 9] on cpu")
+    assert refused(any_call.int()).startswith("_set_policy: rows must be contiguous int64 of shape [n, 11] on the cpu")
+    assert refused(any_call[:, :10]).endswith("got int64 of shape [1, 10] on cpu")
     for column, values in ((0, 8), (1, 4), (2, 2), (3, 10000), (5, 2)):
         rows = any_call.clone()
         rows[0, column] = values

@@ -467,7 +467,11 @@ SENDS = {
     "negative": (lambda pool: pool.receive_blocks("r", [-1]), IndexError, "below 64, got -1"),
     "float": (lambda pool: pool.receive_blocks("r", [0.5]), ValueError, "must be integers"),
     "request": (lambda pool: pool.receive_blocks("", [0]), ValueError, "request must be 1 to 256"),
-    "long": (lambda pool: pool.send_blocks(Peer("127.0.0.1", 1), "r" * 257, [0]), ValueError, "request must be 1 to 256"),
+    "long": (
+        lambda pool: pool.send_blocks(Peer("127.0.0.1", 1), "r" * 257, [0]),
+        ValueError,
+        "request must be 1 to 256",
+    ),
     "writers": (lambda pool: pool.receive_blocks("r", [0], writers=0), ValueError, "writers must be a positive"),
     "time": (lambda pool: pool.receive_blocks("r", [0], timeout_s=0), ValueError, "timeout_s must be seconds"),
     "nan": (lambda pool: pool.receive_blocks("r", [0], timeout_s=float("nan")), ValueError, "seconds above 0"),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 import kvkernels
 from kvkernels import KVCache, KVLayout, copy_slots
+from kvkernels.layout import parts
 
 L, B, N, H, D = 3, 6, 4, 4, 5
 SLOTS = B * N
@@ -231,3 +234,142 @@ def test_slots_on_the_device():
     torch.cuda.synchronize()
     taken = torch.tensor([0, 1, 3])
     assert torch.equal(_bits(chunk[:, :, taken]), _bits(logical[:, :, slots[taken]].flatten(3)))
+
+
+# Caches of several parts.
+
+
+def _bytes(*shape: int) -> torch.Tensor:
+    return torch.randint(0, 256, shape, dtype=torch.uint8)
+
+
+def _quantised(kind: str) -> tuple[KVLayout, list[torch.Tensor], list[torch.Tensor]]:
+    """A cache of two layers, its tensors, and of each part of a chunk the bytes as [K, L, slot, bytes]."""
+    sizes = {"L": 2, "B": B, "N": N, "H": H}
+    f8, f32, f16 = torch.float8_e4m3fn, torch.float32, torch.float16
+    if kind == "scales in tensors of their own":
+        scales = KVLayout("L | K B H N", K=2, dtype=f32, **sizes)
+        layout = KVLayout("L | K B N H D", K=2, D=8, dtype=f8, scales=scales, **sizes)
+        values, scale = [_bytes(2, B, N, H, 8) for _ in range(2)], [_bytes(2, B, H, N, 4) for _ in range(2)]
+        logical = [torch.stack(values), torch.stack(scale).transpose(3, 4)]
+        return layout, values + scale, [part.transpose(0, 1).reshape(2, 2, SLOTS, -1) for part in logical]
+    if kind == "scales and zero points beside their values":
+        cell = {**sizes, "steps": {"N": 32}}
+        named = {}
+        for k, at in (("k", 0), ("v", 16)):
+            named[k] = KVLayout("L | B H N D", D=8, dtype=f8, offset_bytes=at, **cell)
+            named[f"{k}_scales"] = KVLayout("L | B H N", dtype=f32, offset_bytes=at + 8, **cell)
+            named[f"{k}_zeros"] = KVLayout("L | B H N", dtype=f16, offset_bytes=at + 12, **cell)
+        tensors = [_bytes(B, H, N, 32) for _ in range(2)]
+        rows = torch.stack(tensors).transpose(2, 3)  # L B N H 32
+        sides = torch.stack((rows[..., :16], rows[..., 16:]))
+        parts_of = [sides[..., :8], sides[..., 8:12], sides[..., 12:14]]
+        return parts(**named), tensors, [part.reshape(2, 2, SLOTS, -1) for part in parts_of]
+    if kind == "three parts of a latent row":
+        row = {"L": 2, "B": B, "N": N, "steps": {"N": 656}}
+        layout = parts(
+            latent=KVLayout("L | B N D", D=512, dtype=f8, **row),
+            scales=KVLayout("L | B N D", D=4, dtype=f32, offset_bytes=512, **row),
+            rope=KVLayout("L | B N D", D=64, dtype=torch.bfloat16, offset_bytes=528, **row),
+        )
+        tensors = [_bytes(B, N, 656) for _ in range(2)]
+        rows = torch.stack(tensors).reshape(1, 2, SLOTS, 656)
+        return layout, tensors, [rows[..., :512], rows[..., 512:528], rows[..., 528:]]
+    if kind == "an indexer's page":
+        page = {"L": 2, "B": B, "N": N, "row_bytes": N * 132}
+        layout = parts(
+            keys=KVLayout("L | B N D", D=128, dtype=f8, **page),
+            scales=KVLayout("L | B N", dtype=f32, offset_bytes=N * 128, **page),
+        )
+        tensors = [_bytes(B * N * 132) for _ in range(2)]
+        pages = torch.stack(tensors).view(1, 2, B, N * 132)
+        return layout, tensors, [
+            pages[..., : N * 128].reshape(1, 2, SLOTS, 128), pages[..., N * 128 :].reshape(1, 2, SLOTS, 4)]  # fmt: skip
+    layout = parts(k="L | B H D/4 N D%4", v="L | B H D N", D=8, dtype=f16, **sizes)
+    k, v = [_bytes(B, H, 2, N, 4, 2) for _ in range(2)], [_bytes(B, H, 8, N, 2) for _ in range(2)]
+    logical = torch.stack((
+        torch.stack(k).permute(0, 1, 4, 2, 3, 5, 6).reshape(2, SLOTS, -1),
+        torch.stack(v).permute(0, 1, 4, 2, 3, 5).reshape(2, SLOTS, -1),
+    ))  # fmt: skip
+    return layout, [tensor.flatten() for tensor in (*k, *v)], [logical]
+
+
+QUANTISED = (
+    "scales in tensors of their own", "scales and zero points beside their values", "three parts of a latent row",
+    "an indexer's page", "K in pieces of its heads, V transposed",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("where", ["apart", "slab"])
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_every_part_of_a_token_moves(kind, where):
+    """There, and to other slots of a cache that is poisoned, in which nothing else changes."""
+    torch.manual_seed(5)
+    layout, tensors, logical = _quantised(kind)
+    cache = KVCache(layout, tensors)
+    slots = torch.from_numpy(np.random.default_rng(4).permutation(SLOTS)[:7])
+    slots[2] = -1
+    taken, tokens = torch.tensor([0, 1, 3, 4, 5, 6]), (3, 3, 1)
+    slabs = [_bytes(3, part.shape[0] * 2 * 3 * part.shape[3] + 8) for part in logical]
+    chunks = []
+    for i, count in enumerate(tokens):
+        for part, slab in zip(logical, slabs, strict=True):
+            flat = slab[i, : part.shape[0] * 2 * count * part.shape[3]]
+            flat = flat if where == "slab" else flat.clone()
+            chunks.append(flat.view(part.shape[0], 2, count, part.shape[3]))
+    chunks_of = [chunks[i :: len(logical)] for i in range(len(logical))]
+    before = [torch.cat(each, dim=2).clone() for each in chunks_of]
+    kvkernels.reset_counters()
+    copy_slots(cache, slots, chunks, direction="to_buffer")
+    assert kvkernels.counters()["cpu"]["calls"] == (2 if where == "slab" else 3)
+    for each, was, part in zip(chunks_of, before, logical, strict=True):
+        was[:, :, taken] = part[:, :, slots[taken]]
+        assert torch.equal(torch.cat(each, dim=2), was)
+
+    kept = [tensor.clone() for tensor in tensors]
+    for tensor in tensors:
+        tensor.fill_(0xA5)
+    copy_slots(cache, slots, chunks, direction="to_cache", skip_first=1)
+    for tensor, was in zip(tensors, kept, strict=True):
+        moved = tensor != 0xA5
+        assert torch.equal(tensor[moved], was[moved])
+    wanted = sum(part[:, :, slots[taken[1:]]].ne(0xA5).sum() for part in logical)
+    assert sum((tensor != 0xA5).sum() for tensor in tensors) == wanted
+
+
+def test_slots_of_dealt_tokens_are_the_ranks_own():
+    layout = KVLayout("L | B N D", L=2, B=B, N=N, D=5, dtype=torch.float16)
+    tensors = [_random(B, N, 5) for _ in range(2)]
+    chunk = _random(1, 2, 3, 5)
+    slots = torch.tensor([7, 0, 21])
+    copy_slots(KVCache(replace(layout, deal=(1, 4, 2)), tensors), slots, chunk, direction="to_buffer")
+    wanted = torch.stack([tensor.view(SLOTS, 5)[slots] for tensor in tensors])
+    assert torch.equal(_bits(chunk[0]), _bits(wanted))
+    ranks = [KVCache(replace(layout, deal=(rank, 4, 2)), tensors) for rank in range(2)]
+    with pytest.raises(ValueError, match=r"^copy_slots: cache must be ranks that hold the same tokens, got the deals"):
+        copy_slots(ranks, slots, chunk, direction="to_buffer")
+
+
+def test_parts_without_tokens_have_no_slots():
+    sizes = {"B": B, "H": H}
+    layout = parts(
+        kv=KVLayout("B N H D", N=N, D=8, dtype=torch.uint8, **sizes),
+        scales=KVLayout("B H", dtype=torch.float32, **sizes),
+    )
+    cache = KVCache(layout, [_bytes(B, N, H, 8), _bytes(B, H * 4)])
+    with pytest.raises(ValueError, match=r"^copy_slots: every part of the cache must have tokens, got scales without"):
+        copy_slots(cache, torch.tensor([0]), [_bytes(1, 1, 1, H * 8), _bytes(1, 1, 1, H * 4)], direction="to_buffer")
+    with pytest.raises(ValueError, match=r"^copy_slots: buffer must have 2 tensors a chunk, got 1"):
+        layout, tensors, _ = _quantised(QUANTISED[0])
+        copy_slots(KVCache(layout, tensors), torch.tensor([0]), _bytes(2, 2, 1, H * 8), direction="to_buffer")
+
+
+def test_parts_of_other_sizes_are_one_chunk_of_k_and_then_v():
+    sizes = {"L": 2, "B": B, "N": N, "H": H, "dtype": torch.float16}
+    layout = parts(k=KVLayout("L | B H D/4 N D%4", D=8, **sizes), v=KVLayout("L | B H D N", D=6, **sizes))
+    k, v = [_random(B, H, 2, N, 4) for _ in range(2)], [_random(B, H, 6, N) for _ in range(2)]
+    chunk, slots = _random(2 * 3 * H * 14), torch.tensor([9, 23, 4])
+    copy_slots(KVCache(layout, [*k, *v]), slots, chunk, direction="to_buffer")
+    rows = torch.stack(k).permute(0, 1, 4, 2, 3, 5).reshape(2, SLOTS, -1)[:, slots]
+    columns = torch.stack(v).permute(0, 1, 4, 2, 3).reshape(2, SLOTS, -1)[:, slots]
+    assert torch.equal(_bits(chunk), _bits(torch.cat((rows.flatten(), columns.flatten()))))

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <array>
+#include <cstdint>
 #include <string>
 #include <string_view>
 
@@ -37,6 +38,7 @@ constexpr std::string_view name_of(Executor executor) {
 struct Choice {
   Executor executor;
   std::string reason;
+  int64_t sm_budget = 0;  // for a call that names none
 };
 
 }  // namespace kvkernels

@@ -196,9 +196,12 @@ std::optional<Choice> choose_on_gpu(const GpuPolicy& policy, const GpuCall& call
     if (replaced) replace_bytes(*replaced, row);
     if (!fits(row, call) || !asked.serves(row.executor)) continue;
     if (row.ring_copy_bytes_at_least && answers.ring_copy_bytes() < *row.ring_copy_bytes_at_least) continue;
-    if (!wants_reason) return Choice{row.executor, ""};
-    return Choice{row.executor, text(words_of(call), ": ", name_of(row.executor), " by rows[", i, "] of ",
-                                     policy_name(), limits_of(row), asked.refusals())};
+    Choice choice{row.executor, "", row.sm_budget.value_or(0)};
+    if (wants_reason) {
+      choice.reason = text(words_of(call), ": ", name_of(row.executor), " by rows[", i, "] of ", policy_name(),
+                           limits_of(row), asked.refusals());
+    }
+    return choice;
   }
   for (const Executor executor : {Executor::kDma, Executor::kKernel, Executor::kTriton}) {
     if (!asked.serves(executor)) continue;

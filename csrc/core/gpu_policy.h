@@ -34,6 +34,7 @@ struct PolicyRow {
   std::optional<int64_t> count_below{};
   std::optional<int64_t> fragment_bytes_below{};      // on average
   std::optional<int64_t> ring_copy_bytes_at_least{};  // of staged: its copies over the link, on average
+  std::optional<int64_t> sm_budget{};                 // for calls that name none
 };
 
 struct GpuPolicy {

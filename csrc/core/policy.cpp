@@ -6,9 +6,13 @@
 #include <charconv>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <stdexcept>
 #include <string>
 #include <system_error>
+#include <utility>
+
+#include "core/setting.h"
 
 namespace kvkernels {
 
@@ -32,12 +36,17 @@ int64_t parse_bytes(const char* text) {
   return bytes;
 }
 
-CpuPolicy read_policy() {
-  CpuPolicy policy = policy_of_caches(sysconf(_SC_LEVEL2_CACHE_SIZE), sysconf(_SC_LEVEL3_CACHE_SIZE));
+CpuPolicy with_variable(CpuPolicy policy) {
   if (const char* const text = std::getenv(kStreamBytesVariable)) {
     policy.stream_pool_bytes = policy.stream_soon_read_bytes = parse_bytes(text);
   }
   return policy;
+}
+
+Setting<CpuPolicy>& setting() {
+  // Never destroyed: other threads may still be in an op when the process's statics go.
+  static auto& setting = *new Setting<CpuPolicy>;
+  return setting;
 }
 
 }  // namespace
@@ -53,17 +62,26 @@ CpuPolicy policy_of_caches(int64_t l2_bytes, int64_t l3_bytes) {
   policy.sort_min_page_bytes = 4 << 10;
   policy.sort_max_page_bytes = 16 << 10;
   policy.sort_bytes = 64 << 20;
+  policy.most_lanes = std::numeric_limits<int>::max();
+  return policy;
+}
+
+const CpuPolicy& cpu_policy_of_machine() {
+  static const CpuPolicy policy =
+      with_variable(policy_of_caches(sysconf(_SC_LEVEL2_CACHE_SIZE), sysconf(_SC_LEVEL3_CACHE_SIZE)));
   return policy;
 }
 
 const CpuPolicy& cpu_policy() {
-  static const CpuPolicy policy = read_policy();
-  return policy;
+  const CpuPolicy* const set = setting().get();
+  return set != nullptr ? *set : cpu_policy_of_machine();
 }
+
+void set_cpu_policy(CpuPolicy policy) { setting().set(with_variable(std::move(policy))); }
 
 int CpuPolicy::lanes_for(int64_t bytes, int threads) const {
   if (bytes < serial_bytes) return 1;
-  return static_cast<int>(std::clamp<int64_t>(bytes / lane_bytes, 1, std::max(threads, 1)));
+  return static_cast<int>(std::clamp<int64_t>(bytes / lane_bytes, 1, std::clamp<int64_t>(threads, 1, most_lanes)));
 }
 
 bool CpuPolicy::streams(int64_t bytes, bool soon_read) const {

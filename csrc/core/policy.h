@@ -1,7 +1,8 @@
-// The numbers that lowering uses for the CPU, from this machine's caches.
+// The numbers that lowering uses for the CPU, from this machine's caches or from a file.
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 namespace kvkernels {
 
@@ -14,7 +15,11 @@ struct CpuPolicy {
   int64_t lane_bytes;              // larger ones give each lane at least this
   int64_t sort_min_page_bytes;     // pages of these sizes, both included, ...
   int64_t sort_max_page_bytes;
-  int64_t sort_bytes;  // ... are copied in the order of their sources in calls from this size on
+  int64_t sort_bytes;    // ... are copied in the order of their sources in calls from this size on
+  int64_t most_lanes;    // that a call is cut into
+  std::string source{};  // where the numbers are from, for explain(); empty where they are the machine's
+
+  bool operator==(const CpuPolicy&) const = default;
 
   // Into how many lanes a call is cut that may use `threads`, which is at least 1.
   int lanes_for(int64_t bytes, int threads) const;
@@ -32,8 +37,12 @@ struct CpuPolicy {
 // 128 MiB are the sum over a machine.
 CpuPolicy policy_of_caches(int64_t l2_bytes, int64_t l3_bytes);
 
-// This machine's. Read once. KVKERNELS_STREAM_BYTES, a number of bytes, replaces both streaming thresholds (0: always
-// stream); another value throws std::invalid_argument, at each call.
+// This machine's, which is read once, or what was set. KVKERNELS_STREAM_BYTES, a number of bytes, replaces both
+// streaming thresholds of either (0: always stream); another value throws std::invalid_argument, at each call.
 const CpuPolicy& cpu_policy();
+const CpuPolicy& cpu_policy_of_machine();
+
+// Serves what is lowered from then on, by any thread.
+void set_cpu_policy(CpuPolicy policy);
 
 }  // namespace kvkernels

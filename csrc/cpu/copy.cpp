@@ -263,16 +263,15 @@ Issued copy(const Work& work, ParallelFor parallel, Isa isa, const Tuning& tunin
 }
 
 Issued copy(const Work& work, ParallelFor parallel) {
-  const Isa isa = selected_isa();
-  return copy(work, parallel, isa, tuning_for(isa));
+  const Tuning& tuned = tuning();
+  return copy(work, parallel, selected_isa(), tuned);
 }
 
-Issued copy_lane_of(const Work& work, int lane) {
-  const Isa isa = selected_isa();
-  const Means means{loops_for(isa), tuning_for(isa), work.streaming};
+Issued copy_lane_of(const Work& work, int lane, const Tuning& tuning) {
+  const Means means{loops_for(selected_isa()), tuning, work.streaming};
   return copy_range(work, means, lane_begin(work, means, lane), lane_begin(work, means, lane + 1));
 }
 
-bool writes_rows() { return tuning_for(selected_isa()).writes_rows; }
+bool writes_rows() { return tuning().writes_rows; }
 
 }  // namespace kvkernels::cpu

@@ -18,11 +18,12 @@ using ParallelFor = void (*)(int lanes, void* context, void (*body)(void* contex
 // where work.lanes is 1. Touches no byte outside a fragment. `isa` must be supported.
 Issued copy(const Work& work, ParallelFor parallel, Isa isa, const Tuning& tuning);
 
-// The same as is best for this processor, with selected_isa(), whose exception comes before the first byte.
+// The same with selected_isa(), whose exception comes before the first byte, and tuning().
 Issued copy(const Work& work, ParallelFor parallel);
 
-// What lane `lane` of work.lanes copies, alone: a part of about the same bytes as the others.
-Issued copy_lane_of(const Work& work, int lane);
+// What lane `lane` of work.lanes copies, alone: a part of about the same bytes as the others. All lanes of a work must
+// be given one tuning, which says where they are cut.
+Issued copy_lane_of(const Work& work, int lane, const Tuning& tuning);
 
 // Whether, with selected_isa(), rows of the destination are better written whole than rows of the source read whole.
 bool writes_rows();

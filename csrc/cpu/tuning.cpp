@@ -2,6 +2,8 @@
 
 #include <limits>
 
+#include "core/setting.h"
+
 namespace kvkernels::cpu {
 namespace {
 
@@ -49,6 +51,12 @@ constexpr Tuning kTunings[] = {
     {"any", Isa::kPortable, false, 2, 4096, true, true, false, kNever},
 };
 
+Setting<Tuning>& setting() {
+  // Never destroyed: a mover's threads may still copy when the process's statics go.
+  static auto& setting = *new Setting<Tuning>;
+  return setting;
+}
+
 }  // namespace
 
 const Tuning& tuning_for(Isa isa) {
@@ -56,5 +64,13 @@ const Tuning& tuning_for(Isa isa) {
   while (found->isa != isa || (found->amd_only && !is_amd())) ++found;
   return *found;
 }
+
+const Tuning& tuning() {
+  const Tuning& row = tuning_for(selected_isa());
+  const Tuning* const set = setting().get();
+  return set != nullptr ? *set : row;
+}
+
+void set_tuning(const Tuning& tuning) { setting().set(tuning); }
 
 }  // namespace kvkernels::cpu

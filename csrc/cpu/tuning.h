@@ -26,9 +26,18 @@ struct Tuning {
   bool writes_rows;
   // From which size on the pieces of such rows, too, are copied so many at once; below it they are copied one by one.
   int64_t rows_interleave_from_bytes;
+
+  bool operator==(const Tuning&) const = default;
 };
 
 // The first row of the table that is for this processor and these instructions.
 const Tuning& tuning_for(Isa isa);
+
+// The one for selected_isa(), whose exception this throws, or what was set. It never changes: a copy that is carried
+// out in parts is cut as one tuning says, whatever is set meanwhile.
+const Tuning& tuning();
+
+// Serves what begins from then on, by any thread.
+void set_tuning(const Tuning& tuning);
 
 }  // namespace kvkernels::cpu

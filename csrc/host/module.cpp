@@ -9,7 +9,6 @@
 #include <thread>
 #include <vector>
 
-#include "core/policy.h"
 #include "cpu/isa.h"
 #include "cpu/loops.h"
 #include "host/memory.h"
@@ -62,21 +61,6 @@ void stream_copy(uint64_t dst_address, uint64_t src_address, int64_t bytes, int6
   run(0);
 }
 
-py::dict policy_dict() {
-  const CpuPolicy& policy = cpu_policy();
-  py::dict result;
-  result["l2_bytes"] = policy.l2_bytes;
-  result["l3_bytes"] = policy.l3_bytes;
-  result["stream_pool_bytes"] = policy.stream_pool_bytes;
-  result["stream_soon_read_bytes"] = policy.stream_soon_read_bytes;
-  result["serial_bytes"] = policy.serial_bytes;
-  result["lane_bytes"] = policy.lane_bytes;
-  result["sort_min_page_bytes"] = policy.sort_min_page_bytes;
-  result["sort_max_page_bytes"] = policy.sort_max_page_bytes;
-  result["sort_bytes"] = policy.sort_bytes;
-  return result;
-}
-
 }  // namespace
 }  // namespace kvkernels
 
@@ -124,21 +108,4 @@ Raises
 ------
 ValueError
     If KVKERNELS_CPU_ISA, which replaces the choice, names one that is unknown or not supported here.)");
-
-  module.def("cpu_policy", &policy_dict,
-             R"(cpu_policy() -> dict[str, int]
-
-Give the sizes, in bytes, by which the CPU executor decides.
-
-Returns
--------
-dict
-    "l2_bytes" and "l3_bytes", the caches as found; "stream_pool_bytes" and "stream_soon_read_bytes", from which calls
-    bypass the caches; "serial_bytes", below which a call runs on one thread; "lane_bytes", the least for each thread;
-    "sort_min_page_bytes", "sort_max_page_bytes" and "sort_bytes", the pages and calls that are sorted by source.
-
-Raises
-------
-ValueError
-    If KVKERNELS_STREAM_BYTES, which replaces both streaming sizes, is not a number of bytes.)");
 }

@@ -19,7 +19,7 @@ std::string build_info() {
               ", \"architectures\": ", quoted(architectures), ", \"driver_refusal\": ", quoted(driver_refusal()),
               ", \"compiler\": ", quoted(text("gcc-compatible ", __VERSION__)),
               ", \"instruction_set\": ", quoted(cpu::instruction_set()),
-              ", \"tuning\": ", quoted(cpu::tuning_for(cpu::selected_isa()).processors), '}');
+              ", \"tuning\": ", quoted(cpu::tuning().processors), '}');
 }
 
 std::string check_device(int64_t device) { return take_fault_json(static_cast<int>(device)); }

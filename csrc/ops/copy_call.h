@@ -25,8 +25,8 @@ struct CopyCall {
   std::shared_ptr<const BoundCopy> bound;  // instead of the pools and the runs, where they were bound before
   int64_t src_subblocks = 1;
   int64_t dst_subblocks = 1;
-  DeviceMoves* device_moves = nullptr;  // as in Job
-  HeldSides held;                       // as in Job; empty where nothing was kept before
+  std::shared_ptr<DeviceMoves> device_moves;  // as in Job
+  HeldSides held;                             // as in Job; empty where nothing was kept before
   IdColumn src_ids;
   IdColumn dst_ids;
   int64_t rows = 0;

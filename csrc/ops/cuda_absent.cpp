@@ -5,6 +5,7 @@
 #include "core/text.h"
 #include "ops/cuda_state.h"
 #include "ops/executors/room.h"
+#include "ops/mover_device.h"
 
 namespace kvkernels {
 namespace {
@@ -41,5 +42,9 @@ int device_of_addresses(const char* op, const std::vector<Fragment>&) {
 }
 
 std::string take_fault_json(int) { return "{}"; }
+
+std::shared_ptr<MoverDevices> mover_devices(int, int64_t) {
+  throw std::runtime_error("device must be the cpu, got a cuda device, and a library that was built without CUDA code");
+}
 
 }  // namespace kvkernels

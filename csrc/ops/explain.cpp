@@ -32,7 +32,8 @@ void record(const Explanation& e) {
            ", \"reason\": ", quoted(e.reason), ", \"direction\": ", quoted(name_of(e.direction)),
            ", \"shape\": ", quoted(e.shape), ", \"launches\": ", e.launches, ", \"descriptors\": ", e.descriptors,
            ", \"bytes\": ", e.bytes, ", \"pairs\": ", e.pairs, ", \"moves\": ", e.moves, ", \"lanes\": ", e.lanes,
-           ", \"streaming\": ", e.streaming ? "true" : "false", ", \"device\": ", e.device, '}');
+           ", \"streaming\": ", e.streaming ? "true" : "false", ", \"table\": ", quoted(e.table),
+           ", \"device\": ", e.device, '}');
 }
 
 void explain_begin() {

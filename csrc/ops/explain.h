@@ -23,6 +23,7 @@ struct Explanation {
   int64_t moves = 0;
   int lanes = 1;
   bool streaming = false;
+  std::string table{};        // where the numbers are from that were decided by
   std::string device = "{}";  // JSON: what only the CUDA executors say
 };
 

@@ -51,7 +51,7 @@ struct Job {
   std::function<void(const Job& job)> reference;
 
   // Where the work's moves are for the device, as found for a job before with the same memory; filled in by the first.
-  DeviceMoves* device_moves = nullptr;
+  std::shared_ptr<DeviceMoves> device_moves;
   DeviceIds any_ids;  // with the pools' limits
 
   // Raw addresses: the copies as the caller listed them, of which work.fragments has neighbours as one.

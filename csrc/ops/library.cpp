@@ -37,7 +37,9 @@ _reset_counters() -> ()
 _build_info() -> Tensor
 _check_device(int device) -> Tensor
 _policy(bool is_default) -> Tensor
-_set_policy(Tensor rows) -> ()
+_set_policy(Tensor rows, str source) -> ()
+_cpu_numbers() -> Tensor
+_set_cpu_numbers(Tensor numbers, str source) -> ()
 )schemas";
 }
 
@@ -72,4 +74,6 @@ STABLE_TORCH_LIBRARY_IMPL(kvkernels, CompositeExplicitAutograd, m) {
   m.impl("_check_device", TORCH_BOX((&as_tensor<&kvkernels::check_device, int64_t>)));
   m.impl("_policy", TORCH_BOX((&as_tensor<&kvkernels::policy_json, bool>)));
   m.impl("_set_policy", TORCH_BOX(&kvkernels::set_policy));
+  m.impl("_cpu_numbers", TORCH_BOX(&as_tensor<&kvkernels::cpu_numbers_json>));
+  m.impl("_set_cpu_numbers", TORCH_BOX(&kvkernels::set_cpu_numbers));
 }

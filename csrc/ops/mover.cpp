@@ -18,6 +18,7 @@
 #include "ops/executors/room.h"
 #include "ops/explain.h"
 #include "ops/held.h"
+#include "ops/mover_device.h"
 #include "ops/submission.h"
 #include "transfer/queue.h"
 
@@ -28,12 +29,20 @@ using transfer::Access;
 using transfer::Item;
 using transfer::Queue;
 
+// Where a mover's tensors are: here, from 0 on the CUDA device of that number, and below it any CUDA device.
+constexpr int64_t kHost = -1;
+
 struct Mover {
+  std::shared_ptr<MoverDevices> devices;  // null for the host
   Queue queue;
   int lanes;
   int64_t chunk_bytes;
 
-  Mover(int lanes, int64_t chunk_bytes) : queue(lanes), lanes(lanes), chunk_bytes(chunk_bytes) {}
+  Mover(int lanes, int64_t chunk_bytes, int64_t place)
+      : devices(place == kHost ? nullptr : mover_devices(static_cast<int>(place), chunk_bytes)),
+        queue(devices ? 0 : lanes),
+        lanes(lanes),
+        chunk_bytes(chunk_bytes) {}
 };
 
 // By handle. Whoever uses one keeps it, whatever is closed meanwhile. A fork waits for the lock, which a child would
@@ -59,6 +68,7 @@ struct Part {
   Work work;
   std::shared_ptr<const BoundCopy> bound;
   HeldSides held;
+  const cpu::Tuning& tuning = cpu::tuning();
   int64_t first_chunk = 0;
   std::atomic<int64_t> descriptors{0};
   std::atomic<int64_t> bytes{0};
@@ -67,7 +77,7 @@ struct Part {
   ~Part() { recycle(std::move(work.segments)); }
 };
 
-class Parts : public transfer::Payload {
+class Parts : public transfer::HostPayload {
  public:
   std::vector<std::unique_ptr<Part>> parts;
 
@@ -82,7 +92,7 @@ class Parts : public transfer::Payload {
     for (const auto& part : parts) {
       const int64_t own = chunk - part->first_chunk;
       if (own < 0 || own >= part->work.lanes || part->work.bytes == 0) continue;
-      const Issued issued = cpu::copy_lane_of(part->work, static_cast<int>(own));
+      const Issued issued = cpu::copy_lane_of(part->work, static_cast<int>(own), part->tuning);
       part->descriptors.fetch_add(issued.descriptors, std::memory_order_relaxed);
       part->bytes.fetch_add(issued.bytes, std::memory_order_relaxed);
     }
@@ -96,7 +106,7 @@ class Parts : public transfer::Payload {
 };
 
 // What this thread's ops left since the scope began.
-thread_local bool scope_is_open = false;
+thread_local std::shared_ptr<Mover> scope_mover;
 thread_local std::vector<Job> scope_jobs;
 
 // A part is cut into chunks that a more urgent transfer may come between, and so that every lane has some of it.
@@ -143,6 +153,16 @@ int64_t guarded(Body&& body) noexcept {
   return -1;
 }
 
+void check_for_host(const Job& job) {
+  if (job.device >= 0) value_error(job.op, ": tensors must be on the cpu for this mover, got cuda:", job.device);
+  if (job.asked != Executor::kAuto && job.asked != Executor::kCpu) {
+    Site host;
+    const std::string refusal = room_of(job.asked).refusal(job, host);
+    value_error(job.op, ": executor '", name_of(job.asked),
+                "' cannot serve this call: ", refusal.empty() ? "a mover's threads never run Python" : refusal);
+  }
+}
+
 int64_t copy_out(const std::vector<int64_t>& values, int64_t* out) {
   std::copy(values.begin(), values.end(), out);
   return std::ssize(values);
@@ -150,18 +170,16 @@ int64_t copy_out(const std::vector<int64_t>& values, int64_t* out) {
 
 }  // namespace
 
-bool submitting() { return scope_is_open && !explaining(); }
+bool submitting() { return scope_mover != nullptr && !explaining(); }
 
 void submit_job(Job job) {
   if (job.has_addresses) {
     value_error(job.op, ": a mover's transfers must be of tensors, which it keeps alive, got addresses");
   }
-  if (job.device >= 0) value_error(job.op, ": tensors must be on the cpu for this mover, got cuda:", job.device);
-  if (job.asked != Executor::kAuto && job.asked != Executor::kCpu) {
-    Site host;
-    const std::string refusal = room_of(job.asked).refusal(job, host);
-    value_error(job.op, ": executor '", name_of(job.asked),
-                "' cannot serve this call: ", refusal.empty() ? "a mover's threads never run Python" : refusal);
+  if (scope_mover->devices) {
+    scope_mover->devices->take(job);
+  } else {
+    check_for_host(job);
   }
   job.reference = nullptr;  // it refers to the call's own arguments
   job.host_tensors = {};
@@ -179,10 +197,10 @@ using kvkernels::mover_of;
 KVKERNELS_ENTRY const char* kvkernels_mover_error() { return kvkernels::last_error.c_str(); }
 KVKERNELS_ENTRY int64_t kvkernels_mover_error_is_value() { return kvkernels::last_is_value_error ? 1 : 0; }
 
-KVKERNELS_ENTRY int64_t kvkernels_mover_open(int64_t lanes, int64_t chunk_bytes) {
+KVKERNELS_ENTRY int64_t kvkernels_mover_open(int64_t lanes, int64_t chunk_bytes, int64_t place) {
   return guarded([&] {
     static std::atomic<int64_t> last{0};
-    auto mover = std::make_shared<kvkernels::Mover>(static_cast<int>(lanes), chunk_bytes);
+    auto mover = std::make_shared<kvkernels::Mover>(static_cast<int>(lanes), chunk_bytes, place);
     const std::lock_guard lock(kvkernels::movers_mutex);
     kvkernels::movers().emplace(++last, std::move(mover));
     return last.load();
@@ -191,7 +209,9 @@ KVKERNELS_ENTRY int64_t kvkernels_mover_open(int64_t lanes, int64_t chunk_bytes)
 
 KVKERNELS_ENTRY int64_t kvkernels_mover_close(int64_t handle, int64_t finishes) {
   return guarded([&] {
-    mover_of(handle)->queue.close(finishes != 0);
+    const auto mover = mover_of(handle);
+    mover->queue.close(finishes != 0);
+    if (mover->devices) mover->devices->close();
     return int64_t{0};
   });
 }
@@ -210,23 +230,44 @@ KVKERNELS_ENTRY int64_t kvkernels_mover_release(int64_t handle) {
 }
 
 // From here on this thread's ops are kept for kvkernels_mover_submit. 0 where they are already.
-KVKERNELS_ENTRY int64_t kvkernels_mover_begin() { return std::exchange(kvkernels::scope_is_open, true) ? 0 : 1; }
+KVKERNELS_ENTRY int64_t kvkernels_mover_begin(int64_t handle) {
+  return guarded([&] {
+    if (kvkernels::scope_mover != nullptr) return int64_t{0};
+    kvkernels::scope_mover = mover_of(handle);
+    return int64_t{1};
+  });
+}
 
 // Drops them.
 KVKERNELS_ENTRY void kvkernels_mover_abandon() {
-  kvkernels::scope_is_open = false;
+  kvkernels::scope_mover.reset();
   kvkernels::scope_jobs.clear();
 }
 
-// The ticket of the transfer that they are.
-KVKERNELS_ENTRY int64_t kvkernels_mover_submit(int64_t handle, int64_t priority, const int64_t* after, int64_t count) {
-  kvkernels::scope_is_open = false;
+// The ticket of the transfer that they are, after those of `after` and, on a device, after the recorded `events`.
+KVKERNELS_ENTRY int64_t kvkernels_mover_submit(int64_t handle, int64_t priority, const int64_t* after, int64_t count,
+                                               void* const* events, int64_t event_count) {
+  kvkernels::scope_mover.reset();
   return guarded([&] {
     auto jobs = std::exchange(kvkernels::scope_jobs, {});
     const auto mover = mover_of(handle);
-    auto item = kvkernels::item_of(*mover, std::move(jobs));
+    auto item = mover->devices ? mover->devices->item_of(std::move(jobs), {events, events + event_count})
+                               : kvkernels::item_of(*mover, std::move(jobs));
     item->priority = static_cast<kvkernels::transfer::Priority>(priority);
     return mover->queue.submit(std::move(item), std::vector<int64_t>(after, after + count));
+  });
+}
+
+// Whether it was handed to the device, which is waited for at most so long, or has ended. Where it was, what the
+// stream is asked for from now on comes after it.
+KVKERNELS_ENTRY int64_t kvkernels_mover_block(int64_t handle, int64_t ticket, int64_t timeout_ns, int64_t device,
+                                              void* stream) {
+  return guarded([&] {
+    const auto mover = mover_of(handle);
+    kvkernels::transfer::Marks marks;
+    if (!mover->queue.handed_over(ticket, timeout_ns, marks)) return int64_t{0};
+    mover->devices->block(static_cast<int>(device), stream, marks);
+    return int64_t{1};
   });
 }
 

@@ -7,6 +7,7 @@
 #include "ops/executors/room.h"
 #include "ops/explain.h"
 #include "ops/named_errors.h"
+#include "ops/policy_ops.h"
 #include "ops/submission.h"
 
 namespace kvkernels {
@@ -23,10 +24,12 @@ void serve(Job& job, Site& site, bool only_explains) {
   const std::string refusal = room.refusal(job, site);
   if (!refusal.empty()) refuse(job, choice.executor, refusal);
   job.work.executor = choice.executor;
+  if (job.sm_budget == 0) job.sm_budget = choice.sm_budget;
   std::unique_ptr<Plan> plan;
   if (job.work.bytes > 0) plan = room.plan(job, site);
   if (only_explains) {
     Explanation explanation = explanation_of(job.op, job.work, choice.reason);
+    explanation.table = table_of(choice.executor);
     if (plan) plan->describe(explanation);
     return record(explanation);
   }

@@ -39,7 +39,7 @@ class PreparedCopy {
     src_->check();
     CopyCall call = call_;
     call.take_mapping("mapping", mapping);
-    call.device_moves = call.ids_on_device ? &moves_for_device_ids_ : &moves_for_host_ids_;
+    call.device_moves = call.ids_on_device ? moves_for_device_ids_ : moves_for_host_ids_;
     if (call.executor == Executor::kReference) {
       if (call.ids_on_device) {
         value_error(kOp, ": executor 'reference' cannot serve this call: its ids must be on the cpu");
@@ -58,8 +58,8 @@ class PreparedCopy {
   const Tensor runs_;
   CopyCall call_;  // all of it but the ids
   // Apart, because with ids on the device any memory will do that a kernel can reach.
-  DeviceMoves moves_for_host_ids_;
-  DeviceMoves moves_for_device_ids_;
+  const std::shared_ptr<DeviceMoves> moves_for_host_ids_ = std::make_shared<DeviceMoves>();
+  const std::shared_ptr<DeviceMoves> moves_for_device_ids_ = std::make_shared<DeviceMoves>();
 };
 
 // By handle. Whoever runs one keeps it, whatever is released meanwhile.

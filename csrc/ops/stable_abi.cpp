@@ -333,6 +333,20 @@ void* current_stream(int device) {
   return stream;
 }
 
+// Not linked, like the above.
+TorchStreamGuard::TorchStreamGuard(void* stream, int device) {
+  static const auto make =
+      torch_function<AOTITorchError(void*, int32_t, void**)>("libtorch_cuda.so", "aoti_torch_create_cuda_stream_guard");
+  if (make == nullptr) throw std::runtime_error("torch's CUDA library, which sets the current stream, is not loaded");
+  check_torch(make(stream, device, &guard_), "aoti_torch_create_cuda_stream_guard");
+}
+
+TorchStreamGuard::~TorchStreamGuard() {
+  static const auto end =
+      torch_function<AOTITorchError(void*)>("libtorch_cuda.so", "aoti_torch_delete_cuda_stream_guard");
+  if (end != nullptr) static_cast<void>(end(guard_));
+}
+
 Tensor device_bytes(size_t bytes, int device) {
   return empty({static_cast<int64_t>(bytes)}, aoti_torch_dtype_uint8(), aoti_torch_device_type_cuda(), device);
 }

@@ -141,6 +141,19 @@ Tensor int64_tensor(const std::vector<int64_t>& sizes, const int64_t* values);
 // The current stream of a CUDA device as a cudaStream_t. (Stream::id() is not one.)
 void* current_stream(int device);
 
+// Until it goes out of scope, the current stream of a CUDA device on this thread, which may be none of torch's own. The
+// device must be current. Throws std::runtime_error.
+class TorchStreamGuard {
+ public:
+  TorchStreamGuard(void* stream, int device);
+  ~TorchStreamGuard();
+  TorchStreamGuard(const TorchStreamGuard&) = delete;
+  TorchStreamGuard& operator=(const TorchStreamGuard&) = delete;
+
+ private:
+  void* guard_ = nullptr;
+};
+
 // Uninitialised bytes on `device`, of the current stream's: given back, they are handed out again behind its work.
 Tensor device_bytes(size_t bytes, int device);
 

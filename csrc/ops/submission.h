@@ -8,7 +8,7 @@ namespace kvkernels {
 // False while explain() looks, which moves nothing either.
 bool submitting();
 
-// Takes a job that was checked. ValueError for one that a mover cannot carry out.
+// Takes a job that was checked. Throws where the mover cannot carry it out.
 void submit_job(Job job);
 
 }  // namespace kvkernels

@@ -8,25 +8,13 @@
 #include <string>
 #include <vector>
 
+#include "transfer/device.h"
 #include "transfer/footprint.h"
+#include "transfer/payload.h"
 
 namespace kvkernels::transfer {
 
-enum class Priority : int64_t { kExpedited, kLoad, kStore };
-
 enum class State : int64_t { kQueued, kRunning, kDone, kFailed, kCancelled };
-
-// What Python raises it as.
-enum class Kind : int64_t { kNone, kValueError, kRuntimeError, kDependency, kCancelled };
-
-// The copies themselves, and what keeps their memory alive.
-class Payload {
- public:
-  virtual ~Payload() = default;
-  virtual void check() = 0;                       // before the first chunk; throws where the memory is not what it was
-  virtual void copy(int64_t chunk) noexcept = 0;  // from any thread, several at once
-  virtual void finish() noexcept = 0;             // every chunk was copied
-};
 
 // One side of one of its copies; the segments are the payload's.
 struct Access {
@@ -54,6 +42,8 @@ struct Item {
   int64_t ticket = 0;
   Priority priority = Priority::kLoad;
   Priority urgency = Priority::kLoad;  // that of the most urgent one that waits for it, where that is more
+  Direction direction = Direction::kHostToHost;
+  Executor executor = Executor::kCpu;
   State state = State::kQueued;
   int64_t bytes = 0;
   int64_t chunks = 1;
@@ -66,6 +56,13 @@ struct Item {
   int64_t waits_for = 0;
   std::vector<std::weak_ptr<Item>> before;
   std::vector<Follower> followers;
+
+  // On a device: every chunk was handed over, so that others can be ordered behind it there.
+  bool is_handed_over = false;
+  bool has_moved = false;          // bytes of it may be on their way
+  Marks marks;                     // behind its chunks, the last of each stream
+  Marks after;                     // what its streams wait for
+  std::vector<Follower> leans_on;  // those before it that had not ended when it was released
 
   int64_t end_order = 0;
   int64_t submitted_ns = 0;

@@ -27,16 +27,20 @@ int64_t now_ns() {
 
 bool is_urgent(const Item& item) { return item.urgency != Priority::kStore; }
 
-// What a follower's error says of the one before it.
-std::string cause_text(const Item& before) {
+}  // namespace
+
+std::string Queue::cause_text(const Item& before) {
   const char* const became = before.state == State::kCancelled ? " was cancelled" : " failed";
   const std::string why = before.kind == Kind::kDependency || before.error.empty() ? "" : text(": ", before.error);
   return text("transfer ", before.ticket, ", which this one needs,", became, why);
 }
 
-}  // namespace
-
 Queue::Queue(int lanes) : lanes_(lanes) {
+  if (!is_on_device()) {
+    for (const Priority priority : {Priority::kExpedited, Priority::kLoad, Priority::kStore}) {
+      counters_[{Direction::kHostToHost, priority, Executor::kCpu}] = {};
+    }
+  }
   // Signals are for the program's own threads, but for those that a thread's own fault raises.
   sigset_t others;
   sigset_t before;
@@ -44,9 +48,10 @@ Queue::Queue(int lanes) : lanes_(lanes) {
   for (const int fault : {SIGSEGV, SIGBUS, SIGFPE, SIGILL}) sigdelset(&others, fault);
   pthread_sigmask(SIG_SETMASK, &others, &before);
   std::string error;
+  const int threads = is_on_device() ? 1 : 2 * lanes;
   try {
-    for (int thread = 0; thread < 2 * lanes; ++thread) {
-      threads_.emplace_back([this, thread, lanes] { work(thread < lanes, thread); });
+    for (int thread = 0; thread < threads; ++thread) {
+      threads_.emplace_back([this, thread, lanes] { is_on_device() ? dispatch() : work(thread < lanes, thread); });
     }
   } catch (const std::system_error& caught) {
     error = caught.what();
@@ -54,7 +59,7 @@ Queue::Queue(int lanes) : lanes_(lanes) {
   pthread_sigmask(SIG_SETMASK, &before, nullptr);
   if (error.empty()) return;
   close(false);
-  throw std::runtime_error(text(2 * lanes, " threads must be startable, got ", error));
+  throw std::runtime_error(text(threads, " threads must be startable, got ", error));
 }
 
 Queue::~Queue() { close(false); }
@@ -95,10 +100,25 @@ std::vector<Queue::Before> Queue::conflicts_of(Item& item) {
 }
 
 void Queue::follow(const std::shared_ptr<Item>& item, const std::shared_ptr<Item>& before, bool fails_with_it) {
+  if (before->is_handed_over) {
+    item->leans_on.push_back({before, fails_with_it});
+    item->after.insert(item->after.end(), before->marks.begin(), before->marks.end());
+    return;
+  }
   before->followers.push_back({item, fails_with_it});
   item->before.push_back(before);
   ++item->waits_for;
   hurry(before, item->urgency);
+}
+
+// False where it cannot any more, because the other has failed it.
+bool Queue::come_after(const std::shared_ptr<Item>& item, const std::shared_ptr<Item>& before, bool fails_with_it) {
+  if (!before->has_ended()) {
+    follow(item, before, fails_with_it);
+  } else if (fails_with_it && before->state != State::kDone) {
+    end(item, State::kFailed, Kind::kDependency, cause_text(*before));
+  }
+  return !item->has_ended();
 }
 
 // A transfer, and all that it waits for, becomes as urgent as one that waits for it.
@@ -108,9 +128,10 @@ void Queue::hurry(const std::shared_ptr<Item>& item, Priority urgency) {
     const std::shared_ptr<Item> here = std::move(left.back());
     left.pop_back();
     if (here->has_ended() || here->urgency <= urgency) continue;
-    const bool was_ready = ready_.erase(here.get()) > 0;
+    Ready& ready = ready_of(*here);
+    const bool was_ready = ready.erase(here.get()) > 0;
     here->urgency = urgency;
-    if (was_ready) ready_.insert(here.get());
+    if (was_ready) ready.insert(here.get());
     for (const std::weak_ptr<Item>& before : here->before) {
       if (auto one = before.lock()) left.push_back(std::move(one));
     }
@@ -130,23 +151,12 @@ int64_t Queue::submit(std::shared_ptr<Item> item, const std::vector<int64_t>& af
   item->submitted_ns = now_ns();
   items_.emplace(item->ticket, item);
   unfinished_.emplace(item->ticket, item);
+  bool goes_on = true;
   for (const Before& conflict : conflicts) {
-    if (item->has_ended()) break;
-    if (!conflict.item->has_ended()) {
-      follow(item, conflict.item, conflict.fails_with_it);
-    } else if (conflict.fails_with_it && conflict.item->state != State::kDone) {
-      end(item, State::kFailed, Kind::kDependency, cause_text(*conflict.item));
-    }
+    goes_on = goes_on && come_after(item, conflict.item, conflict.fails_with_it);
   }
-  for (const std::shared_ptr<Item>& before : named) {
-    if (item->has_ended()) break;
-    if (!before->has_ended()) {
-      follow(item, before, true);
-    } else if (before->state != State::kDone) {
-      end(item, State::kFailed, Kind::kDependency, cause_text(*before));
-    }
-  }
-  if (!item->has_ended() && item->waits_for == 0) ready_.insert(item.get());
+  for (const std::shared_ptr<Item>& before : named) goes_on = goes_on && come_after(item, before, true);
+  if (goes_on && item->waits_for == 0) ready_of(*item).insert(item.get());
   std::condition_variable* const free_thread = next_thread();
   lock.unlock();
   if (free_thread != nullptr) free_thread->notify_one();
@@ -171,13 +181,16 @@ void Queue::end(const std::shared_ptr<Item>& item, State state, Kind kind, std::
     here.state = ending.state;
     here.kind = ending.kind;
     here.error = ending.error;
-    here.ended_ns = now_ns();
+    if (here.ended_ns == 0) here.ended_ns = now_ns();
     here.end_order = ++ended_;
-    ready_.erase(&here);
+    ready_of(here).erase(&here);
     unfinished_.erase(here.ticket);
     untold_.emplace(here.end_order, here.ticket);
     ended_payloads_.push_back(std::move(here.payload));
-    Counters& counters = counters_[static_cast<size_t>(here.priority)];
+    here.marks.clear();
+    here.after.clear();
+    here.leans_on.clear();
+    Counters& counters = counters_[{here.direction, here.priority, here.executor}];
     if (here.state == State::kDone) {
       counters.add_done(here.bytes, here.ended_ns - here.started_ns, here.started_ns - here.submitted_ns, here.chunks);
     } else {
@@ -189,7 +202,7 @@ void Queue::end(const std::shared_ptr<Item>& item, State state, Kind kind, std::
       if (follower.fails_with_it && here.state != State::kDone) {
         left.push_back({follower.item, State::kFailed, Kind::kDependency, cause_text(here)});
       } else if (--next.waits_for == 0) {
-        ready_.insert(&next);
+        ready_of(next).insert(&next);
       }
     }
     if (here.waiters > 0) to_be_told_.push_back(ending.item);
@@ -242,7 +255,8 @@ Report Queue::report(int64_t ticket) {
           item.submitted_ns,
           item.started_ns,
           item.ended_ns,
-          item.is_aborted ? 1 : 0};
+          item.is_aborted ? 1 : 0,
+          static_cast<int64_t>(item.executor)};
 }
 
 std::string Queue::error(int64_t ticket) {
@@ -305,7 +319,11 @@ void Queue::close(bool finishes) {
           item->is_aborted = true;
           item->chunks_left -= item->chunks - item->next_chunk;
           item->next_chunk = item->chunks;
-          ready_.erase(item.get());
+          ready_of(*item).erase(item.get());
+          if (item->chunks_left == 0) {
+            end(item, State::kCancelled, Kind::kCancelled,
+                "it was cancelled while it was carried out: the mover was closed");
+          }
         }
       }
     }
@@ -337,7 +355,9 @@ std::vector<int64_t> Queue::stats() {
   int64_t running = 0;
   for (const auto& [ticket, item] : unfinished_) running += item->state == State::kRunning ? 1 : 0;
   std::vector<int64_t> numbers{static_cast<int64_t>(unfinished_.size()) - running, running};
-  for (const Counters& counters : counters_) {
+  for (const auto& [row, counters] : counters_) {
+    numbers.insert(numbers.end(), {static_cast<int64_t>(row.direction), static_cast<int64_t>(row.priority),
+                                   static_cast<int64_t>(row.executor)});
     const auto* const first = reinterpret_cast<const int64_t*>(&counters);
     numbers.insert(numbers.end(), first, first + sizeof(Counters) / sizeof(int64_t));
   }
@@ -351,8 +371,10 @@ std::vector<Trace> Queue::trace() {
 
 // Where somebody sleeps for the next chunk, if it may be copied now. Whoever takes it wakes the next.
 std::condition_variable* Queue::next_thread() {
-  if (running_ >= lanes_ || holds_ > 0 || ready_.empty()) return nullptr;
-  return is_urgent(**ready_.begin()) ? &urgent_cv_ : &store_cv_;
+  if (is_on_device()) return holds_ == 0 && next_to_hand_over() != nullptr ? &urgent_cv_ : nullptr;
+  const Ready& ready = ready_.front();
+  if (running_ >= lanes_ || holds_ > 0 || ready.empty()) return nullptr;
+  return is_urgent(**ready.begin()) ? &urgent_cv_ : &store_cv_;
 }
 
 void Queue::wake() {
@@ -361,8 +383,9 @@ void Queue::wake() {
 
 // What a thread is to copy a chunk of, or null. A store waits while something urgent is ready.
 std::shared_ptr<Item> Queue::take(bool urgent) {
-  if (running_ >= lanes_ || holds_ > 0 || ready_.empty()) return nullptr;
-  Item& first = **ready_.begin();
+  const Ready& ready = ready_.front();
+  if (running_ >= lanes_ || holds_ > 0 || ready.empty()) return nullptr;
+  Item& first = **ready.begin();
   if (is_urgent(first) != urgent) return nullptr;
   return unfinished_.at(first.ticket);
 }
@@ -376,10 +399,10 @@ void Queue::run_chunk(const std::shared_ptr<Item>& item, int thread, std::unique
     item->started_ns = begin_ns;
   }
   // Until it was checked nobody else has a part of it.
-  if (is_first || item->next_chunk == item->chunks) ready_.erase(item.get());
+  if (is_first || item->next_chunk == item->chunks) ready_of(*item).erase(item.get());
   ++running_;
   wake();
-  Payload& payload = *item->payload;
+  auto& payload = static_cast<HostPayload&>(*item->payload);
   if (is_first) {
     lock.unlock();
     Kind kind = Kind::kNone;
@@ -401,7 +424,7 @@ void Queue::run_chunk(const std::shared_ptr<Item>& item, int thread, std::unique
       return;
     }
     if (item->next_chunk < item->chunks) {
-      ready_.insert(item.get());
+      ready_of(*item).insert(item.get());
       wake();
     }
   }

@@ -4,9 +4,13 @@
 //                                                                └─▶ threads for stores, niced   ─┘ them at a time
 //
 // Urgent threads and those for stores are apart because a thread that has lowered its priority may not raise it again.
+//
+// On a device one thread hands chunks to streams and looks at what has ended (dispatch.cpp).
 #pragma once
 
+#include <array>
 #include <condition_variable>
+#include <list>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -30,6 +34,7 @@ struct Report {
   int64_t started_ns;
   int64_t ended_ns;
   int64_t undefined;  // whether a part was copied and the rest was not
+  int64_t executor;
 };
 
 struct Range {
@@ -39,6 +44,7 @@ struct Range {
 
 class Queue {
  public:
+  // With `lanes` threads of each kind; with none for a device, whose transfers have a DevicePayload.
   explicit Queue(int lanes);
   ~Queue();
   Queue(const Queue&) = delete;
@@ -53,6 +59,10 @@ class Queue {
 
   // Whether it has ended, which is waited for at most so long.
   bool wait(int64_t ticket, int64_t timeout_ns);
+
+  // Whether everything that was asked of the device for it was, which is waited for at most so long; it is handed over
+  // before all others then, and whole. `marks` are those that are behind it, none where it has ended.
+  bool handed_over(int64_t ticket, int64_t timeout_ns, Marks& marks);
 
   Report report(int64_t ticket);
   std::string error(int64_t ticket);
@@ -72,7 +82,8 @@ class Queue {
   // Nobody will ask about it again.
   void forget(int64_t ticket);
 
-  std::vector<int64_t> stats();  // queued, running, then a Counters for each priority
+  // Queued, running, then for each direction, priority and executor that occurred: these, and a Counters.
+  std::vector<int64_t> stats();
   std::vector<Trace> trace();
 
  private:
@@ -85,10 +96,28 @@ class Queue {
     std::shared_ptr<Item> item;
     bool fails_with_it;
   };
+  using Ready = std::set<Item*, ByUrgency>;
+
+  // A chunk on its way.
+  struct Flight {
+    std::shared_ptr<Item> item;
+    std::shared_ptr<Mark> mark;  // null where nothing of it is
+    int64_t chunk;
+    Priority urgency;
+    Times times;
+    bool has_passed = false;
+    bool is_settled = false;
+    int errors = 0;  // in a row
+    std::string error = "";
+  };
+
+  // What a follower's error says of the one before it.
+  static std::string cause_text(const Item& before);
 
   std::vector<Before> conflicts_of(Item& item);
   std::shared_ptr<Item> known(int64_t ticket);
   void follow(const std::shared_ptr<Item>& item, const std::shared_ptr<Item>& before, bool fails_with_it);
+  bool come_after(const std::shared_ptr<Item>& item, const std::shared_ptr<Item>& before, bool fails_with_it);
   void hurry(const std::shared_ptr<Item>& item, Priority urgency);
   void end(const std::shared_ptr<Item>& item, State state, Kind kind = Kind::kNone, std::string error = "");
   void free_ended();
@@ -98,6 +127,21 @@ class Queue {
   std::shared_ptr<Item> take(bool urgent);
   void run_chunk(const std::shared_ptr<Item>& item, int thread, std::unique_lock<std::mutex>& lock);
   void work(bool urgent, int thread);
+
+  // dispatch.cpp
+  void dispatch();
+  bool has_room(const Item& item) const;
+  Item* next_to_hand_over() const;
+  bool hand_over_next(std::unique_lock<std::mutex>& lock);
+  void hand_over(const std::shared_ptr<Item>& item, std::unique_lock<std::mutex>& lock);
+  void release_followers(Item& item);
+  void add_to_time(Item& item, const Times& times);
+  void end_on_device(const std::shared_ptr<Item>& item);
+  bool look_at_flights(std::unique_lock<std::mutex>& lock);
+  bool settle(Flight& flight);
+
+  Ready& ready_of(const Item& item) { return ready_[static_cast<size_t>(item.direction)]; }
+  bool is_on_device() const { return lanes_ == 0; }
 
   const int lanes_;
   std::mutex submit_mutex_;  // of those who compare a new transfer with others; taken before mutex_
@@ -109,7 +153,7 @@ class Queue {
   std::condition_variable all_ended_cv_;
   std::unordered_map<int64_t, std::shared_ptr<Item>> items_;  // until forgotten
   std::map<int64_t, std::shared_ptr<Item>> unfinished_;       // by ticket
-  std::set<Item*, ByUrgency> ready_;                          // with chunks to be handed out
+  std::array<Ready, 4> ready_;                                // with chunks to be handed out, by direction
   std::map<int64_t, int64_t> untold_;                         // those that ended and nobody was told, in order
   std::vector<std::unique_ptr<Payload>> ended_payloads_;  // freed by a caller's thread: their tensors may run anything
   std::vector<std::shared_ptr<Item>> to_be_told_;         // ended, and somebody waits for it
@@ -119,8 +163,17 @@ class Queue {
   int holds_ = 0;
   bool is_closed_ = false;
   bool stops_ = false;
-  Counters counters_[kPriorities];
+  struct Row {
+    Direction direction;
+    Priority priority;
+    Executor executor;
+    auto operator<=>(const Row&) const = default;
+  };
+  std::map<Row, Counters> counters_;
   TraceRing trace_;
+
+  std::list<Flight> flights_;                                        // in order; the dispatcher's alone
+  std::array<std::array<int64_t, kPriorities + 1>, 4> in_flight_{};  // by direction and urgency
 
   std::mutex join_mutex_;
   std::vector<std::thread> threads_;

@@ -3,7 +3,7 @@
 
     python generate.py MODEL --kv-transfer-config JSON
 
-The JSON is what `vllm serve` takes under the same name. The spec that it names must be on PYTHONPATH.
+The JSON is what `vllm serve` takes under the same name.
 """
 
 import argparse

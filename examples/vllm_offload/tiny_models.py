@@ -10,7 +10,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV2Config,
     Gemma3TextConfig,
+    GptOssConfig,
     LlamaConfig,
     PretrainedConfig,
     PreTrainedTokenizerFast,
@@ -64,11 +66,49 @@ def qwen3_next() -> PretrainedConfig:
     )
 
 
+def gpt_oss() -> PretrainedConfig:
+    """Sliding-window and full attention in turn, with sinks: two groups."""
+    return GptOssConfig(
+        **COMMON,
+        **ATTENTION,
+        dtype="bfloat16",
+        head_dim=64,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        sliding_window=64,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        tie_word_embeddings=False,
+    )
+
+
+def deepseek() -> PretrainedConfig:
+    """Latent attention: one vector a token instead of K and V."""
+    return DeepseekV2Config(
+        **COMMON,
+        hidden_size=128,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=8192,
+        dtype="bfloat16",
+        intermediate_size=256,
+        num_hidden_layers=3,
+        first_k_dense_replace=3,
+        q_lora_rank=None,
+        kv_lora_rank=512,
+        qk_nope_head_dim=128,
+        qk_rope_head_dim=64,
+        v_head_dim=128,
+    )
+
+
 MODELS = {
     "llama-fp32": lambda: llama("float32"),
     "llama-bf16": lambda: llama("bfloat16"),
     "gemma3": gemma3,
     "qwen3-next": qwen3_next,
+    "gpt-oss": gpt_oss,
+    "deepseek": deepseek,
 }
 
 

@@ -1,4 +1,4 @@
-"""Strings of the private ops, as bytes: torch before 2.14 never frees a string that an op returns."""
+"""Strings of the private ops, as bytes, since torch before 2.14 never frees one that an op returns; and messages'."""
 
 from __future__ import annotations
 
@@ -20,3 +20,9 @@ def ask(op: Callable[..., Tensor], *args: object) -> str:
     """What a private op says, also under a mode, such as FakeTensorMode, that would answer in its place."""
     with _disable_current_modes():
         return op(*args).numpy().tobytes().decode()
+
+
+def shortened(value: object) -> str:
+    """A value in a message: its ``repr``, of which a long one is cut."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

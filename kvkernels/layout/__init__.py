@@ -9,17 +9,17 @@ from kvkernels.layout.canonical import (
     canonicalize,
 )
 from kvkernels.layout.convert import convert_blocks
+from kvkernels.layout.forms import layout_of
 from kvkernels.layout.groups import copy_groups, empty_host_caches
-from kvkernels.layout.layout import KVLayout
-from kvkernels.layout.mapping import (
+from kvkernels.layout.layout import KVLayout, parts
+from kvkernels.layout.page_runs import (
     CanonicalPageMapping,
     CopyRun,
-    TensorParallel,
-    layout_of,
     mapping_of_plan,
     opaque_mapping,
     plan_of_mapping,
 )
+from kvkernels.layout.parallel import Parallel, TensorParallel
 from kvkernels.layout.plan import Plan, compile_plan
 from kvkernels.layout.slots import copy_slots
 
@@ -31,6 +31,7 @@ __all__ = [
     "CopyRun",
     "KVCache",
     "KVLayout",
+    "Parallel",
     "Plan",
     "TensorParallel",
     "canonicalize",
@@ -43,6 +44,7 @@ __all__ = [
     "layout_of",
     "mapping_of_plan",
     "opaque_mapping",
+    "parts",
     "plan_of_mapping",
     "whole_page_runs",
 ]

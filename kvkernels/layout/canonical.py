@@ -5,20 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from kvkernels.common.arguments import integer, shape_text
-from kvkernels.layout.mapping import (
-    CanonicalPageMapping,
-    TensorParallel,
-    derive_page_mappings,
-    known_forms,
-    opaque_mapping,
-)
+from kvkernels.layout.forms import known_forms
+from kvkernels.layout.mapping import derive_block_mapping, derive_page_mappings
 from kvkernels.layout.memory import as_storages, bytes_of_storage, from_storages
+from kvkernels.layout.page_runs import CanonicalPageMapping
+from kvkernels.layout.parallel import Parallel
 from kvkernels.layout.specs import PageFacts, page_facts, spec_of_layer
 
 
@@ -71,15 +68,18 @@ class _Region:
     address: int
     page_bytes: int
     row_bytes: int
+    num_blocks: int
     used_bytes: int = field(compare=False)
 
-    def end(self, num_blocks: int) -> int:
-        return self.address + (num_blocks - 1) * self.row_bytes + self.page_bytes
+    @property
+    def end(self) -> int:
+        return self.address + (self.num_blocks - 1) * self.row_bytes + self.page_bytes
 
 
 def canonicalize(
     kv_caches: Mapping[str, Tensor | Sequence[Tensor]] | Tensor, groups: Sequence[Any], *,
-    num_blocks: int | None = None, block_dim: int | None = None, tensor_parallel: TensorParallel | None = None,
+    num_blocks: int | Sequence[int] | None = None, block_dim: int | None = None, parallel: Parallel | None = None,
+    tensor_parallel: Parallel | None = None,
 ) -> CanonicalKVCaches:  # fmt: skip
     """An engine's KV cache as simple pages, whatever its attention backends make of them.
 
@@ -91,18 +91,19 @@ def canonicalize(
     groups : sequence
         Each with ``layer_names`` and ``kv_cache_spec``: ``KVCacheGroup`` with specs of ``kvkernels.layout.specs``, or
         vLLM's own.
-    num_blocks : int, optional
-        Blocks that the engine manages; by default what the first layer's spec makes of its tensor. A tensor may have a
-        multiple of it, its kernel blocks being smaller.
+    num_blocks : int or sequence of int, optional
+        Blocks that the engine manages, in all groups or one number a group; by default what the spec of a group's first
+        layer makes of its tensor. A tensor may have a multiple of it, its kernel blocks being smaller.
     block_dim : int, optional
         The dimension that counts blocks, where a shape leaves it open, as ``[2, 2, ...]`` does.
-    tensor_parallel : TensorParallel, optional
-        This rank's place: each reference then says how its page lies in the page without tensor parallelism.
+    parallel, tensor_parallel : Parallel, optional
+        This rank's place, by either name: each reference then says how its page lies in the page without parallelism.
 
     Returns
     -------
     CanonicalKVCaches
-        Views of the caches' memory. Layers that share memory share a tensor; a layer whose K and V lie apart has two.
+        Views of the caches' memory. Layers that share memory share a tensor; a layer whose K and V lie apart has two,
+        and one whose heads do, outside the blocks or with other layers between them, one a head.
 
     Raises
     ------
@@ -121,15 +122,21 @@ def canonicalize(
     >>> [tuple(t.tensor.shape) for t in canonical.tensors], [r.tensor_idx for r in canonical.group_data_refs[0]]
     ([(10, 8192), (10, 8192)], [0, 1])
     """
-    finder = _Finder(_count_or_none("num_blocks", num_blocks), _count_or_none("block_dim", block_dim))
+    if parallel is not None and tensor_parallel is not None:
+        raise ValueError("canonicalize: parallel must be given by one name, got tensor_parallel, too")
+    parallel = tensor_parallel if parallel is None else parallel
+    counts = _counts(num_blocks, len(groups))
+    dim = _count_or_none("block_dim", block_dim)
     if isinstance(kv_caches, Tensor):
-        return _cross_layer(kv_caches, groups, finder, tensor_parallel)
+        return _cross_layer(kv_caches, groups, _Finder(counts[0] if counts else None, dim, None), parallel)
     if not isinstance(kv_caches, Mapping):
         kind = type(kv_caches).__name__
         raise ValueError(f"canonicalize: kv_caches must be a mapping by layer, or one Tensor, got {kind}")
     tensors: dict[_Region, int] = {}
     group_refs: list[list[CanonicalKVCacheRef]] = []
-    for group in groups:
+    first_count: int | None = None
+    for group, count in zip(groups, counts, strict=True):
+        finder = _Finder(count, dim, first_count)
         refs: list[CanonicalKVCacheRef] = []
         for name in group.layer_names:
             if name not in kv_caches:
@@ -140,16 +147,25 @@ def canonicalize(
             cache = _checked_cache(name, kv_caches[name])
             regions = finder.regions(name, cache, facts)
             mappings: Sequence[CanonicalPageMapping | None] = [None] * len(regions)
-            if tensor_parallel is not None:
+            if parallel is not None:
                 sizes = [region.used_bytes for region in regions]
-                mappings = derive_page_mappings(cache, facts.spec, sizes, tensor_parallel)
+                mappings = derive_page_mappings(cache, facts.spec, sizes, parallel)
             for region, mapping in zip(regions, mappings, strict=True):
                 index = tensors.setdefault(region, len(tensors))
                 refs.append(CanonicalKVCacheRef(index, region.used_bytes, mapping))
         group_refs.append(refs)
-    blocks = finder.num_blocks or 0
-    _check_sharing(list(tensors), blocks)
-    return CanonicalKVCaches([_view(region, blocks) for region in tensors], group_refs)
+        first_count = finder.num_blocks if first_count is None else first_count
+    _check_sharing(list(tensors))
+    return CanonicalKVCaches([_view(region) for region in tensors], group_refs)
+
+
+def _counts(num_blocks: int | Sequence[int] | None, groups: int) -> Sequence[int | None]:
+    """Blocks of each group, where given."""
+    if not isinstance(num_blocks, (list, tuple)):
+        return [_count_or_none("num_blocks", num_blocks)] * groups  # type: ignore[arg-type]
+    if len(num_blocks) != groups:
+        raise ValueError(f"canonicalize: num_blocks must be one number, or one a group of {groups}, got {num_blocks}")
+    return [_count_or_none("num_blocks", count) for count in num_blocks]
 
 
 def _count_or_none(name: str, value: int | None) -> int | None:
@@ -170,7 +186,7 @@ def _checked_cache(name: str, cache: Tensor | Sequence[Tensor]) -> Tensor | Sequ
 
 
 def _cross_layer(
-    tensor: Tensor, groups: Sequence[Any], finder: _Finder, tensor_parallel: TensorParallel | None
+    tensor: Tensor, groups: Sequence[Any], finder: _Finder, parallel: Parallel | None
 ) -> CanonicalKVCaches:
     """All layers of one group in one block."""
     if len(groups) != 1:
@@ -186,17 +202,21 @@ def _cross_layer(
     if len(regions) != 1:
         _fail("of all layers", "have blocks outermost", _geometry(tensor))
     mapping = None
-    if tensor_parallel is not None:
-        mapping = opaque_mapping(page, tensor_parallel.rank, tensor_parallel.size)
-    return CanonicalKVCaches([_view(regions[0], finder.num_blocks or 0)], [[CanonicalKVCacheRef(0, page, mapping)]])
+    if parallel is not None:
+        mapping = derive_block_mapping(tensor, [one.spec for one in facts], page, parallel)
+    return CanonicalKVCaches([_view(regions[0])], [[CanonicalKVCacheRef(0, page, mapping)]])
 
 
 class _Finder:
-    """Finds where a layer's blocks lie; the number of blocks, once known, holds for all layers."""
+    """Finds where a layer's blocks lie; the number of blocks, once known, holds for all layers of the group.
 
-    def __init__(self, num_blocks: int | None, block_dim: int | None) -> None:
+    ``usual`` is what other groups have, for a tensor of which the number cannot be told.
+    """
+
+    def __init__(self, num_blocks: int | None, block_dim: int | None, usual: int | None) -> None:
         self.num_blocks = num_blocks
         self._block_dim = block_dim
+        self._usual = usual
 
     def regions(self, name: str, cache: Tensor | Sequence[Tensor], facts: PageFacts) -> list[_Region]:
         label = repr(name)
@@ -210,14 +230,20 @@ class _Finder:
         """One region, or two where K lies wholly before V."""
         total = tensor.numel() * tensor.element_size()
         if self.num_blocks is None:
-            if total % used_bytes:
+            if total % used_bytes == 0:
+                self.num_blocks = total // used_bytes
+            elif self._usual is not None:
+                self.num_blocks = self._usual
+            else:
                 _fail(label, f"have blocks of {used_bytes} bytes, as its spec says", f"{total} bytes in all")
-            self.num_blocks = total // used_bytes
         readings = [_by_dim(tensor, dim, self.num_blocks, facts, used_bytes) for dim in self._block_dims(tensor, facts)]
         found = [regions for regions in readings if regions is not None]
         if len(found) > 1 and any(regions != found[0] for regions in found):
             _fail(label, "have one dimension that counts blocks (block_dim names it)", _geometry(tensor))
         if not found or not found[0]:
+            apart = _by_head(tensor, self.num_blocks, facts, used_bytes)
+            if apart is not None:
+                return apart
             wanted = f"have {self.num_blocks} blocks of {used_bytes} bytes, each in one piece or as K and V"
             _fail(label, wanted, _geometry(tensor))
         return found[0]
@@ -265,7 +291,7 @@ class _Finder:
                 row = state.stride(0) * item if self.num_blocks > 1 else used
                 if row < used:
                     _fail(label, f"have blocks of {used} bytes that do not overlap", _geometry(state))
-                regions.append(_Region(state, state.data_ptr(), used, row, used))
+                regions.append(_Region(state, state.data_ptr(), used, row, self.num_blocks, used))
         total = sum(region.used_bytes for region in regions)
         if total not in (facts.unpadded_page_bytes, facts.page_bytes):
             _fail(label, f"have {facts.unpadded_page_bytes} bytes a block in its state, as its spec says", str(total))
@@ -275,7 +301,7 @@ class _Finder:
         one_row = all(region.row_bytes == row for region in regions)
         if in_order and one_row and len({_storage(region.of) for region in regions}) == 1 and total <= row:
             page = min(row, facts.page_bytes)
-            return [_Region(first.of, first.address, page, row, facts.unpadded_page_bytes)]
+            return [_Region(first.of, first.address, page, row, self.num_blocks, facts.unpadded_page_bytes)]
         return regions
 
 
@@ -297,7 +323,29 @@ def _by_dim(tensor: Tensor, dim: int, num_blocks: int, facts: PageFacts, used_by
     row = step * ratio
     page = min(row, facts.page_bytes) if parts == 1 else inside_bytes * ratio
     far = outer[0][1] if outer else 0
-    return [_Region(tensor, tensor.data_ptr() + i * far, page, row, used_bytes // parts) for i in range(parts)]
+    begin = tensor.data_ptr()
+    return [_Region(tensor, begin + i * far, page, row, num_blocks, used_bytes // parts) for i in range(parts)]
+
+
+def _by_head(tensor: Tensor, num_blocks: int, facts: PageFacts, used_bytes: int) -> list[_Region] | None:
+    """A region a head of ``[B, H, N, C]``, where a head's rows are in one piece and the heads of a block are not::
+
+    L H B N C   | h0: b0 b1 b2 ... | h1: b0 b1 b2 ... |        of each layer
+    B H L N C   | b0: h0: l0 l1 ... h1: l0 l1 ... | b1: ...     a layer's heads with other layers between
+    """
+    heads = getattr(facts.spec, "num_head_slots", None) or getattr(facts.spec, "num_kv_heads", 0)
+    if tensor.dim() != 4 or tensor.shape[1] != heads or num_blocks == 0 or tensor.shape[0] % num_blocks:
+        return None
+    item, ratio = tensor.element_size(), tensor.shape[0] // num_blocks
+    block, head = (tensor.stride(i) * item for i in (0, 1))
+    rows = [(n, s * item) for n, s in zip(tensor.shape[2:], tensor.stride()[2:], strict=True)]
+    row_bytes = _dense_bytes(rows, item)
+    if row_bytes is None or row_bytes * ratio * heads != used_bytes or facts.page_bytes != used_bytes:
+        return None
+    if block < row_bytes or (ratio > 1 and block != row_bytes):
+        return None
+    begin, page = tensor.data_ptr(), row_bytes * ratio
+    return [_Region(tensor, begin + h * head, page, block * ratio, num_blocks, page) for h in range(heads)]
 
 
 def _dense_bytes(dimensions: list[tuple[int, int]], item: int) -> int | None:
@@ -318,18 +366,26 @@ def _geometry(tensor: Tensor) -> str:
     return f"shape {shape_text(tensor.shape)} with strides {shape_text(tensor.stride())}"
 
 
-def _fail(label: str, wanted: str, got: str) -> None:
+def _fail(label: str, wanted: str, got: str) -> NoReturn:
     raise ValueError(f"canonicalize: the cache of layer {label} must {wanted}, got {got}")
 
 
-def _check_sharing(regions: list[_Region], num_blocks: int) -> None:
+def _check_sharing(regions: list[_Region]) -> None:
     """Regions that share bytes are one and the same, or somebody is wrong about them."""
     ordered = sorted(regions, key=lambda region: region.address)
     for i, region in enumerate(ordered):
-        end = region.end(num_blocks)
         for other in ordered[i + 1 :]:
-            if other.address >= end:
+            if other.address >= region.end:
                 break
+            if (
+                (other.address, other.row_bytes) == (region.address, region.row_bytes)
+                and other != region
+                and (other.page_bytes == region.page_bytes)
+            ):
+                raise ValueError(
+                    "canonicalize: layers sharing memory must agree on their blocks, got "
+                    f"{region.num_blocks} and {other.num_blocks}"
+                )
             distance = other.address - region.address
             if region.row_bytes == other.row_bytes:
                 within = distance % region.row_bytes
@@ -341,10 +397,11 @@ def _check_sharing(regions: list[_Region], num_blocks: int) -> None:
             )
 
 
-def _view(region: _Region, num_blocks: int) -> CanonicalKVCacheTensor:
+def _view(region: _Region) -> CanonicalKVCacheTensor:
+    num_blocks = region.num_blocks
     storage = region.of.untyped_storage()
     start = region.address - storage.data_ptr()
-    if region.end(num_blocks) - storage.data_ptr() > storage.nbytes():
+    if region.end - storage.data_ptr() > storage.nbytes():
         raise ValueError(
             f"canonicalize: {num_blocks} pages of {region.page_bytes} bytes, padding included, must lie in their "
             f"storage, got one of {storage.nbytes()} bytes"

@@ -14,7 +14,7 @@ from kvkernels.layout.plan import plan_of
 from kvkernels.layout.traced import caches_of, register, tensors_and_text
 from kvkernels.ops import copy_pages
 
-#: A cache, or one a tensor-parallel rank.
+#: A cache, or one a rank.
 Caches: TypeAlias = "KVCache | Sequence[KVCache]"
 
 
@@ -22,19 +22,18 @@ def convert_blocks(
     src: Caches, dst: Caches, mapping: Tensor, *, layer: int | None = None, allow_partial: bool = False,
     unit_tokens: int | None = None, skip_negative: bool = False, executor: str = "auto", sm_budget: int = 0,
 ) -> None:  # fmt: skip
-    """Copy blocks between caches of any two layouts, tensor-parallel shards included, in one call.
+    """Copy blocks between caches of any two layouts, shards of any parallelism included, in one call.
 
     Parameters
     ----------
     src, dst : KVCache or sequence of KVCache
-        The two sides, each on one device. A sequence is one cache a tensor-parallel rank; all ranks of a side use the
-        same block ids.
+        The two sides, each on one device. A sequence is one cache a rank; all ranks of a side use the same block ids.
     mapping : Tensor
         int64 or int32 ``[n, 2]``, on the CPU or the caches' CUDA device: (source id, destination id). Where the sides'
         block sizes differ, an id counts units of as many tokens as divide both: with blocks of 16 and 64 tokens, block
         5 of the latter has the ids 20 to 23 (``expand_blocks``).
     layer : int, optional
-        Copy this layer alone; by default all.
+        Copy this layer alone, counted over all pipeline stages; by default all.
     allow_partial : bool
         Leave bytes of the destination untouched that no source holds, as where each rank writes its own heads.
     unit_tokens : int, optional

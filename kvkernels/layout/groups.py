@@ -18,16 +18,17 @@ from kvkernels.ops import copy_pages
 
 
 def empty_host_caches(
-    caches: CanonicalKVCaches, num_blocks: int, *, blocks_per_host_block: int = 1, pin_memory: bool = False
-) -> CanonicalKVCaches:
+    caches: CanonicalKVCaches, num_blocks: int | Sequence[int], *, blocks_per_host_block: int = 1,
+    pin_memory: bool = False,
+) -> CanonicalKVCaches:  # fmt: skip
     """Host memory for the pages of canonical caches: the same tensors and references, with other blocks.
 
     Parameters
     ----------
     caches : CanonicalKVCaches
         The engine's side.
-    num_blocks : int
-        Host blocks.
+    num_blocks : int or sequence of int
+        Host blocks, of all groups or of each; a tensor that several groups use has as many as the largest needs.
     blocks_per_host_block : int
         Engine blocks that a host block holds, one after the other.
     pin_memory : bool
@@ -43,17 +44,32 @@ def empty_host_caches(
     >>> empty_host_caches(engine, 2, blocks_per_host_block=3).tensors[0].tensor.shape
     torch.Size([2, 192])
     """
-    num_blocks = integer("empty_host_caches: num_blocks", num_blocks)
+    what, is_each = "empty_host_caches: num_blocks", isinstance(num_blocks, (list, tuple))
+    given = integers(what, num_blocks) if is_each else [integer(what, num_blocks)]
     blocks_per_host_block = integer("empty_host_caches: blocks_per_host_block", blocks_per_host_block)
-    if blocks_per_host_block < 1 or num_blocks < 0:
+    if blocks_per_host_block < 1 or any(count < 0 for count in given):
         wrong = f"num_blocks {num_blocks} and blocks_per_host_block {blocks_per_host_block}"
         raise ValueError(f"empty_host_caches: blocks must be counted from 0, and from 1 in a host block, got {wrong}")
+    counts = _of_each_tensor(caches, given) if is_each else given * len(caches.tensors)
     tensors = []
-    for one in caches.tensors:
+    for one, count in zip(caches.tensors, counts, strict=True):
         page = one.page_size_bytes * blocks_per_host_block
-        tensor = torch.empty(num_blocks, page, dtype=torch.int8, device="cpu", pin_memory=pin_memory)
+        tensor = torch.empty(count, page, dtype=torch.int8, device="cpu", pin_memory=pin_memory)
         tensors.append(CanonicalKVCacheTensor(tensor, page))
     return CanonicalKVCaches(tensors, caches.group_data_refs)
+
+
+def _of_each_tensor(caches: CanonicalKVCaches, of_group: list[int]) -> list[int]:
+    groups = len(caches.group_data_refs)
+    if len(of_group) != groups:
+        raise ValueError(
+            f"empty_host_caches: num_blocks must be one number, or one a group of {groups}, got {of_group}"
+        )
+    counts = [0] * len(caches.tensors)
+    for count, refs in zip(of_group, caches.group_data_refs, strict=True):
+        for ref in refs:
+            counts[ref.tensor_idx] = max(counts[ref.tensor_idx], count)
+    return counts
 
 
 def copy_groups(
@@ -67,7 +83,8 @@ def copy_groups(
     ----------
     src, dst : CanonicalKVCaches
         The two sides, with the same tensors and references. A side may have larger blocks, whole multiples of the
-        other's: a host block of several engine blocks.
+        other's: a host block of several engine blocks. Groups may have pools of different lengths: an id is below the
+        shortest pool of its group.
     src_block_ids, dst_block_ids : Tensor
         int64 or int32 on the CPU: the groups' ids, one group after the other. On the side with larger blocks they name
         those, as many as a group's blocks reach into.

@@ -2,42 +2,45 @@
 
 from __future__ import annotations
 
-import itertools
 import json
-import math
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, lru_cache
+from typing import Any
 
 import torch
+from torch import Tensor
 
+import kvkernels.layout.rules as rules
 from kvkernels.common.arguments import dtype_text, integer
-
-_INTEGERS = (
-    "L", "K", "B", "N", "H", "D", "D_v", "row_bytes", "offset_bytes", "page_bytes", "first_head", "total_heads",
-    "replica", "replicas",
-)  # fmt: skip
-
-#: Layers, key/value, blocks, tokens of a block, heads, elements of a head.
-LETTERS = "LKBNHD"
-
-
-@dataclass(frozen=True)
-class Step:
-    """How far one step along a letter is: in pools, and in bytes of a page. One of them is 0."""
-
-    pools: int
-    bytes: int
+from kvkernels.layout.geometry import Geometry, PoolPlace, Step, pool_words
+from kvkernels.layout.pattern import LETTERS, Word, read
+from kvkernels.layout.picture import picture
+from kvkernels.layout.pools import Placed, joined
+from kvkernels.layout.shards import FIELDS, shard_fields
+from kvkernels.layout.views import fields_of_view
+from kvkernels.layout.words import is_layout, printed, read_again
 
 
 @dataclass(frozen=True)
-class PoolPlace:
-    """Where a pool lies: its first page in one tensor of the list."""
+class Member:
+    """One of a layout's parts as it was written: what it is called, and the first of its tensors in the list."""
 
+    name: str
+    layout: KVLayout
     tensor: int
-    offset_bytes: int
-    page_bytes: int
-    row_bytes: int
+
+    @property
+    def tensors(self) -> range:
+        """Where in the list its tensors are."""
+        return range(self.tensor, self.tensor + self.layout._geometry.num_tensors)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What plans match: ``k`` and ``v`` where the part is a pair."""
+        if self.layout.K == 1:
+            return (self.name,)
+        return ("k", "v") if self.name == "kv" else (f"k_{self.name}", f"v_{self.name}")
 
 
 @dataclass(frozen=True, repr=False)
@@ -45,42 +48,61 @@ class KVLayout:
     """The physical layout of a KV cache, written as a pattern of letters.
 
     ``L`` layers, ``K`` the key/value pair (K first; absent for MLA), ``B`` blocks, ``N`` tokens of a block, ``H``
-    heads, ``D`` elements of a head. Left of the bar: which tensor of a list. Right of it: the physical order inside a
-    tensor, outermost first. Letters left of ``B`` count pools, those right of it are the inside of a page::
+    heads, ``D`` elements of a head, ``W`` the rows of a state. Left of the bar: which tensor of a list. Right of it:
+    the physical order inside a tensor, outermost first. Letters left of ``B`` count pools, those right of it are the
+    inside of a page::
 
-        "L | K B N H D"     one tensor a layer, token-first (NHD)              2 L pools
-        "L | B H N K D"     one tensor a layer, head-first, K and V in turn      L pools
-        "L K | B N H D"     K and V in tensors of their own                    2 L pools
-        "L K B N H D"       everything in one tensor                           2 L pools
-        "B L K N H D"       page first, as host pools like it                  1 pool
-        "L | B N D"         MLA                                                  L pools
+        "L | K B N H D"          one tensor a layer, token-first (NHD)              2 L pools
+        "L | B H N K D"          one tensor a layer, head-first, K and V in turn      L pools
+        "L K | B N H D"          K and V in tensors of their own                    2 L pools
+        "L K B N H D"            everything in one tensor                           2 L pools
+        "B L K N H D"            page first, as host pools like it                  1 pool
+        "L | B N D"              MLA                                                  L pools
+        "L | B H D/8 N D%8"      D cut in two: eights of a head, then their elements  L pools
+
+    What differs in more than its order is named ``parts``.
 
     Parameters
     ----------
     pattern : str
-        Letters, each at most once, in any order; spaces are free. ``B`` must come, right of the bar.
-    L, K, B, N, H, D : int
+        Letters, each at most once, in any order; spaces are free. ``B`` must come, right of the bar. A letter but ``K``
+        and ``B`` may be cut in two, which stand apart: ``D/8`` counts eights, ``D%8`` is inside of one.
+    L, K, B, N, W, H, D : int
         Sizes; a letter that the pattern lacks has size 1. ``K`` is at most 2.
     dtype : torch.dtype
         Of an element; opaque layouts need none.
     D_v : int, optional
         Elements of a head of V, where they differ from K's ``D``.
     row_bytes : int, optional
-        From one block of a pool to the next, where rows are padded; by default nothing lies between blocks.
+        From one block of a pool to the next, where rows are padded; by default nothing lies between blocks. The same as
+        ``steps["B"]``.
+    steps : mapping of str to int
+        Bytes from one to the next of letters, or halves of letters, that stand right of the bar, where memory is not
+        dense: ``{"N": 656}`` where a token's row is wider than what of it is this layout's. The steps of letters left
+        of it follow.
     offset_bytes : int
         From a tensor's first byte to the first page, 0 by default.
     opaque : bool
-        Pages whose inside is unknown (Mamba's state, compressed pages): copied whole, never converted or resharded. Its
-        pattern ends with ``B``.
+        Pages whose inside is unknown (compressed pages): copied whole, never converted or resharded. Its pattern ends
+        with ``B``.
     page_bytes : int, optional
         Bytes of one block in one pool. Needed for opaque layouts, computed for others: the larger of the two where K's
         and V's pools differ.
     scales : KVLayout, optional
         Further tensors with the same blocks, such as a quantised cache's scales: their pools come after the others, and
-        one call converts both.
-    first_head, total_heads, replica, replicas : int
-        A shard's part, as ``shard`` sets it: ``H`` heads from ``first_head`` on, of ``total_heads``; and which of how
-        many ranks with the same heads.
+        one call converts both. The part named ``scales`` of ``parts``.
+    deal : (int, int, int), optional
+        ``(rank, of, interleave)``: tokens are dealt out to ``of`` ranks, ``interleave`` in turn, and this is what one
+        of them holds. Its token ``t`` is the token ``(t // interleave * of + rank) * interleave + t % interleave`` of
+        all, and its block covers ``N * of`` tokens.
+    first_layer, total_layers, first_head, total_heads, first_d, total_d : int
+        A range of what the whole has, as ``shard`` sets it: ``H`` heads from ``first_head`` on, of ``total_heads``;
+        the layers of a pipeline stage; elements of a part that is resharded along ``D``.
+    replica, replicas : int
+        Which of how many ranks with the same heads.
+    tensor : int, optional
+        As one of ``parts``: the first of its tensors in the list. By default after those of the part before it; a part
+        with an ``offset_bytes`` lies in the same.
 
     Raises
     ------
@@ -96,6 +118,8 @@ class KVLayout:
     (64, 32768)
     >>> layout.shard(1, 4)
     KVLayout("L | K B N H D", L=32, K=2, B=1024, N=16, H=2, D=128, bfloat16, heads 2 to 3 of 8)
+    >>> KVLayout("L | B N D", L=2, B=8, N=64, D=576, dtype=torch.bfloat16, deal=(3, 8, 1)).span_tokens
+    512
     """
 
     pattern: str
@@ -103,141 +127,127 @@ class KVLayout:
     K: int = field(default=1, kw_only=True)
     B: int = field(kw_only=True)
     N: int = field(default=1, kw_only=True)
+    W: int = field(default=1, kw_only=True)
     H: int = field(default=1, kw_only=True)
     D: int = field(default=1, kw_only=True)
     dtype: torch.dtype | None = field(default=None, kw_only=True)
     D_v: int | None = field(default=None, kw_only=True)
     row_bytes: int | None = field(default=None, kw_only=True)
+    steps: Mapping[str, int] = field(default_factory=dict, kw_only=True, hash=False)
     offset_bytes: int = field(default=0, kw_only=True)
     opaque: bool = field(default=False, kw_only=True)
     page_bytes: int = field(default=0, kw_only=True)
     scales: KVLayout | None = field(default=None, kw_only=True)
+    deal: tuple[int, int, int] | None = field(default=None, kw_only=True)
+    first_layer: int = field(default=0, kw_only=True)
+    total_layers: int = field(default=0, kw_only=True)
     first_head: int = field(default=0, kw_only=True)
     total_heads: int = field(default=0, kw_only=True)
+    first_d: int = field(default=0, kw_only=True)
+    total_d: int = field(default=0, kw_only=True)
     replica: int = field(default=0, kw_only=True)
     replicas: int = field(default=1, kw_only=True)
+    tensor: int | None = field(default=None, kw_only=True)
+    #: As the first of ``parts``: its name, and the others by theirs.
+    name: str = field(default="kv", kw_only=True)
+    beside: tuple[tuple[str, KVLayout], ...] = field(default=(), kw_only=True)
     #: A shard whose whole has padding or begins inside a buffer, and which says of itself nothing of the kind.
     padding_unsaid: bool = field(default=False, repr=False, compare=False, kw_only=True)
     text: str = field(init=False, repr=False, compare=False)
+    _geometry: Geometry = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        self._check_types()
-        outside, _, inside = self.pattern.rpartition("|")
-        words = [" ".join(part.replace(" ", "")) for part in (outside, inside)]
-        self._set("pattern", " | ".join(word for word in words if word))
-        self._check_letters()
-        self._check_sizes()
-        if self.D_v == self.D:
-            self._set("D_v", None)
-        self._set("total_heads", self.total_heads or self.H)
-        self._check_shard()
-        pages = [place.page_bytes for place in self._geometry.places]
-        if self.page_bytes not in (0, max(pages)):
-            self._fail(f"page_bytes must be {max(pages)} or left out, got {self.page_bytes}")
-        self._set("page_bytes", max(pages))
-        if self.scales is not None:
-            self._check_scales(self.scales)
-        self._set("text", self._as_text())
+        rules.settle(self)
+        rules.put(self, "text", self._as_text())
 
     def _as_text(self) -> str:
         """All fields as JSON, which ``from_text`` reads; kept, since a compiler cannot write it while it traces."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
         dtype = None if self.dtype is None else dtype_text(self.dtype)
         scales = None if self.scales is None else self.scales.text
-        return json.dumps({**values, "dtype": dtype, "scales": scales})
+        beside = [(name, part.text) for name, part in self.beside]
+        return json.dumps({**values, "dtype": dtype, "scales": scales, "beside": beside, "steps": dict(self.steps)})
 
     @staticmethod
-    @lru_cache(maxsize=256)
     def from_text(text: str) -> KVLayout:
-        """The layout with this ``text``."""
-        values = json.loads(text)
-        values["dtype"] = None if values["dtype"] is None else getattr(torch, values["dtype"])
-        values["scales"] = None if values["scales"] is None else KVLayout.from_text(values["scales"])
-        return KVLayout(**values)
+        """The layout with this ``text``, or that is printed so.
 
-    def _set(self, name: str, value: object) -> None:
-        object.__setattr__(self, name, value)
+        Examples
+        --------
+        >>> from kvkernels import KVLayout
+        >>> KVLayout.from_text('KVLayout("B N D", B=8, N=4, D=16, float16, elements 16 to 31 of 64)').first_d
+        16
+        """
+        return _from_text(text)
 
-    def _fail(self, message: str) -> None:
-        raise ValueError(f'KVLayout("{self.pattern}"): {message}')
+    @staticmethod
+    def of(view: Tensor | Sequence[Tensor], letters: str, **given: Any) -> KVLayout:
+        """The layout of what an engine registered: a letter a dimension, the rest is read off its strides.
 
-    # What can be wrong.
+        Parameters
+        ----------
+        view : Tensor or sequence of Tensor
+            As it was registered; several of one shape where the letters have a bar.
+        letters : str
+            What each dimension counts, in the view's own order. Letters in brackets are one dimension: ``(K D)`` is K
+            and then V of a head.
+        **given
+            Fields of ``KVLayout`` that a shape does not say, such as ``first_head``; and sizes, where a dimension is
+            several letters.
 
-    def _check_types(self) -> None:
-        if not isinstance(self.pattern, str):
-            raise ValueError(f"KVLayout: pattern must be a str, got {self.pattern!r}")
-        for name in _INTEGERS:
-            value = getattr(self, name)
-            if value is None and name in ("D_v", "row_bytes"):
-                continue
-            self._set(name, integer(f'KVLayout("{self.pattern}"): {name}', value))
-        for name, kind in (("dtype", torch.dtype), ("scales", KVLayout)):
-            value = getattr(self, name)
-            if value is not None and not isinstance(value, kind):
-                self._fail(f"{name} must be a {kind.__name__}, got {value!r}")
+        Raises
+        ------
+        ValueError
+            The letters are not the view's dimensions, or elements share memory.
 
-    def _check_letters(self) -> None:
-        letters = self.outside + self.inside
-        unknown = [letter for letter in letters if letter not in LETTERS]
-        if unknown or len(set(letters)) < len(letters) or self.pattern.count("|") > 1:
-            self._fail(f"the pattern must have each of {', '.join(LETTERS)} at most once, and at most one bar")
-        if "B" not in self.inside:
-            self._fail("the pattern must have B, and not left of the bar")
-        if self.opaque and self.inside[-1] != "B":
-            self._fail("an opaque layout's pattern must end with B: what is in its pages is unknown")
+        Examples
+        --------
+        >>> import torch
+        >>> from kvkernels import KVLayout
+        >>> KVLayout.of(torch.zeros(8, 16, 4, 64).transpose(1, 2), "B H N D")
+        KVLayout("B N H D", B=8, N=16, H=4, D=64, float32)
+        >>> rows = torch.zeros(8, 16, 576, dtype=torch.bfloat16)
+        >>> KVLayout.of(rows[..., 512:], "B N D")
+        KVLayout("B N D", B=8, N=16, D=64, bfloat16, steps={"N": 1152})
+        >>> KVLayout.of([torch.zeros(8, 4, 16, 192)], "L | B H N (K D)", D_v=64)
+        KVLayout("L | B H N K D", L=1, K=2, B=8, N=16, H=4, D=128, D_v=64, float32)
+        """
+        return KVLayout(**fields_of_view(view, letters, given))
 
-    def _check_sizes(self) -> None:
-        for letter in LETTERS:
-            size = self.size(letter)
-            if size < (0 if letter == "B" else 1):
-                self._fail(f"{letter} must be a positive integer, got {size!r}")
-            if size != 1 and letter != "B" and letter not in self.outside + self.inside:
-                self._fail(f"the pattern lacks {letter}, whose size is {size}")
-        if self.K > 2:
-            self._fail(f"K must be 1 or 2, got {self.K}")
-        if self.opaque:
-            if self.page_bytes <= 0:
-                self._fail(f"an opaque layout needs a positive page_bytes, got {self.page_bytes}")
-        elif self.dtype is None:
-            self._fail("dtype must be given")
-        if self.D_v is not None:
-            order = self.outside + self.inside
-            if self.D_v < 1 or self.K != 2 or "D" not in self.page_letters or order.index("K") > order.index("D"):
-                self._fail(f"D_v must be positive and goes with K=2 and D in the page, right of K; got {self.D_v}")
-        if self.offset_bytes < 0:
-            self._fail(f"offset_bytes must not be negative, got {self.offset_bytes}")
-
-    def _check_shard(self) -> None:
-        if not 0 <= self.first_head <= self.first_head + self.H <= self.total_heads:
-            self._fail(f"heads {self.first_head} to {self.first_head + self.H - 1} must be of {self.total_heads}")
-        if not 0 <= self.replica < self.replicas:
-            self._fail(f"replica must be below replicas and not negative, got {self.replica} and {self.replicas}")
-
-    def _check_scales(self, scales: KVLayout) -> None:
-        same = all(self.size(letter) == scales.size(letter) for letter in "LBN")
-        same = same and scales.K in (1, self.K)
-        if "H" in scales.pattern:
-            heads = ("H", "first_head", "total_heads")
-            same = same and all(getattr(self, name) == getattr(scales, name) for name in heads)
-        if not same or self.opaque or scales.opaque or scales.scales is not None:
-            self._fail(f"scales must have the same layers, blocks, tokens and heads (or none), got {scales!r}")
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _from_text, (self.text,)
 
     # The pattern's parts.
 
     @cached_property
+    def outside_words(self) -> tuple[Word, ...]:
+        """What stands left of the bar."""
+        return read(self.pattern)[0]
+
+    @cached_property
+    def inside_words(self) -> tuple[Word, ...]:
+        """What stands right of the bar, outermost first."""
+        return read(self.pattern)[1]
+
+    @cached_property
     def outside(self) -> str:
         """Letters left of the bar."""
-        return self.pattern.rpartition("|")[0].replace(" ", "")
+        return _letters(self.outside_words)
 
     @cached_property
     def inside(self) -> str:
-        """Letters right of the bar, outermost first."""
-        return self.pattern.rpartition("|")[2].replace(" ", "")
+        """Letters right of the bar, outermost first; one that is cut in two comes twice."""
+        return _letters(self.inside_words)
+
+    @cached_property
+    def letters(self) -> str:
+        """All of the pattern's letters."""
+        return self.outside + self.inside
 
     @cached_property
     def pool_letters(self) -> str:
         """Letters that count pools: those left of ``B``, the first of them counting slowest."""
-        return self.outside + self.inside[: self.inside.index("B")]
+        return _letters(pool_words(self))
 
     @cached_property
     def page_letters(self) -> str:
@@ -251,73 +261,132 @@ class KVLayout:
         size: int = getattr(self, letter)
         return size
 
+    def first(self, letter: str) -> int:
+        """The first of a letter that is held here; 0 where the letter has no range."""
+        return int(getattr(self, FIELDS[letter][0])) if letter in FIELDS else 0
+
+    def total(self, letter: str, k: int = 0) -> int:
+        """How many there are of a letter in the whole that this is a range of."""
+        total = getattr(self, FIELDS[letter][1]) if letter in FIELDS else 0
+        return int(total) or self.size(letter, k)
+
     @property
     def element_bytes(self) -> int:
         """Bytes of one element; of an opaque layout, its page."""
         return self.page_bytes if self.dtype is None or self.opaque else self.dtype.itemsize
 
+    # All parts together.
+
+    @cached_property
+    def members(self) -> tuple[Member, ...]:
+        """The parts as they were written, each a layout of its own: one, its scales, or what ``parts`` was given."""
+        others = (*((("scales", self.scales),) if self.scales else ()), *self.beside)
+        own = replace(self, scales=None, beside=()) if self.beside or self.scales else self
+        members = [Member(self.name, own, self.tensor or 0)]
+        for name, part in others:
+            before = members[-1].tensors
+            follows = before.start if part.offset_bytes and part is not self.scales else before.stop
+            members.append(Member(name, part, follows if part.tensor is None else part.tensor))
+        return tuple(members)
+
+    @cached_property
+    def _pools(self) -> tuple[tuple[PoolPlace, ...], list[tuple[int, int]]]:
+        """All pools, and where in them each of the members begins."""
+        return joined([Placed(m.name, m.layout, m.layout._geometry, m.tensor) for m in self.members])
+
     @property
     def num_tensors(self) -> int:
-        """Tensors in the list, scales included."""
-        own = math.prod(self.size(letter) for letter in self.outside)
-        return own + (self.scales.num_tensors if self.scales else 0)
+        """Tensors in the list, those of all parts."""
+        return max(member.tensors.stop for member in self.members)
 
     @property
     def num_pools(self) -> int:
-        """Pools that the tensors are, scales included."""
-        return len(self._geometry.places) + (self.scales.num_pools if self.scales else 0)
+        """Pools that the tensors are, those of all parts; parts that lie in one row of a block share a pool."""
+        return len(self._pools[0])
+
+    @property
+    def pools(self) -> tuple[PoolPlace, ...]:
+        """Where each pool lies, those of all parts."""
+        return self._pools[0]
+
+    @property
+    def begins(self) -> list[tuple[int, int]]:
+        """For each of the members the first of its pools, and the byte of the page at which it begins there."""
+        return self._pools[1]
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of one block over all pools, padding left out, scales included."""
-        own = sum(place.page_bytes for place in self._geometry.places)
-        return own + (self.scales.block_bytes if self.scales else 0)
+        """Bytes of one block over all parts, what lies between elements left out."""
+        return sum(member.layout._own_block_bytes for member in self.members)
+
+    @property
+    def _own_block_bytes(self) -> int:
+        if self.opaque:
+            return sum(place.page_bytes for place in self.places)
+        return self.element_bytes * self.L * self.N * self.W * self.H * sum(self.size("D", k) for k in range(self.K))
+
+    @cached_property
+    def block_tokens(self) -> int:
+        """Tokens of a block: those of the first part that has ``N``."""
+        return next((m.layout.N for m in self.members if "N" in m.layout.letters), 1)
+
+    @cached_property
+    def deal_of_tokens(self) -> tuple[int, int, int] | None:
+        """How the tokens of the parts are dealt out."""
+        return next((m.layout.deal for m in self.members if "N" in m.layout.letters), None)
+
+    @property
+    def span_tokens(self) -> int:
+        """Tokens that a block covers, those included that other ranks hold."""
+        return self.block_tokens * (self.deal_of_tokens[1] if self.deal_of_tokens else 1)
 
     @property
     def places(self) -> tuple[PoolPlace, ...]:
-        """Where each pool lies, without the scales'."""
+        """Where each pool lies, of the first part alone."""
         return self._geometry.places
 
     def needed_bytes(self, tensor: int) -> int:
-        """From the first byte of a tensor of the list to the end of its last page, without the scales'."""
+        """From the first byte of a tensor of the list to the end of the last page in it."""
         last = max(self.B - 1, 0)
-        mine = [place for place in self.places if place.tensor == tensor]
+        mine = [place for place in self.pools if place.tensor == tensor]
         return max(place.offset_bytes + last * place.row_bytes + place.page_bytes for place in mine) if self.B else 0
 
     def dimensions(self, tensor: int) -> list[tuple[int, int]] | None:
         """Size and step in bytes of each letter inside a tensor, outermost first; None where K's and V's differ."""
-        if self.D_v is not None and "K" in self.inside:
-            return None
-        k = self._geometry.k_of_tensor[tensor]
+        words, k = self.inside_words, self._geometry.k_of_tensor[tensor]
         steps = self._geometry.bytes_of[k]
-        return [(self.size(letter, k), steps[letter]) for letter in self.inside]
+        if self.D_v is None or "K" not in self.inside:
+            return [(word.extent(self.size(word.letter, k)), steps[str(word)]) for word in words]
+        if words[-2].letter != "K" or words[-1].letter != "D" or self.steps.keys() & {"K", "D"}:
+            return None
+        # K's and V's elements of a head as one letter.
+        outer = [(word.extent(self.size(word.letter)), steps[str(word)]) for word in words[:-2]]
+        return [*outer, (self.D + self.D_v, self.element_bytes)]
 
     def step(self, letter: str, k: int = 0) -> Step:
-        """How far one step along a letter is, in K (0) or V (1): their pages differ where ``D_v`` does."""
-        return self._geometry.steps[k].get(letter, Step(0, 0))
+        """How far one step along a letter, or a half of one, is, in K (0) or V (1): their pages may differ."""
+        return self._geometry.step(letter, k)
 
     def start(self, k: int) -> tuple[int, int]:
         """Pool and byte of its page at which K (0) or V (1) begins, other letters being 0."""
         return self._geometry.starts[k]
 
-    @cached_property
-    def _geometry(self) -> _Geometry:
-        return _measure(self)
-
     # What is made of it.
 
-    def shard(self, rank: int, size: int) -> KVLayout:
-        """The layout of one of ``size`` tensor-parallel ranks.
+    def shard(self, rank: int, size: int, along: str = "H") -> KVLayout:
+        """The layout of one of ``size`` ranks, tensor-parallel ones by default.
 
         Heads are dealt out in order, the first ranks getting one more where ``size`` does not divide them. With more
         ranks than heads, rank ``r`` holds head ``r * H // size``: those with the same head are replicas. A layout
-        without ``H`` (MLA) is held whole by every rank. ``row_bytes`` and ``offset_bytes`` are the whole's, and do not
-        carry over: a rank whose buffers have padding, too, says so by ``dataclasses.replace``.
+        without ``H`` (MLA) is held whole by every rank. ``along="L"`` are pipeline stages, and ``along="D"`` the
+        elements of a state. ``row_bytes``, ``offset_bytes`` and steps of letters left of that are the whole's, and do
+        not carry over: a rank whose buffers have padding, too, says so by ``dataclasses.replace``.
 
         Raises
         ------
         ValueError
-            The rank is out of range, or the layout is opaque or a shard itself.
+            The rank is out of range, the layout is opaque or a shard itself, or parts that share a page would move in
+            it: shard each of them, and say where it lies.
 
         Examples
         --------
@@ -328,21 +397,42 @@ class KVLayout:
         [(0, 0), (0, 1), (1, 0), (1, 1)]
         """
         rank, size = integer("KVLayout.shard: rank", rank), integer("KVLayout.shard: size", size)
+        if along not in FIELDS:
+            rules.fail(self, f"along must be one of {', '.join(FIELDS)}, got {along!r}")
         if not 0 <= rank < size:
-            self._fail(f"rank must be below size and not negative, got rank {rank} of {size}")
+            rules.fail(self, f"rank must be below size and not negative, got rank {rank} of {size}")
         if self.opaque:
-            self._fail("opaque pages cannot be sharded: what is in them is unknown")
-        if self.total_heads != self.H or self.replicas != 1:
-            self._fail("a shard cannot be sharded again")
-        scales = self.scales.shard(rank, size) if self.scales else None
-        first, heads, replica, replicas = _heads_of_rank(self.H, rank, size)
-        if "H" not in self.outside + self.inside:
-            first, heads, replica, replicas = 0, 1, rank, size
-        return replace(
-            self, H=heads, first_head=first, total_heads=self.H, replica=replica, replicas=replicas, scales=scales,
-            row_bytes=None, offset_bytes=0, page_bytes=0,
-            padding_unsaid=self.row_bytes is not None or self.offset_bytes > 0,
-        )  # fmt: skip
+            rules.fail(self, "opaque pages cannot be sharded: what is in them is unknown")
+        if self.total(along) != self.size(along) or self.replicas != 1:
+            rules.fail(self, "a shard cannot be sharded again")
+        if along == "D" and self.D_v is not None:
+            rules.fail(self, f"along must be H or L where K and V differ, got {along!r}")
+        changes = [shard_fields(member.layout, along, rank, size) for member in self.members]
+        for member, fields_ in zip(self.members, changes, strict=True):
+            if any(other.tensor == member.tensor for other in self.members if other is not member):
+                self._keep_place(member, fields_, along)
+        first, *others = (
+            replace(member.layout, **fields_) for member, fields_ in zip(self.members, changes, strict=True)
+        )
+        if self.scales:
+            return replace(first, scales=others[0])
+        return replace(first, beside=tuple(zip((name for name, _ in self.beside), others, strict=True)))
+
+    def _keep_place(self, member: Member, fields_: dict[str, Any], along: str) -> None:
+        """A part that shares its page with others lies where it did, unless a cut one moves it: then ValueError."""
+        part = member.layout
+        beside = [other.layout for other in self.members if other.tensor == member.tensor]
+        if any(along in layout.letters for layout in beside):
+            room = min(fields_["steps"].values(), default=0)
+            if fields_["steps"] != part.steps or part.offset_bytes >= room:
+                rules.fail(
+                    self,
+                    f"part {member.name} cannot be sharded along {along} where it lies, beside others in one page: "
+                    "shard each part, and say where in its rank's page it lies",
+                )
+        else:
+            fields_["row_bytes"] = part.row_bytes
+        fields_ |= {"offset_bytes": part.offset_bytes, "steps": part.steps, "padding_unsaid": False}
 
     def is_writer(self, block_id: int) -> bool:
         """Whether this rank writes the block where ranks with the same heads write one destination: they take turns.
@@ -358,23 +448,10 @@ class KVLayout:
         return integer("KVLayout.is_writer: block_id", block_id) % self.replicas == self.replica
 
     def __repr__(self) -> str:
-        letters = [letter for letter in LETTERS if letter in self.outside + self.inside]
-        words = [f'"{self.pattern}"', *(f"{letter}={self.size(letter)}" for letter in letters)]
-        words += [f"D_v={self.D_v}"] if self.D_v is not None else []
-        words += [dtype_text(self.dtype)] if self.dtype is not None else []
-        words += ["opaque", f"page_bytes={self.page_bytes}"] if self.opaque else []
-        words += [f"row_bytes={self.row_bytes}"] if self.row_bytes is not None else []
-        words += [f"offset_bytes={self.offset_bytes}"] if self.offset_bytes else []
-        if self.total_heads != self.H:
-            last = self.first_head + self.H - 1
-            which = f"head {last}" if self.H == 1 else f"heads {self.first_head} to {last}"
-            words.append(f"{which} of {self.total_heads}")
-        words += [f"replica {self.replica} of {self.replicas}"] if self.replicas > 1 else []
-        words += [f"scales={self.scales!r}"] if self.scales else []
-        return f"KVLayout({', '.join(words)})"
+        return printed(self)
 
     def draw(self) -> str:
-        """A picture of it: each letter with its size and its step in bytes, and what is one page.
+        """A picture of it: each letter with its size and its step in bytes, what lies between, and what is one page.
 
         Examples
         --------
@@ -389,101 +466,94 @@ class KVLayout:
           H       8 x      256 bytes   | one page: 32768 bytes
           D     128 x        2 bytes   |
         """
-        return _draw(self)
+        return picture(self)
 
 
-@dataclass(frozen=True)
-class _Geometry:
-    places: tuple[PoolPlace, ...]
-    k_of_tensor: tuple[int, ...]
-    steps: tuple[dict[str, Step], ...]  # by K or V
-    starts: tuple[tuple[int, int], ...]  # by K or V
-    bytes_of: tuple[dict[str, int], ...]  # by K or V: the step in bytes of each letter right of the bar
+def _letters(words: Sequence[Word]) -> str:
+    return "".join(word.letter for word in words)
 
 
-def _heads_of_rank(heads: int, rank: int, size: int) -> tuple[int, int, int, int]:
-    """First head, number of heads, which replica, how many replicas."""
-    if size <= heads:
-        share, more = divmod(heads, size)
-        return rank * share + min(rank, more), share + (rank < more), 0, 1
-    head = rank * heads // size
-    holders = [r for r in range(size) if r * heads // size == head]
-    return head, 1, holders.index(rank), len(holders)
+@lru_cache(maxsize=256)
+def _from_text(text: str) -> KVLayout:
+    if not text.startswith("{"):
+        kind, values = read_again(text)
+        values = {name: _from_text(one) if is_layout(one) else one for name, one in values.items()}
+        if kind == "parts":
+            return parts(**values)
+        try:
+            return KVLayout(**values)
+        except TypeError as error:
+            raise ValueError(f"KVLayout.from_text: text must be what a layout is printed as, got {text!r}") from error
+    values = json.loads(text)
+    values["dtype"] = None if values["dtype"] is None else getattr(torch, values["dtype"])
+    values["scales"] = None if values["scales"] is None else _from_text(values["scales"])
+    values["beside"] = tuple((name, _from_text(part)) for name, part in values["beside"])
+    return KVLayout(**values)
 
 
-def _measure(layout: KVLayout) -> _Geometry:
-    """From the innermost letter outwards; K's and V's parts each on their own, since ``D`` may differ."""
-    whole = range(layout.K)
-    bytes_of: list[dict[str, int]] = [{} for _ in whole]
-    size = [layout.element_bytes for _ in whole]
-    page, k_offset = list(size), [0 for _ in whole]
-    for letter in reversed(layout.inside):
-        if letter == "K":
-            k_offset = list(itertools.accumulate(size, initial=0))[:-1]
-            for k in whole:
-                bytes_of[k][letter] = k_offset[-1]
-            size = [sum(size) for _ in whole]
+def parts(**given: Any) -> KVLayout:
+    """A layout of several named parts, such as K and V in other orders, or a latent, its scale and its rope.
+
+    Plans match parts by name. ``K=2`` of one layout are the parts ``k`` and ``v``, one without K is ``kv``.
+
+    Parameters
+    ----------
+    **given
+        A name and its ``KVLayout``, its pattern, or ``(pattern, D, dtype, offset_bytes)``, the last of which may be
+        left out; then the fields of ``KVLayout`` that patterns have in common. A part lies in tensors of its own, which
+        follow those of the part before it; one with an ``offset_bytes`` lies in the same. ``tensor`` says otherwise.
+
+    Returns
+    -------
+    KVLayout
+        Its own fields are those of the first part.
+
+    Raises
+    ------
+    ValueError
+        A part is neither, the parts do not have the same layers, blocks and tokens, or two of them share a byte.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from kvkernels import KVLayout
+    >>> from kvkernels.layout import parts
+    >>> parts(k="L | B H D/8 N D%8", v="L | B H D N", L=2, B=8, N=16, H=4, D=64, dtype=torch.float16).num_tensors
+    4
+    >>> f8, f32, bf16 = torch.float8_e4m3fn, torch.float32, torch.bfloat16
+    >>> page = parts(
+    ...     latent=("B N D", 512, f8), scale=("B N D", 4, f32, 512), rope=("B N D", 64, bf16, 528),
+    ...     B=8, N=64, steps={"N": 656},
+    ... )
+    >>> page.num_pools, page.page_bytes, page.block_bytes
+    (1, 41840, 41984)
+    """
+    common_names = {f.name for f in fields(KVLayout)} - {"pattern", "scales", "name", "beside", "text"}
+    common = {name: value for name, value in given.items() if name in common_names}
+    found: list[tuple[str, KVLayout]] = []
+    for name, part in given.items():
+        if name in common_names:
             continue
-        for k in whole:
-            bytes_of[k][letter] = size[k]
-            if letter == "B":
-                page[k] = size[k]
-                bytes_of[k][letter] = _row_bytes(layout, size[k])
-            size[k] = bytes_of[k][letter] * layout.size(letter, k)
-    pool_steps, count = {}, 1
-    for letter in reversed(layout.pool_letters):
-        pool_steps[letter] = count
-        count *= layout.size(letter)
-    steps = tuple(
-        {
-            **{letter: Step(pool_steps[letter], 0) for letter in layout.pool_letters},
-            **{letter: Step(0, bytes_of[k][letter]) for letter in layout.page_letters},
-        }
-        for k in whole
-    )
-    starts = tuple((k * pool_steps.get("K", 0), k_offset[k] if "K" in layout.page_letters else 0) for k in whole)
-    places = tuple(_places(layout, bytes_of, k_offset, page))
-    k_of_tensor = tuple(coordinates.get("K", 0) for coordinates in _coordinates(layout, layout.outside))
-    return _Geometry(places, k_of_tensor, steps, starts, tuple(bytes_of))
+        if isinstance(part, str):
+            part = _of_pattern(part, common)
+        elif isinstance(part, tuple) and len(part) in (3, 4) and isinstance(part[0], str):
+            own = dict(zip(("D", "dtype", "offset_bytes"), part[1:], strict=False))
+            part = _of_pattern(part[0], {**common, **own})
+        if not isinstance(part, KVLayout) or part.scales or part.beside:
+            raise ValueError(f"parts: {name} must be a pattern or a KVLayout without further parts, got {part!r}")
+        found.append((name, part))
+    if not found:
+        raise ValueError(f"parts: a part must be given, got {', '.join(given) or 'nothing'}")
+    (name, first), *others = found
+    return replace(first, name=name, beside=tuple(others))
 
 
-def _row_bytes(layout: KVLayout, page_bytes: int) -> int:
-    if layout.row_bytes is not None and layout.row_bytes < page_bytes:
-        layout._fail(f"row_bytes must be at least the page's {page_bytes} bytes, got {layout.row_bytes}")
-    return page_bytes if layout.row_bytes is None else layout.row_bytes
-
-
-def _coordinates(layout: KVLayout, letters: str) -> Iterator[dict[str, int]]:
-    for values in itertools.product(*(range(layout.size(letter)) for letter in letters)):
-        yield dict(zip(letters, values, strict=True))
-
-
-def _places(
-    layout: KVLayout, bytes_of: list[dict[str, int]], k_offset: list[int], page: list[int]
-) -> Iterator[PoolPlace]:
-    for coordinates in _coordinates(layout, layout.pool_letters):
-        k = coordinates.get("K", 0)
-        tensor = 0
-        for letter in layout.outside:
-            tensor = tensor * layout.size(letter) + coordinates[letter]
-        inner = [letter for letter in layout.pool_letters if letter in layout.inside and letter != "K"]
-        offset = layout.offset_bytes + sum(bytes_of[k][letter] * coordinates[letter] for letter in inner)
-        offset += k_offset[k] if "K" in layout.inside and "K" in layout.pool_letters else 0
-        yield PoolPlace(tensor, offset, page[k], bytes_of[k]["B"])
-
-
-def _draw(layout: KVLayout) -> str:
-    tensors = math.prod(layout.size(letter) for letter in layout.outside)
-    pools = len(layout.places)
-    count = lambda n, word: f"{n} {word}" if n == 1 else f"{n} {word}s"  # noqa: E731
-    lines = [f"{layout.pattern}   {count(tensors, 'tensor')}, {count(pools, 'pool')} of {layout.B} pages"]
-    for letter in layout.outside:
-        lines.append(f"  {letter} {layout.size(letter):7}   tensors")
-    steps = layout._geometry.bytes_of[0]
-    width = max(len(str(step)) for step in steps.values())
-    for i, letter in enumerate(layout.inside):
-        role = "blocks" if letter == "B" else "pools" if letter in layout.pool_letters else "|"
-        if role == "|" and i == (len(layout.inside) + layout.inside.index("B")) // 2:
-            role = f"| one page: {layout.page_bytes} bytes"
-        lines.append(f"  {letter} {layout.size(letter):7} x {steps[letter]:{width}} bytes   {role}")
-    return "\n".join(lines)
+def _of_pattern(pattern: str, common: Mapping[str, Any]) -> KVLayout:
+    """With those of the common fields that are of its letters."""
+    lacks = {letter for letter in LETTERS if letter not in pattern}
+    unsaid = lacks | {name for letter in lacks & FIELDS.keys() for name in FIELDS[letter]}
+    unsaid |= {"deal"} if "N" in lacks else set()
+    own = {name: value for name, value in common.items() if name not in unsaid}
+    if isinstance(own.get("steps"), Mapping):
+        own["steps"] = {word: step for word, step in own["steps"].items() if word[:1] not in lacks}
+    return KVLayout(pattern, **own)

@@ -1,264 +1,165 @@
-"""How one tensor-parallel rank's page lies in the page without tensor parallelism."""
+"""How a layer's pages lie in the canonical pages: what can be proven of its tensors, its spec and its rank."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 
-from kvkernels.common.arguments import integer
-from kvkernels.layout.cache import KVCache
-from kvkernels.layout.layout import KVLayout
-from kvkernels.layout.plan import Plan, compile_plan
-
-
-@dataclass(frozen=True)
-class CopyRun:
-    """``num_fragments`` pieces of ``fragment_size`` bytes, evenly spaced in the rank's and in the canonical page."""
-
-    local_offset: int
-    canonical_offset: int
-    fragment_size: int
-    num_fragments: int
-    local_stride: int
-    canonical_stride: int
-
-
-@dataclass(frozen=True)
-class CanonicalPageMapping:
-    """A rank's page and the canonical page, which is the same whatever the tensor parallelism.
-
-    ``num_writers`` ranks hold the same bytes, this being the ``writer_index``-th: they take turns, block by block.
-    ``parallelism_agnostic`` is False where the page is opaque, and so only fits the same ranks again.
-    """
-
-    canonical_page_size_bytes: int
-    local_page_size_bytes: int
-    runs: tuple[CopyRun, ...]
-    num_writers: int
-    writer_index: int
-    parallelism_agnostic: bool
-
-    def is_writer(self, block_id: int) -> bool:
-        """Whether this rank writes the canonical page of a block."""
-        return integer("CanonicalPageMapping.is_writer: block_id", block_id) % self.num_writers == self.writer_index
-
-
-@dataclass(frozen=True)
-class TensorParallel:
-    """A rank among ``size``, of a model with ``total_kv_heads`` heads."""
-
-    rank: int
-    size: int
-    total_kv_heads: int
-
-    def __post_init__(self) -> None:
-        for name in ("rank", "size", "total_kv_heads"):
-            object.__setattr__(self, name, integer(f"TensorParallel: {name}", getattr(self, name)))
-        if not 0 <= self.rank < self.size or self.total_kv_heads < 1:
-            raise ValueError(f"TensorParallel: rank must be below size, and heads positive, got {self}")
-
-
-def mapping_of_plan(plan: Plan) -> CanonicalPageMapping:
-    """A plan between two layouts of one pool each, as the runs of one page in the other.
-
-    Raises
-    ------
-    ValueError
-        A side has several pools, or blocks of another size.
-
-    Examples
-    --------
-    >>> import torch
-    >>> from kvkernels import KVLayout, compile_plan
-    >>> whole = KVLayout("B N H D", B=8, N=4, H=2, D=8, dtype=torch.float16)
-    >>> mapping = mapping_of_plan(compile_plan(whole.shard(1, 2), whole, allow_partial=True))
-    >>> len(mapping.runs), mapping.runs[0].canonical_offset, mapping.runs[0].num_fragments
-    (1, 16, 4)
-    """
-    sides = (*plan.src, *plan.dst)
-    if len(sides) != 2 or any(layout.num_pools != 1 for layout in sides):
-        pools = [sum(layout.num_pools for layout in side) for side in (plan.src, plan.dst)]
-        raise ValueError(f"mapping_of_plan: each side must be one pool, got {pools[0]} and {pools[1]}")
-    if plan.src_subblocks != 1 or plan.dst_subblocks != 1:
-        raise ValueError(
-            f"mapping_of_plan: blocks must be of one size, got {plan.src_subblocks} and {plan.dst_subblocks} units"
-        )
-    src, dst = sides
-    runs = tuple(run for row in plan.runs.rows.tolist() for run in _copy_runs(row))
-    return CanonicalPageMapping(
-        dst.page_bytes, src.page_bytes, runs, src.replicas, src.replica, parallelism_agnostic=not src.opaque
-    )
-
-
-def _copy_runs(row: list[int]) -> list[CopyRun]:
-    """One loop a run: the longest is kept, the others are written out."""
-    src_offset, dst_offset, fragment = row[2:5]
-    loops = sorted((tuple(row[i : i + 3]) for i in (7, 10, 13)), key=lambda loop: loop[0])
-    extent, src_stride, dst_stride = loops.pop()
-    if extent == 1:
-        src_stride = dst_stride = fragment
-    starts = [(src_offset, dst_offset)]
-    for n, s, d in loops:
-        starts = [(a + i * s, b + i * d) for a, b in starts for i in range(n)]
-    return [CopyRun(a, b, fragment, extent, src_stride, dst_stride) for a, b in starts]
-
-
-def plan_of_mapping(mapping: CanonicalPageMapping) -> Plan:
-    """The plan that copies a rank's page to its place in the canonical page; its ``inverse()`` copies it back.
-
-    Raises
-    ------
-    ValueError
-        A run leaves a page, or a byte of either page is in two runs.
-
-    Examples
-    --------
-    >>> run = CopyRun(0, 32, 16, 2, 16, 64)
-    >>> plan_of_mapping(CanonicalPageMapping(128, 32, (run,), 1, 0, True)).bytes
-    32
-    """
-    rows = [
-        (0, 0, run.local_offset, run.canonical_offset, run.fragment_size, 0, 0, run.num_fragments, run.local_stride,
-         run.canonical_stride, 1, 0, 0, 1, 0, 0)
-        for run in mapping.runs
-    ]  # fmt: skip
-    _check_in_pages(mapping)
-    local = KVLayout("B", B=1, opaque=True, page_bytes=mapping.local_page_size_bytes)
-    whole = KVLayout("B", B=1, opaque=True, page_bytes=mapping.canonical_page_size_bytes)
-    moved = sum(run.fragment_size * run.num_fragments for run in mapping.runs)
-    return Plan((local,), (whole,), 1, moved != mapping.canonical_page_size_bytes, tuple(rows))
-
-
-def _check_in_pages(mapping: CanonicalPageMapping) -> None:
-    for page, page_bytes in (
-        ("local", mapping.local_page_size_bytes),
-        ("canonical", mapping.canonical_page_size_bytes),
-    ):
-        starts = [
-            (getattr(run, f"{page}_offset") + i * getattr(run, f"{page}_stride"), run.fragment_size)
-            for run in mapping.runs for i in range(run.num_fragments)
-        ]  # fmt: skip
-        end = 0
-        for start, size in sorted(starts):
-            if start < end or start + size > page_bytes:
-                raise ValueError(
-                    f"plan_of_mapping: runs must have each byte of the {page} page of {page_bytes} bytes at most once, "
-                    f"got bytes {start} to {start + size - 1} after {end}"
-                )
-            end = start + size
-
-
-def opaque_mapping(page_bytes: int, rank: int, size: int) -> CanonicalPageMapping:
-    """A page whose inside is unknown: whole, at a place of this rank's own.
-
-    Examples
-    --------
-    >>> opaque_mapping(64, 1, 2).runs[0].canonical_offset
-    64
-    """
-    rank, size = integer("opaque_mapping: rank", rank), integer("opaque_mapping: size", size)
-    page_bytes = integer("opaque_mapping: page_bytes", page_bytes)
-    run = CopyRun(0, rank * page_bytes, page_bytes, 1, page_bytes, page_bytes)
-    return CanonicalPageMapping(size * page_bytes, page_bytes, (run,), 1, 0, parallelism_agnostic=False)
-
-
-def layout_of(tensor: Tensor, spec: Any) -> KVLayout | None:
-    """The layout of a layer's tensor, if its shape is one that engines use and leaves nothing open; else None.
-
-    Known are ``[B, 2, N, H, D]``, ``[2, B, N, H, D]``, ``[B, H, N, 2 * D]``, ``[B, N, H, 2 * D]`` and, for MLA,
-    ``[B, N, D]``, each in any physical order: the strides decide. With one head, equal strides are read as token-first.
-    The two shapes of four dimensions leave open which is which where there are as many heads as tokens.
-
-    Examples
-    --------
-    >>> import torch
-    >>> from kvkernels.layout.specs import FullAttention
-    >>> spec = FullAttention(block_size=4, num_kv_heads=2, head_size=8, dtype=torch.float16)
-    >>> layout_of(torch.zeros(6, 2, 2, 4, 8, dtype=torch.float16).transpose(2, 3), spec)
-    KVLayout("B K H N D", K=2, B=6, N=4, H=2, D=8, float16)
-    """
-    steps = tensor.stride()
-    fitting = known_forms(tensor, spec)
-    if len(fitting) != 1:
-        return None
-    n, heads, d, d_v = spec.block_size, spec.num_kv_heads, spec.head_size, getattr(spec, "head_size_v", None)
-    letters = fitting[0]
-    order = sorted(range(len(letters)), key=lambda i: (-steps[i], "KBNHDC".index(letters[i])))
-    pattern = " ".join(letters[i] for i in order).replace("C", "K D")
-    sizes = dict(zip(letters, tensor.shape, strict=True))
-    layout = KVLayout(
-        pattern, K=1 if d_v == 0 else 2, B=sizes["B"], N=n, H=heads, D=d, dtype=spec.dtype,
-        row_bytes=_padded_row(tensor, letters, order),
-    )  # fmt: skip
-    try:
-        KVCache(layout, tensor)
-    except ValueError:
-        return None
-    return layout
-
-
-def known_forms(tensor: Tensor, spec: Any) -> list[str]:
-    """The engines' shapes that a tensor has, as letters by dimension; ``C`` is K and V of one head."""
-    wanted = ("block_size", "num_kv_heads", "head_size", "dtype")
-    if not all(hasattr(spec, name) for name in wanted) or tensor.dim() == 0 or 0 in tensor.shape:
-        return []
-    if tensor.element_size() != spec.dtype.itemsize:
-        return []
-    n, heads, d = spec.block_size, spec.num_kv_heads, spec.head_size
-    d_v = getattr(spec, "head_size_v", None)
-    first, second = tensor.shape[0], tensor.shape[min(1, tensor.dim() - 1)]
-    forms: list[tuple[tuple[int, ...], str]] = []
-    if d_v == 0:
-        forms = [((first, n, d), "BND")] if heads == 1 else []
-    elif d_v in (None, d):
-        forms = [
-            ((first, 2, n, heads, d), "BKNHD"), ((2, second, n, heads, d), "KBNHD"),
-            ((first, heads, n, 2 * d), "BHNC"), ((first, n, heads, 2 * d), "BNHC"),
-        ]  # fmt: skip
-    # One head, or one token: both ways of writing [B, H, N, C] say the same then, and the strides decide.
-    fitting = [letters for shape, letters in forms if tuple(tensor.shape) == shape]
-    return fitting[:1] if fitting == ["BHNC", "BNHC"] and 1 in (n, heads) else fitting
-
-
-def _padded_row(tensor: Tensor, letters: str, order: list[int]) -> int | None:
-    """From block to block, where something lies between two pages."""
-    at = letters.index("B")
-    inside = math.prod(tensor.shape[i] for i in order[order.index(at) + 1 :])
-    return tensor.stride(at) * tensor.element_size() if tensor.stride(at) > inside else None
+from kvkernels.layout.forms import is_latent, layout_of, rows_are_tokens
+from kvkernels.layout.page_runs import CanonicalPageMapping, CopyRun, mapping_of_plan, opaque_mapping
+from kvkernels.layout.parallel import Parallel, Share, share_of
+from kvkernels.layout.parallel import TensorParallel as TensorParallel  # where it was
+from kvkernels.layout.plan import compile_plan
 
 
 def derive_page_mappings(
-    cache: Tensor | Sequence[Tensor], spec: Any, page_bytes: Sequence[int], tensor_parallel: TensorParallel
+    cache: Tensor | Sequence[Tensor], spec: Any, page_bytes: Sequence[int], parallel: Parallel
 ) -> list[CanonicalPageMapping]:
     """How a layer's pages, of these bytes, lie in the canonical pages; whole where that cannot be proven.
 
-    The canonical page holds all heads, in the rank's own order of letters. It is opaque, and never a guess, where heads
-    are not divisible by ranks nor ranks by heads, where values carry scales inside the page, and where strides are
-    unknown.
+    The canonical page holds all heads and, where tokens are dealt out, those of all context ranks, in the rank's own
+    order of letters. A latent that all ranks have is its own canonical page. A page is opaque, and never a guess, where
+    heads are not divisible by ranks nor ranks by heads, where values carry scales inside the page, where strides are
+    unknown, and where the context ranks do not hold each token of each head equally often.
     """
-    rank, size = tensor_parallel.rank, tensor_parallel.size
-    opaque = [opaque_mapping(n, rank, size) for n in page_bytes]
-    if not isinstance(cache, Tensor) or not hasattr(spec, "num_kv_heads"):
-        return opaque
-    if getattr(getattr(spec, "kv_quant_mode", None), "is_per_token_head", False):
-        return opaque
-    layout = layout_of(cache, spec)
-    if layout is None or set(layout.pool_letters) - {"K"}:
-        return opaque
-    if "H" in layout.pattern:
-        total = tensor_parallel.total_kv_heads
-        if (total % size and size % total) or max(1, total // size) != layout.H:
-            return opaque
-        whole = replace(layout, H=total, total_heads=total, row_bytes=None, page_bytes=0)
+    found: list[CanonicalPageMapping] | None
+    if hasattr(spec, "shapes"):
+        found = _of_states([cache] if isinstance(cache, Tensor) else cache, spec, page_bytes, parallel)
+    elif getattr(getattr(spec, "kv_quant_mode", None), "is_per_token_head", False):
+        found = None
     else:
-        whole = replace(layout, row_bytes=None, page_bytes=0)
-    pattern = whole.pattern[whole.pattern.index("B") :]
-    one_pool = replace(whole, pattern=pattern, K=whole.K if "K" in pattern else 1)
-    mapping = mapping_of_plan(compile_plan(one_pool.shard(rank, size), one_pool, allow_partial=True))
-    if any(mapping.local_page_size_bytes != n for n in page_bytes):
-        return opaque
+        found = _of_attention(cache, spec, page_bytes, parallel)
+    if found is None or [mapping.local_page_size_bytes for mapping in found] != list(page_bytes):
+        return [opaque_mapping(n, parallel.rank % parallel.stage_ranks, parallel.stage_ranks) for n in page_bytes]
+    return found
+
+
+def derive_block_mapping(
+    tensor: Tensor, specs: Sequence[Any], page_bytes: int, parallel: Parallel
+) -> CanonicalPageMapping:
+    """How a block of all of a stage's layers, ``[B, L, ...]``, lies in the block of all layers of the model."""
+    first, total = parallel.first_layer, parallel.total_layers
+    if parallel.pp == 1 and not total:
+        total = len(specs)
+    found = None
+    if all(spec == specs[0] for spec in specs) and first + len(specs) <= total:
+        found = _of_attention(tensor, specs[0], [page_bytes], parallel, (first, len(specs), total))
+    if found is None or found[0].local_page_size_bytes != page_bytes:
+        return opaque_mapping(page_bytes, parallel.rank, parallel.world)
+    return found[0]
+
+
+def _of_attention(
+    cache: Tensor | Sequence[Tensor], spec: Any, page_bytes: Sequence[int], parallel: Parallel,
+    layers: tuple[int, int, int] | None = None,
+) -> list[CanonicalPageMapping] | None:  # fmt: skip
+    """Of a layer, or of a block with several: the first of them, how many, and how many there are in all."""
+    is_dealt = parallel.context_ranks > 1 and getattr(spec, "dcp_sharded", True)
+    latent = is_latent(spec)
+    heads = 1 if latent else _total_heads(spec, parallel)
+    share = None if heads is None else share_of(parallel, None if latent else heads, is_dealt)
+    if heads is None or share is None:
+        return None
+    if latent and not is_dealt and layers is None:
+        return [_whole(n, share) for n in page_bytes]
+    if is_dealt and (spec.block_size % parallel.interleave or (latent and not rows_are_tokens(spec))):
+        return None
+    first_layer, num_layers, total_layers = layers or (0, None, 1)
+    layout = layout_of(cache, spec, num_layers) if isinstance(cache, Tensor) else None
+    if layout is None or set(layout.pool_letters) - {"K"}:
+        return None
+    pattern = layout.pattern[layout.pattern.index("B") :]
+    whole = replace(
+        layout, pattern=pattern, L=total_layers, K=layout.K if "K" in pattern else 1, N=layout.N * share.context_ranks,
+        H=heads, total_heads=heads, row_bytes=None, page_bytes=0,
+    )  # fmt: skip
+    deal = (share.context_rank, share.context_ranks, parallel.interleave) if is_dealt else None
+    local = replace(
+        whole, L=layout.L, first_layer=first_layer, total_layers=total_layers, N=layout.N, H=share.heads,
+        first_head=share.first_head, deal=deal, page_bytes=0,
+    )  # fmt: skip
+    mapping = mapping_of_plan(compile_plan(local, whole, allow_partial=True))
+    mapping = replace(mapping, num_writers=share.writers, writer_index=share.writer_index)
     return [mapping] * len(page_bytes)
+
+
+def _total_heads(spec: Any, parallel: Parallel) -> int | None:
+    """Heads of the whole model, where they are known."""
+    if parallel.total_kv_heads is not None:
+        return parallel.total_kv_heads
+    return getattr(spec, "num_kv_heads", None) if parallel.tp == 1 else None
+
+
+def _whole(page_bytes: int, share: Share) -> CanonicalPageMapping:
+    """A page that all of them have."""
+    run = CopyRun(0, 0, page_bytes, 1, page_bytes, page_bytes)
+    return CanonicalPageMapping(page_bytes, page_bytes, (run,), share.writers, share.writer_index, True)
+
+
+def _of_states(
+    states: Sequence[Tensor], spec: Any, page_bytes: Sequence[int], parallel: Parallel
+) -> list[CanonicalPageMapping] | None:
+    """States are cut by tensor-parallel ranks where the spec says along what, and never dealt out by tokens."""
+    if getattr(spec, "tp_replicated", False):
+        everyone = share_of(parallel, None, False)
+        return None if everyone is None else [_whole(n, everyone) for n in page_bytes]
+    cuts = getattr(spec, "cuts", None)
+    if cuts is None or not (_is_one_page(states, spec) or _are_in_order(states, spec)):
+        return None
+    sides = [_state_runs(*one, parallel) for one in zip(spec.shapes, spec.dtypes, cuts, strict=True)]
+    if any(side is None for side in sides):
+        return None
+    known = [side for side in sides if side is not None]
+    together = list(page_bytes) == [sum(local for local, _ in known)]
+    return [_side_by_side(group, parallel) for group in ([known] if together else [[side] for side in known])]
+
+
+def _is_one_page(states: Sequence[Tensor], spec: Any) -> bool:
+    """Whether it is the states' bytes in one tensor, which lie there as the spec says: one after the other."""
+    return len(states) == 1 and states[0].element_size() == 1 and states[0][0].is_contiguous()
+
+
+def _are_in_order(states: Sequence[Tensor], spec: Any) -> bool:
+    """Whether the blocks of all of them lie in memory as the spec's shapes say."""
+    return len(states) == len(spec.shapes) and all(
+        tuple(state.shape[1:]) == tuple(shape) and state.dtype == dtype and state[0].is_contiguous()
+        for state, shape, dtype in zip(states, spec.shapes, spec.dtypes, strict=True)
+    )
+
+
+#: Bytes of a rank's state, and its runs from its own begin to the whole state's.
+_Side: TypeAlias = "tuple[int, list[CopyRun]]"
+
+
+def _state_runs(
+    shape: Sequence[int], dtype: torch.dtype, cut: tuple[int, Sequence[int]], parallel: Parallel
+) -> _Side | None:
+    """Along one dimension, what lies there side by side (x, B and C of a conv state) is each cut on its own."""
+    dim, sizes = cut
+    if any(size % parallel.tp for size in sizes) or sum(sizes) != shape[dim] * parallel.tp:
+        return None
+    step = math.prod(shape[dim + 1 :]) * dtype.itemsize
+    rows, row_bytes = math.prod(shape[:dim]), shape[dim] * step
+    runs, begin = [], 0
+    for size in sizes:
+        mine = size // parallel.tp
+        at_whole = begin * parallel.tp + parallel.tp_rank * mine
+        runs.append(CopyRun(begin * step, at_whole * step, mine * step, rows, row_bytes, row_bytes * parallel.tp))
+        begin += mine
+    return rows * row_bytes, runs
+
+
+def _side_by_side(sides: Sequence[_Side], parallel: Parallel) -> CanonicalPageMapping:
+    """One page of several states, one after the other; the ranks of other contexts have the same."""
+    runs, at = [], 0
+    for local_bytes, mine in sides:
+        for run in mine:
+            begin = (run.local_offset + at, run.canonical_offset + at * parallel.tp)
+            runs.append(replace(run, local_offset=begin[0], canonical_offset=begin[1]))
+        at += local_bytes
+    return CanonicalPageMapping(at * parallel.tp, at, tuple(runs), parallel.pcp, parallel.pcp_rank, True)

@@ -7,28 +7,34 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from kvkernels.common.arguments import RUN_COLUMNS, integer
+from kvkernels.layout.agree import check_one_cache
+from kvkernels.layout.axes import Dimension, stretches
 from kvkernels.layout.layout import KVLayout
+from kvkernels.layout.nests import (
+    DST_OFFSET,
+    DST_POOL,
+    EXTENTS,
+    FRAGMENT,
+    INVERSE,
+    MAX_RUNS,
+    SRC_OFFSET,
+    SRC_POOL,
+    Rows,
+    bytes_of,
+    joined,
+    nest,
+)
+from kvkernels.layout.pieces import Held, Piece, lacking, matched, pieces
 
-#: A layout, or one a tensor-parallel rank.
+#: A layout, or one a rank.
 Layouts: TypeAlias = "KVLayout | Sequence[KVLayout]"
-
-#: More than these would cost more to go through than the copy itself.
-MAX_RUNS = 4096
-
-_LOOPS = 3
-_SRC_POOL, _DST_POOL, _SRC_OFFSET, _DST_OFFSET, _FRAGMENT, _SRC_SUBBLOCK, _DST_SUBBLOCK, _FIRST_LOOP = range(8)
-_INVERSE = [1, 0, 3, 2, 4, 6, 5, *(c for first in (7, 10, 13) for c in (first, first + 2, first + 1))]
-_EXTENTS = [_FIRST_LOOP + 3 * i for i in range(_LOOPS)]
-
-_Rows: TypeAlias = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -51,12 +57,12 @@ class Plan:
     @cached_property
     def src_subblocks(self) -> int:
         """Units of a source block."""
-        return self.src[0].N // self.unit_tokens
+        return self.src[0].span_tokens // self.unit_tokens
 
     @cached_property
     def dst_subblocks(self) -> int:
         """Units of a destination block."""
-        return self.dst[0].N // self.unit_tokens
+        return self.dst[0].span_tokens // self.unit_tokens
 
     @cached_property
     def runs(self) -> PlanRuns:
@@ -66,30 +72,30 @@ class Plan:
     @cached_property
     def bytes(self) -> int:
         """Bytes that one pair of ids moves."""
-        return _bytes_of(self.runs.rows)
+        return bytes_of(self.runs.rows)
 
     @cached_property
     def fragments(self) -> int:
         """Contiguous pieces that one pair of ids moves, before neighbouring ids are merged."""
-        return int(self.runs.rows[:, _EXTENTS].prod(axis=1).sum())
+        return int(self.runs.rows[:, EXTENTS].prod(axis=1).sum())
 
     @cached_property
     def largest_fragment_bytes(self) -> int:
         """Bytes of the largest contiguous piece."""
-        return int(self.runs.rows[:, _FRAGMENT].max(initial=0))
+        return int(self.runs.rows[:, FRAGMENT].max(initial=0))
 
     @cached_property
     def smallest_fragment_bytes(self) -> int:
         """Bytes of the smallest contiguous piece."""
-        return int(self.runs.rows[:, _FRAGMENT].min(initial=self.largest_fragment_bytes))
+        return int(self.runs.rows[:, FRAGMENT].min(initial=self.largest_fragment_bytes))
 
     def inverse(self) -> Plan:
         """The plan back: every destination byte that has a source. Replicas are then written, each of them."""
         if self.given is not None:
-            swapped = tuple(tuple(row[column] for column in _INVERSE) for row in self.given)
+            swapped = tuple(tuple(row[column] for column in INVERSE) for row in self.given)
             partial = self.bytes != self.src[0].page_bytes
             return Plan(self.dst, self.src, self.unit_tokens, partial, swapped)
-        back = not _covers(self.dst, self.src)
+        back = bool(_lacking(self.dst, self.src))
         return compile_plan(self.dst, self.src, allow_partial=back, unit_tokens=self.unit_tokens)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -117,15 +123,15 @@ class Plan:
 class PlanRuns(Sequence[Tensor]):
     """A plan's runs, layer by layer: ``runs[layer]`` is what copies one layer, ``runs.all`` everything.
 
-    Both are copies that a caller may change.
+    Layers are counted over all pipeline stages. Both are copies that a caller may change.
     """
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
-        self._layers: dict[int, _Rows] = {}
+        self._layers: dict[int, Rows] = {}
 
     @cached_property
-    def rows(self) -> _Rows:
+    def rows(self) -> Rows:
         """Every layer's runs, which nobody may change."""
         return _compile(self._plan, range(len(self)))
 
@@ -145,7 +151,7 @@ class PlanRuns(Sequence[Tensor]):
         """
         return torch.from_numpy(self.rows if layer is None else self._rows_of(layer))
 
-    def _rows_of(self, layer: int) -> _Rows:
+    def _rows_of(self, layer: int) -> Rows:
         wanted = f"below {len(self)} and not negative"
         try:
             layer = integer("Plan.runs: layer", layer, wanted, least=0)
@@ -158,7 +164,7 @@ class PlanRuns(Sequence[Tensor]):
         return self._layers[layer]
 
     def __len__(self) -> int:
-        return self._plan.src[0].L
+        return self._plan.src[0].total("L")
 
     def __getitem__(self, layer: int) -> Tensor:  # type: ignore[override]
         return self.of(layer).clone()
@@ -170,15 +176,17 @@ def compile_plan(src: Layouts, dst: Layouts, *, allow_partial: bool = False, uni
     Parameters
     ----------
     src, dst : KVLayout or sequence of KVLayout
-        The two sides. A sequence is one layout a tensor-parallel rank, whose pools follow each other; all ranks use the
-        same block ids. A byte that several sources hold (replicas) is read from the first of them, and every
-        destination gets its copy.
+        The two sides. A sequence is one layout a rank (tensor or context parallel, or a pipeline stage), whose pools
+        follow each other; all ranks use the same block ids. Parts meet by name, and elements by the layer, token, head
+        and place in a head that they have among all ranks. A byte that several sources hold (replicas) is read from
+        the first of them, and every destination gets its copy.
     allow_partial : bool
         Leave bytes of the destination untouched that no source holds, such as other ranks' heads. Otherwise each byte
         must have a source.
     unit_tokens : int, optional
         Tokens that an id stands for: by default as many as divide both block sizes, a block where they are the same. 1
-        gives a plan for token slots.
+        gives a plan for token slots. Where tokens are dealt out, a block is all that it covers, and a unit is whole
+        turns of all ranks.
 
     Returns
     -------
@@ -188,8 +196,9 @@ def compile_plan(src: Layouts, dst: Layouts, *, allow_partial: bool = False, uni
     Raises
     ------
     ValueError
-        The layouts do not hold the same cache, one cannot be expressed in the other's blocks, or more than 4,096 runs
-        would be needed; the message names both. ``convert_blocks`` with a ``layer`` needs that layer's runs alone.
+        The layouts do not hold the same parts of the same cache, one cannot be expressed in the other's blocks, or more
+        than 4,096 runs would be needed; the message names both. ``convert_blocks`` with a ``layer`` needs that layer's
+        runs alone.
 
     Examples
     --------
@@ -208,7 +217,7 @@ def compile_plan(src: Layouts, dst: Layouts, *, allow_partial: bool = False, uni
 def plan_of(src: Layouts, dst: Layouts, *, allow_partial: bool, unit_tokens: int | None) -> Plan:
     """``compile_plan`` before the runs of any layer are compiled."""
     srcs, dsts = _as_tuple("src", src), _as_tuple("dst", dst)
-    unit = math.gcd(srcs[0].N, dsts[0].N)
+    unit = math.gcd(srcs[0].span_tokens, dsts[0].span_tokens)
     if unit_tokens is not None:
         unit = integer("compile_plan: unit_tokens", unit_tokens)
     return _compiled(srcs, dsts, unit, bool(allow_partial))
@@ -216,23 +225,41 @@ def plan_of(src: Layouts, dst: Layouts, *, allow_partial: bool, unit_tokens: int
 
 @lru_cache(maxsize=256)
 def _compiled(src: tuple[KVLayout, ...], dst: tuple[KVLayout, ...], unit: int, allow_partial: bool) -> Plan:
-    common = math.gcd(src[0].N, dst[0].N)
+    common = math.gcd(src[0].span_tokens, dst[0].span_tokens)
     if unit < 1 or common % unit:
         _refuse(src, dst, f"unit_tokens must divide {common}, which divides both block sizes, got {unit}")
-    _check_one_cache(src, dst, unit)
-    plan = Plan(src, dst, unit, allow_partial)
-    if not allow_partial and not _covers(src, dst):
-        _refuse(src, dst, "the sources lack heads that the destination has; allow_partial=True leaves them untouched")
-    return plan
+    try:
+        check_one_cache(src, dst, unit)
+    except ValueError as error:
+        _refuse(src, dst, str(error))
+    lacks = "" if allow_partial else _lacking(src, dst)
+    if lacks:
+        _refuse(
+            src, dst, f"the sources lack {lacks} that the destination has; allow_partial=True leaves them untouched"
+        )
+    return Plan(src, dst, unit, allow_partial)
 
 
-def _check_tiles(plan: Plan, rows: _Rows, layers: int) -> None:
-    """That the runs write every byte of some of the destination's layers once. They come from disjoint heads, and a
+def _lacking(src: tuple[KVLayout, ...], dst: tuple[KVLayout, ...]) -> str:
+    """What the destination has and the sources do not, in a word."""
+    words = (lacking(ours, theirs) for ours, theirs in matched(src, dst))
+    return next((word for word in words if word), "")
+
+
+def _check_tiles(plan: Plan, rows: Rows, layers: range) -> None:
+    """That the runs write every byte of some of the destination's layers once. They come from disjoint boxes, and a
     layout gives each element a byte of its own, so that counting the bytes is enough."""
-    wanted = sum(layout.block_bytes for layout in plan.dst) // plan.dst[0].L * layers
-    written = _bytes_of(rows) * plan.dst_subblocks
+    wanted = sum(_unit_bytes(layout, plan.unit_tokens, layers) for layout in plan.dst)
+    written = bytes_of(rows)
     if written > wanted or (written < wanted and not plan.allow_partial):
         _refuse(plan.src, plan.dst, f"{written} bytes would be written into blocks of {wanted}")
+
+
+def _unit_bytes(layout: KVLayout, unit_tokens: int, layers: range) -> int:
+    """Bytes that a layout has of some layers of a unit."""
+    begin = layout.first("L")
+    held = range(max(begin, layers.start), min(begin + layout.L, layers.stop))
+    return layout.block_bytes // layout.L * len(held) * unit_tokens // layout.span_tokens
 
 
 def _as_tuple(name: str, layouts: Layouts) -> tuple[KVLayout, ...]:
@@ -246,231 +273,68 @@ def _names(layouts: tuple[KVLayout, ...]) -> str:
     return repr(layouts[0]) if len(layouts) == 1 else f"{len(layouts)} shards, the first being {layouts[0]!r}"
 
 
-def _refuse(src: tuple[KVLayout, ...], dst: tuple[KVLayout, ...], why: str) -> None:
+def _refuse(src: tuple[KVLayout, ...], dst: tuple[KVLayout, ...], why: str) -> NoReturn:
     raise ValueError(f"compile_plan: {why}; src is {_names(src)}, dst is {_names(dst)}")
 
 
-def _check_one_cache(src: tuple[KVLayout, ...], dst: tuple[KVLayout, ...], unit: int) -> None:
-    """That both sides hold the same elements, and that ids can name the same tokens on both."""
-    first, both = src[0], (*src, *dst)
-    for layout in both:
-        if layout.opaque != first.opaque:
-            _refuse(src, dst, "an opaque page can only become the same opaque page")
-        for name in ("L", "K") if first.opaque else ("L", "K", "D", "D_v", "total_heads", "dtype"):
-            ours, theirs = getattr(first, name), getattr(layout, name)
-            if ours != theirs:
-                _refuse(src, dst, f"{name} must be the same on both sides, got {ours} and {theirs}")
-    for side in (src, dst):
-        if any(layout.N != side[0].N for layout in side):
-            _refuse(src, dst, "the shards of a side must have one block size")
-    if first.opaque:
-        pages = [[layout.page_bytes for layout in side] for side in (src, dst)]
-        if pages[0] != pages[1] or (unit, unit) != (src[0].N, dst[0].N):
-            _refuse(src, dst, "opaque pages must be as many and as large on both sides")
-    for layout in both:
-        if unit != layout.N and "N" not in layout.page_letters:
-            _refuse(src, dst, f"blocks of {layout.N} tokens cannot be cut into {unit} where N counts pools")
-    scales = [tuple(layout.scales for layout in side if layout.scales is not None) for side in (src, dst)]
-    if (len(scales[0]), len(scales[1])) not in ((0, 0), (len(src), len(dst))):
-        _refuse(src, dst, "scales must be on both sides or on neither")
-    if scales[0]:
-        _check_one_cache(scales[0], scales[1], unit)
-
-
-def _held(layouts: tuple[KVLayout, ...]) -> set[int]:
-    return {head for layout in layouts for head in range(layout.first_head, layout.first_head + layout.H)}
-
-
-def _covers(src: tuple[KVLayout, ...], dst: tuple[KVLayout, ...]) -> bool:
-    return _held(dst) <= _held(src)
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """Heads that one source has and one destination wants."""
-
-    src: int
-    dst: int
-    first_head: int
-    heads: int
-
-
-def _pieces(src: tuple[KVLayout, ...], dst: tuple[KVLayout, ...]) -> Iterator[_Piece]:
-    """Every head that a destination wants, from the first source that has it."""
-    if src[0].opaque:
-        yield from (_Piece(rank, rank, layout.first_head, layout.H) for rank, layout in enumerate(src))
-        return
-    holder: dict[int, int] = {}
-    for rank, layout in reversed(list(enumerate(src))):
-        holder.update(dict.fromkeys(range(layout.first_head, layout.first_head + layout.H), rank))
-    for rank, layout in enumerate(dst):
-        head, end = layout.first_head, layout.first_head + layout.H
-        while head < end:
-            owner, first = holder.get(head), head
-            while head < end and holder.get(head) == owner:
-                head += 1
-            if owner is not None:
-                yield _Piece(owner, rank, first, head - first)
-
-
-def _compile(plan: Plan, layers: range) -> _Rows:
+def _compile(plan: Plan, layers: range) -> Rows:
     if plan.given is not None:
         return np.array(plan.given, dtype=np.int64).reshape(-1, RUN_COLUMNS)
-    parts: list[_Rows] = []
+    found: list[Rows] = []
     count = 0
-    for src, dst, src_bases, dst_bases in _tensors_of(plan):
-        for piece in _pieces(src, dst):
-            bases = (src_bases[piece.src], dst_bases[piece.dst])
-            for rows in _piece_rows(plan, src[piece.src], dst[piece.dst], piece, bases, layers):
+    for src, dst in matched(plan.src, plan.dst):
+        for piece in pieces(src, dst, plan.unit_tokens, layers):
+            for rows in _piece_rows(plan, piece):
                 count += len(rows)
                 if count > MAX_RUNS:
                     _refuse(plan.src, plan.dst, f"more than {MAX_RUNS} runs would be needed")
-                parts.append(rows)
-    rows = _joined(np.concatenate(parts)) if parts else np.empty((0, RUN_COLUMNS), dtype=np.int64)
-    _check_tiles(plan, rows, len(layers))
+                found.append(rows)
+    rows = joined(np.concatenate(found)) if found else np.empty((0, RUN_COLUMNS), dtype=np.int64)
+    _check_tiles(plan, rows, layers)
     # Shards that stripe one side's rows follow each other, so that an executor can take those rows whole.
-    first = (_DST_OFFSET, _DST_POOL) if len(plan.src) > len(plan.dst) else (_SRC_OFFSET, _SRC_POOL)
+    first = (DST_OFFSET, DST_POOL) if len(plan.src) > len(plan.dst) else (SRC_OFFSET, SRC_POOL)
     return np.ascontiguousarray(rows[np.lexsort(tuple(rows[:, column] for column in first))])
 
 
-def _bytes_of(rows: _Rows) -> int:
-    """Bytes that one pair of ids moves."""
-    return int((rows[:, _FRAGMENT] * rows[:, _EXTENTS].prod(axis=1)).sum())
-
-
-def _tensors_of(plan: Plan) -> Iterator[tuple[tuple[KVLayout, ...], tuple[KVLayout, ...], list[int], list[int]]]:
-    """The two sides' layouts with each one's first pool: of the cache itself, then of its scales."""
-    src_bases, dst_bases = _first_pools(plan.src), _first_pools(plan.dst)
-    yield plan.src, plan.dst, src_bases, dst_bases
-    scales = [tuple(layout.scales for layout in side if layout.scales is not None) for side in (plan.src, plan.dst)]
-    if scales[0]:
-        after = [
-            [base + len(layout.places) for base, layout in zip(bases, side, strict=True)]
-            for bases, side in ((src_bases, plan.src), (dst_bases, plan.dst))
-        ]
-        yield scales[0], scales[1], after[0], after[1]
-
-
-def _first_pools(layouts: tuple[KVLayout, ...]) -> list[int]:
-    return list(itertools.accumulate((layout.num_pools for layout in layouts[:-1]), initial=0))
-
-
-@dataclass(frozen=True)
-class _Dimension:
-    """A letter as both sides step through it."""
-
-    extent: int
-    src_pools: int
-    dst_pools: int
-    src_bytes: int
-    dst_bytes: int
-
-
-def _piece_rows(
-    plan: Plan, src: KVLayout, dst: KVLayout, piece: _Piece, bases: tuple[int, int], layers: range
-) -> Iterator[_Rows]:
-    """K and V on their own where their heads differ, in one nest otherwise."""
-    for k in range(src.K) if src.D_v is not None else (0,):
-        sizes = {"L": len(layers), "N": plan.unit_tokens, "H": piece.heads, "D": src.size("D", k)}
-        if src.D_v is None:
-            sizes["K"] = src.K
-        begins = {"L": (layers.start, layers.start)}
-        begins["H"] = (piece.first_head - src.first_head, piece.first_head - dst.first_head)
-        base = [bases[0] + src.start(k)[0], bases[1] + dst.start(k)[0], src.start(k)[1], dst.start(k)[1]]
-        dimensions = []
-        for letter, extent in sizes.items():
-            s, d = src.step(letter, k), dst.step(letter, k)
-            at_src, at_dst = begins.get(letter, (0, 0))
-            base[0] += at_src * s.pools
-            base[1] += at_dst * d.pools
-            base[2] += at_src * s.bytes
-            base[3] += at_dst * d.bytes
-            if extent > 1:
-                dimensions.append(_Dimension(extent, s.pools, d.pools, s.bytes, d.bytes))
-        subblock_strides = (
-            plan.unit_tokens * src.step("N", k).bytes if plan.src_subblocks > 1 else 0,
-            plan.unit_tokens * dst.step("N", k).bytes if plan.dst_subblocks > 1 else 0,
+def _piece_rows(plan: Plan, piece: Piece) -> Iterator[Rows]:
+    """A nest for each way to take a regular stretch of every letter."""
+    src, dst = piece.src, piece.dst
+    axes = []
+    for letter, (begin, end) in piece.ranges.items():
+        at_src, at_dst = (range(begin - held.range(letter)[0], end - held.range(letter)[0]) for held in (src, dst))
+        axes.append(stretches(src.digits(letter), dst.digits(letter), at_src, at_dst))
+    rows = range(src.layout.W)
+    axes.append(stretches(src.digits("W"), dst.digits("W"), rows, rows))
+    if "N" in src.layout.letters or "N" in dst.layout.letters:
+        plain = range(plan.unit_tokens)
+        at_src, at_dst = (plain if piece.tokens is None else held.places(piece.tokens).tolist() for held in (src, dst))
+        axes.append(stretches(src.digits("N"), dst.digits("N"), at_src, at_dst))
+    first = [side.start() for side in (src, dst)]
+    pair: tuple[Dimension, ...] = ()
+    if len(src.ks) > 1:
+        (s_pool, s_byte), (d_pool, d_byte) = (
+            tuple(b - a for a, b in zip(side.start(0), side.start(1), strict=True)) for side in (src, dst)
         )
-        yield _nest(base, src.element_bytes, subblock_strides, dimensions)
+        pair = (Dimension(2, s_pool, d_pool, s_byte, d_byte),)
+    subblock_strides = (
+        _subblock_bytes(src, plan.unit_tokens) if plan.src_subblocks > 1 else 0,
+        _subblock_bytes(dst, plan.unit_tokens) if plan.dst_subblocks > 1 else 0,
+    )
+    for choice in itertools.product(*axes):
+        base = [first[0][0], first[1][0], first[0][1], first[1][1]]
+        for stretch in choice:
+            base[SRC_POOL] += stretch.src_pools
+            base[DST_POOL] += stretch.dst_pools
+            base[SRC_OFFSET] += stretch.src_bytes
+            base[DST_OFFSET] += stretch.dst_bytes
+        loops = [*(loop for stretch in choice for loop in stretch.loops), *pair]
+        yield nest(base, src.layout.element_bytes, subblock_strides, loops)
 
 
-def _nest(
-    base: list[int], fragment_bytes: int, subblock_strides: tuple[int, int], dimensions: list[_Dimension]
-) -> _Rows:
-    """Rows for a box of coordinates: what stays inside a page on both sides is looped over, the rest listed."""
-    listed = [d for d in dimensions if d.src_pools or d.dst_pools]
-    fragment_bytes, loops = _merged(fragment_bytes, [d for d in dimensions if not (d.src_pools or d.dst_pools)])
-    loops.sort(key=lambda d: (-d.dst_bytes, -d.src_bytes))
-    while len(loops) > _LOOPS:
-        smallest = min(loops, key=lambda d: d.extent)
-        loops.remove(smallest)
-        listed.append(smallest)
-    total = math.prod(d.extent for d in listed)
-    if total > MAX_RUNS:
-        # Counted by the caller, never written out.
-        return np.broadcast_to(np.int64(0), (total, RUN_COLUMNS))
-    rows = np.ones((total, RUN_COLUMNS), dtype=np.int64)
-    rows[:, : _DST_OFFSET + 1] = base
-    rows[:, _FRAGMENT : _DST_SUBBLOCK + 1] = (fragment_bytes, *subblock_strides)
-    rows[:, _FIRST_LOOP:] = (1, 0, 0) * _LOOPS
-    for i, loop in enumerate(loops):
-        rows[:, _FIRST_LOOP + 3 * i : _FIRST_LOOP + 3 * i + 3] = (loop.extent, loop.src_bytes, loop.dst_bytes)
-    grid = np.indices([d.extent for d in listed]).reshape(len(listed), total)
-    for dimension, index in zip(listed, grid, strict=True):
-        rows[:, _SRC_POOL] += index * dimension.src_pools
-        rows[:, _DST_POOL] += index * dimension.dst_pools
-        rows[:, _SRC_OFFSET] += index * dimension.src_bytes
-        rows[:, _DST_OFFSET] += index * dimension.dst_bytes
-    return rows
-
-
-def _merged(fragment_bytes: int, loops: list[_Dimension]) -> tuple[int, list[_Dimension]]:
-    """With loops that continue the fragment, or another loop, on both sides made part of it."""
-    loops = list(loops)
-    while True:
-        into = next((d for d in loops if d.src_bytes == d.dst_bytes == fragment_bytes), None)
-        if into is not None:
-            fragment_bytes *= into.extent
-            loops.remove(into)
-            continue
-        pair = next(
-            (
-                (outer, inner)
-                for outer in loops
-                for inner in loops
-                if outer.src_bytes == inner.src_bytes * inner.extent
-                and outer.dst_bytes == inner.dst_bytes * inner.extent
-            ),
-            None,
-        )
-        if pair is None:
-            return fragment_bytes, loops
-        outer, inner = pair
-        loops.remove(outer)
-        loops[loops.index(inner)] = _Dimension(outer.extent * inner.extent, 0, 0, inner.src_bytes, inner.dst_bytes)
-
-
-def _joined(rows: _Rows) -> _Rows:
-    """With runs made one that are the same nest of neighbouring fragments."""
-    same = [_SRC_POOL, _DST_POOL, _SRC_SUBBLOCK, _DST_SUBBLOCK, *range(_FIRST_LOOP, RUN_COLUMNS)]
-    rows = rows[np.lexsort(tuple(rows[:, column] for column in (_SRC_OFFSET, *reversed(same))))]
-    before, after = rows[:-1], rows[1:]
-    joins = (before[:, same] == after[:, same]).all(axis=1)
-    for offset in (_SRC_OFFSET, _DST_OFFSET):
-        joins &= before[:, offset] + before[:, _FRAGMENT] == after[:, offset]
-    heads = np.flatnonzero(np.concatenate(([True], ~joins)))
-    if len(heads) == len(rows):
-        return rows
-    kept = rows[heads]
-    kept[:, _FRAGMENT] = np.add.reduceat(rows[:, _FRAGMENT], heads)
-    return np.concatenate([_folded(row) for row in kept])
-
-
-def _folded(row: _Rows) -> _Rows:
-    """With loops that continue a fragment that has grown made part of it."""
-    loops = [_Dimension(int(row[i]), 0, 0, int(row[i + 1]), int(row[i + 2])) for i in _EXTENTS if row[i] > 1]
-    base = [int(value) for value in row[: _DST_OFFSET + 1]]
-    return _nest(base, int(row[_FRAGMENT]), (int(row[_SRC_SUBBLOCK]), int(row[_DST_SUBBLOCK])), loops)
+def _subblock_bytes(held: Held, unit_tokens: int) -> int:
+    """From one unit of a block to the next."""
+    tokens = unit_tokens // held.deal[1]
+    return sum(tokens // digit.divisor % digit.extent * digit.bytes for digit in held.digits("N"))
 
 
 def _explain(plan: Plan) -> str:
@@ -483,7 +347,7 @@ def _explain(plan: Plan) -> str:
     lines.append(
         f"{len(plan.runs.rows)} runs; a pair of ids moves {plan.bytes} bytes in {plan.fragments} fragments of {sizes}"
     )
-    whole = not plan.allow_partial if plan.given is not None else _covers(plan.src, plan.dst)
+    whole = not plan.allow_partial if plan.given is not None else not _lacking(plan.src, plan.dst)
     lines.append(
         "every byte of the destination's block is written once"
         if whole

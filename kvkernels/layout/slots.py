@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from kvkernels.common.arguments import dtype_text, has_values, integer, is_trace
 from kvkernels.common.autograd import check_may_write
 from kvkernels.layout.cache import KVCache
 from kvkernels.layout.convert import Caches, as_caches, convert_caches
-from kvkernels.layout.layout import KVLayout
+from kvkernels.layout.layout import KVLayout, parts
 from kvkernels.layout.memory import bytes_of_storage
 from kvkernels.layout.together import all_or_none
 from kvkernels.layout.traced import caches_of, register, tensors_and_text
@@ -36,13 +36,17 @@ def copy_slots(
         The paged cache, or one a tensor-parallel rank: the buffer then holds all ranks' heads.
     slots : Tensor
         int64 or int32 ``[T]``, on the CPU or the caches' CUDA device: the slot of each token of the buffer, block times
-        block size plus the token's place in the block. A negative slot is skipped.
+        block size plus the token's place in the block. A negative slot is skipped. Where tokens are dealt out, slots
+        count those that the cache holds itself.
     buffer : Tensor or sequence of Tensor
-        One chunk of tokens, or several, which take their slots one after the other: together they have ``T`` tokens.
+        A chunk of tokens, or several, which take their slots one after the other: together they have ``T`` tokens. A
+        cache of several parts, such as values and their scales, has a tensor a chunk for each of them, one part after
+        the other; ``k`` and ``v`` that differ in their order alone are one.
     direction : {'to_buffer', 'to_cache'}
         Where the bytes go.
     pattern : str
-        The order of a chunk's memory, as in ``KVLayout`` with ``T`` for its tokens. By default LMCache's ``[K, L, T,
+        The order of a chunk's memory, as in ``KVLayout`` with ``T`` for its tokens, the same for all parts: a letter
+        that a part lacks has size 1. By default LMCache's ``[K, L, T,
         H*D]``, which is ``[1, L, T, D]`` for MLA; SGLang's ``[L, T, H, D]``, one buffer for K and one for V, is
         ``"K | L T H D"``.
     skip_first : int
@@ -99,6 +103,7 @@ def copy_slots_of(
     skip_first: int, executor: str, sm_budget: int,
 ) -> None:  # fmt: skip
     """``copy_slots`` where no compiler traces it, or inside the op that the compiler sees."""
+    caches = _undealt(caches)
     chunks = _chunks(caches, buffer, pattern)
     has_memory = not any(is_traced(tensor) for one in (*caches, *chunks) for tensor in one.tensors)
     if len(chunks) > 1 and has_memory:
@@ -144,6 +149,23 @@ _slots_to_buffer = register("_slots_to_buffer", _to_buffer)
 _slots_to_cache = register("_slots_to_cache", _to_cache)
 
 
+def _undealt(caches: Sequence[KVCache]) -> list[KVCache]:
+    """Slots count a rank's own tokens, wherever these are among all of them."""
+    deals = {cache.layout.deal_of_tokens for cache in caches}
+    if deals == {None}:
+        return list(caches)
+    if len(deals) > 1:
+        raise ValueError(f"copy_slots: cache must be ranks that hold the same tokens, got the deals {deals}")
+    return [KVCache(_of_parts(cache.layout, deal=None), list(cache.tensors)) for cache in caches]
+
+
+def _of_parts(layout: KVLayout, **changes: Any) -> KVLayout:
+    """With the same changes to all parts."""
+    scales = None if layout.scales is None else replace(layout.scales, **changes)
+    beside = tuple((name, replace(part, **changes)) for name, part in layout.beside)
+    return replace(layout, scales=scales, beside=beside, **changes)
+
+
 def _chunks(caches: Sequence[KVCache], buffer: Tensor | Sequence[Tensor], pattern: str) -> list[KVCache]:
     """Each chunk as a cache of one block, whose tokens are the chunk's."""
     outside, bar, inside = pattern.rpartition("|")
@@ -152,11 +174,13 @@ def _chunks(caches: Sequence[KVCache], buffer: Tensor | Sequence[Tensor], patter
     of = caches[0].layout
     if of.opaque:
         raise ValueError(f"copy_slots: opaque pages have no token slots, got {of!r}")
-    heads, first_head = (of.total_heads, 0) if len(caches) > 1 else (of.H, of.first_head)
-    one = KVLayout(
-        f"{outside}{bar} B {inside.replace('T', 'N')}", L=of.L, K=of.K, B=1, H=heads, D=of.D, dtype=of.dtype,
-        D_v=of.D_v, first_head=first_head, total_heads=of.total_heads,
-    )  # fmt: skip
+    for member in of.members:
+        if of.block_tokens > 1 and "N" not in member.layout.letters:
+            raise ValueError(
+                f"copy_slots: every part of the cache must have tokens, got {member.name} without N, {of!r}"
+            )
+    order = f"{outside}{bar} B {inside.replace('T', 'N')}"
+    one = parts(**dict(_parts_of_chunk(of, order, len(caches) > 1)))
     chunks: list[KVCache] = []
     for i, tensors in enumerate(_tensors_of_chunks(buffer, one.num_tensors)):
         total_bytes = sum(tensor.nbytes for tensor in tensors)
@@ -167,8 +191,34 @@ def _chunks(caches: Sequence[KVCache], buffer: Tensor | Sequence[Tensor], patter
                 f"got {total_bytes} bytes"
             )
         if tokens:
-            chunks.append(KVCache(replace(one, N=tokens, page_bytes=0), tensors))
+            chunks.append(KVCache(_of_parts(one, N=tokens, page_bytes=0), tensors))
     return chunks
+
+
+def _parts_of_chunk(of: KVLayout, order: str, all_heads: bool) -> Iterator[tuple[str, KVLayout]]:
+    """A chunk's parts, of one token; ``k`` and ``v`` become a pair again where nothing but their order differs."""
+    members = {member.name: member.layout for member in of.members}
+    for name, part in members.items():
+        other = members.get("v" + name[1:]) if name == "k" or name.startswith("k_") else None
+        pair = other is not None and _is_pair(part, other)
+        if name == "v" or name.startswith("v_"):
+            first = members.get("k" + name[1:])
+            if first is not None and _is_pair(first, part):
+                continue
+        heads, first_head = (part.total("H"), 0) if all_heads else (part.H, part.first_head)
+        named = {"k": "kv"}.get(name, name.removeprefix("k_")) if pair else name
+        yield named, KVLayout(
+            order, L=part.L, K=2 if pair else part.K, B=1, H=heads, D=part.D, dtype=part.dtype,
+            D_v=other.D if pair and other is not None else part.D_v, first_head=first_head,
+            total_heads=part.total("H"), first_layer=part.first_layer, total_layers=part.total("L"),
+            first_d=part.first_d, total_d=part.total_d,
+        )  # fmt: skip
+
+
+def _is_pair(k: KVLayout, v: KVLayout) -> bool:
+    """Whether they may be K and V of one pattern."""
+    names = ("L", "K", "H", "dtype", "first_head", "total_heads", "first_layer", "total_layers")
+    return all(getattr(k, name) == getattr(v, name) for name in names) and not (k.total_d or v.total_d)
 
 
 def _tensors_of_chunks(buffer: Tensor | Sequence[Tensor], each: int) -> list[list[Tensor]]:
@@ -200,7 +250,7 @@ def _check_slots(
     if slots.device.type != "cpu" or not has_values(slots):
         return
     used = slots[skip_first:].detach().numpy()
-    limit = min(cache.layout.B for cache in caches) * caches[0].layout.N
+    limit = min(cache.layout.B for cache in caches) * caches[0].layout.block_tokens
     bad = np.flatnonzero(used >= limit)
     if len(bad):
         at = int(bad[0])
@@ -238,27 +288,34 @@ def _neighbours_joined(chunks: list[KVCache]) -> Iterator[KVCache]:
     start = 0
     while start < len(chunks):
         first = chunks[start]
-        end, spacing = start + 1, None
-        while end < len(chunks) and _follows(chunks[end - 1], chunks[end], spacing):
-            spacing = chunks[end].tensors[0].data_ptr() - chunks[end - 1].tensors[0].data_ptr()
+        end = start + 1
+        spacings = _spacings(first, chunks[end]) if end < len(chunks) else None
+        while end < len(chunks) and spacings is not None and _spacings(chunks[end - 1], chunks[end]) == spacings:
             end += 1
-        if end - start == 1:
+        if end - start == 1 or spacings is None:
             yield first
         else:
-            layout = replace(first.layout, B=end - start, row_bytes=spacing, page_bytes=0)
-            yield KVCache(layout, [_from_here(tensor) for tensor in first.tensors])
+            rows = [
+                (member.name, replace(member.layout, B=end - start, row_bytes=spacing, page_bytes=0))
+                for member, spacing in zip(first.layout.members, spacings, strict=True)
+            ]
+            yield KVCache(parts(**dict(rows)), [_from_here(tensor) for tensor in first.tensors])
         start = end
 
 
-def _follows(before: KVCache, after: KVCache, spacing: int | None) -> bool:
-    """Whether each tensor of a chunk lies ``spacing`` bytes behind the one before; as far as the first, where None."""
+def _spacings(before: KVCache, after: KVCache) -> list[int] | None:
+    """How far behind the one before each part of a chunk lies, if all of its tensors lie so, each in one storage."""
     pairs = list(zip(before.tensors, after.tensors, strict=True))
-    distances = {b.data_ptr() - a.data_ptr() for a, b in pairs}
     one_storage = all(a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr() for a, b in pairs)
-    if before.layout.N != after.layout.N or len(distances) != 1 or not one_storage:
-        return False
-    distance = distances.pop()
-    return distance >= before.layout.page_bytes and spacing in (None, distance)
+    if before.layout.N != after.layout.N or not one_storage:
+        return None
+    spacings = []
+    for member in before.layout.members:
+        distances = {pairs[i][1].data_ptr() - pairs[i][0].data_ptr() for i in member.tensors}
+        spacings.append(distances.pop())
+        if distances or spacings[-1] < member.layout.page_bytes:
+            return None
+    return spacings
 
 
 def _from_here(tensor: Tensor) -> Tensor:

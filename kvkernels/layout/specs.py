@@ -14,7 +14,9 @@ import torch
 class _Attention:
     """A block of ``block_size`` tokens: K and V of ``num_kv_heads`` heads.
 
-    ``page_size_padded`` is the bytes from one block to the next where the engine pads pages.
+    ``page_size_padded`` is the bytes from one block to the next where the engine pads pages, ``state_content_bytes``
+    what it keeps of a head and token where that is packed (656 for DeepSeek V3.2's latent), and ``dcp_sharded`` whether
+    context ranks have tokens of their own of this layer.
     """
 
     block_size: int
@@ -23,12 +25,16 @@ class _Attention:
     dtype: torch.dtype
     head_size_v: int | None = None
     page_size_padded: int | None = None
+    state_content_bytes: int | None = None
+    dcp_sharded: bool = True
 
     @property
     def unpadded_page_size_bytes(self) -> int:
         """Bytes of one block that the layer uses."""
         v = self.head_size if self.head_size_v is None else self.head_size_v
-        return self.block_size * self.num_kv_heads * (self.head_size + v) * self.dtype.itemsize
+        packed = self.state_content_bytes
+        cell_bytes = (self.head_size + v) * self.dtype.itemsize if packed is None else packed
+        return self.block_size * self.num_kv_heads * cell_bytes
 
     @property
     def page_size_bytes(self) -> int:
@@ -72,12 +78,27 @@ class MLA(_Attention):
 
 @dataclass(frozen=True, kw_only=True)
 class Mamba:
-    """A layer whose block is a state: tensors of these shapes and dtypes, one after the other."""
+    """A layer whose block is a state: tensors of these shapes and dtypes, one after the other.
+
+    ``cuts`` says how tensor parallelism cuts each of them: along which dimension of its shape, and the whole model's
+    sizes of what lies there side by side, each cut on its own: ``((1, (4096, 1024, 1024)), (0, (64,)))`` for a conv
+    state ``[width, x | B | C]`` and 64 heads. With ``tp_replicated`` every rank has the whole state.
+
+    Examples
+    --------
+    >>> import torch
+    >>> spec = Mamba(shapes=((3, 1536), (16, 64, 128)), dtypes=(torch.bfloat16,) * 2,
+    ...              cuts=((1, (4096, 1024, 1024)), (0, (64,))))
+    >>> spec.page_size_bytes
+    271360
+    """
 
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[torch.dtype, ...]
     block_size: int = 1
     page_size_padded: int | None = None
+    cuts: tuple[tuple[int, tuple[int, ...]], ...] | None = None
+    tp_replicated: bool = False
 
     @property
     def unpadded_page_size_bytes(self) -> int:

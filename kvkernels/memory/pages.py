@@ -24,7 +24,10 @@ class Pages:
     """
 
     def __init__(self, num_blocks: int, layout: KVLayout | None, page_bytes: int, device: torch.device) -> None:
-        sizes = [page_bytes * num_blocks] if layout is None else _tensor_bytes(layout)
+        if layout is None:
+            sizes = [page_bytes * num_blocks]
+        else:
+            sizes = [layout.needed_bytes(tensor) for tensor in range(layout.num_tensors)]
         with ExitStack() as undo:
             tensors = tuple(_memory(size, num_blocks, device, undo.callback) for size in sizes)
             self.cache = KVCache(layout, [tensor.view(-1) for tensor in tensors]) if layout is not None else None
@@ -40,14 +43,6 @@ class Pages:
         """Give the memory up; tensors that are still referenced keep theirs."""
         self.pools, self.cache = (), None
         self._undo.close()
-
-
-def _tensor_bytes(layout: KVLayout) -> list[int]:
-    """Of each tensor of the layout's list, its scales' last."""
-    scales = layout.scales
-    own = layout.num_tensors - (scales.num_tensors if scales else 0)
-    sizes = [layout.needed_bytes(i) for i in range(own)]
-    return sizes + (_tensor_bytes(scales) if scales else [])
 
 
 def _memory(size_bytes: int, num_blocks: int, device: torch.device, at_close: Callable[..., object]) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from operator import attrgetter
 
 import numpy as np
@@ -39,6 +39,9 @@ class PrefixCache:
         Keeps tenants, models or weights apart.
     hash : str
         ``xxh3_128``, ``blake3`` or ``sha256``, as ``BlockHasher`` takes it.
+    on_access : callable, optional
+        Is told of each block that ``lookup`` was asked for, and whether it was found:
+        ``kvkernels.observe.AccessStatsCollector().record_access``.
 
     Raises
     ------
@@ -71,8 +74,9 @@ class PrefixCache:
 
     def __init__(
         self, block_size: int = 16, max_cached_blocks: int | None = None, *, policy: str | EvictionPolicy = "lru",
-        salt: bytes = b"", hash: str = "xxh3_128",
+        salt: bytes = b"", hash: str = "xxh3_128", on_access: Callable[[bytes, bool], object] | None = None,
     ) -> None:  # fmt: skip
+        self._on_access = on_access
         self.block_size = integer("PrefixCache: block_size", block_size, "a positive integer", least=1)
         if max_cached_blocks is not None:
             max_cached_blocks = integer(
@@ -129,7 +133,11 @@ class PrefixCache:
             counts["call_hits"] += bool(found)
             counts["blocks"] += len(hashes)
             counts["block_hits"] += found
-            return [entry.block for entry in entries], found * self.block_size
+            blocks = [entry.block for entry in entries]
+        if self._on_access is not None:
+            for place, key in enumerate(hashes):
+                self._on_access(key, place < found)
+        return blocks, found * self.block_size
 
     def hold(self, hashes: Sequence[bytes]) -> None:
         """Keep blocks from being evicted until as many ``release``; NotCachedError where one is not cached."""

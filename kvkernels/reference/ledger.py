@@ -24,6 +24,7 @@ class Record:
     launches: int = 0
     lanes: int = 1
     streaming: bool = False
+    table: str = ""
     device: dict[str, Any] = field(default_factory=dict)
 
 

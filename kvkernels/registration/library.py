@@ -123,7 +123,9 @@ def _reference_kernels() -> dict[str, Callable[..., Any]]:
         "_build_info": lambda: tensor_of(json.dumps(build_record())),
         "_check_device": lambda device: tensor_of("{}"),  # the reference checks ids before it moves anything
         "_policy": lambda is_default: tensor_of("[]"),  # there is nothing to choose from
-        "_set_policy": lambda rows: None,
+        "_set_policy": lambda rows, source: None,
+        "_cpu_numbers": lambda: tensor_of("{}"),
+        "_set_cpu_numbers": lambda numbers, source: None,
         **_PYTHON_KERNELS,
     }
 

@@ -48,7 +48,9 @@ PRIVATE = {
     "_run_prepared": "(int prepared, Tensor mapping) -> ()",
     "_release_prepared": "(int prepared) -> ()",
     "_policy": "(bool is_default) -> Tensor",
-    "_set_policy": "(Tensor rows) -> ()",
+    "_set_policy": "(Tensor rows, str source) -> ()",
+    "_cpu_numbers": "() -> Tensor",
+    "_set_cpu_numbers": "(Tensor numbers, str source) -> ()",
     "_copy_pages_reference": (
         "(Tensor[] src, Tensor(a!)[] dst, Tensor mapping, Tensor runs, int src_subblocks_per_block, "
         "int dst_subblocks_per_block, bool skip_negative) -> ()"

@@ -8,32 +8,35 @@ from ctypes import c_int64
 from typing import Any, Protocol
 
 PRIORITIES = ("expedited", "load", "store")
+DIRECTIONS = ("h2h", "h2d", "d2h", "d2d")
+#: In the order of core/executors.inc.
+EXECUTORS = ("auto", "cpu", "kernel", "bulk", "dma", "staged", "triton", "reference")
 
 _BUCKETS = 11
 _FIELDS = ("done", "failed", "cancelled", "bytes", "copy_ns", "queue_ns", "chunks")
-_ROW = len(_FIELDS) + 3 * _BUCKETS
+_ROW = 3 + len(_FIELDS) + 3 * _BUCKETS  # direction, priority and executor first
+_MOST_ROWS = len(DIRECTIONS) * len(PRIORITIES) * len(EXECUTORS)
 #: Upper bounds of the buckets, as in transfer/metrics.h; what is above them is in the last.
 BYTES_BOUNDS = tuple(4096 * 4**i for i in range(_BUCKETS - 1))
 SECONDS_BOUNDS = tuple(1e-5 * 4**i for i in range(_BUCKETS - 1))
 
 
-def read_stats(fill: Callable[[Any], None]) -> dict[str, Any]:
-    """``Mover.stats``, from the numbers that ``fill`` writes."""
-    numbers = (c_int64 * (2 + _ROW * len(PRIORITIES)))()
-    fill(numbers)
-    rows = [
-        _row(priority, numbers[2 + i * _ROW : 2 + (i + 1) * _ROW]) for i, priority in enumerate(PRIORITIES)
-    ]  # fmt: skip
+def read_stats(fill: Callable[[Any], int]) -> dict[str, Any]:
+    """``Mover.stats``, from the numbers that ``fill`` writes and counts."""
+    numbers = (c_int64 * (2 + _ROW * _MOST_ROWS))()
+    count = fill(numbers)
+    rows = [_row(numbers[at : at + 3], numbers[at + 3 : at + _ROW]) for at in range(2, count, _ROW)]
     return {"queued": numbers[0], "running": numbers[1], "transfers": rows}
 
 
-def _row(priority: str, numbers: list[int]) -> dict[str, Any]:
+def _row(names: list[int], numbers: list[int]) -> dict[str, Any]:
+    direction, priority, executor = names
     said = dict(zip(_FIELDS, numbers, strict=False))
     buckets = [numbers[len(_FIELDS) + i * _BUCKETS :][:_BUCKETS] for i in range(3)]
     return {
-        "direction": "h2h",
-        "priority": priority,
-        "executor": "cpu",
+        "direction": DIRECTIONS[direction],
+        "priority": PRIORITIES[priority],
+        "executor": EXECUTORS[executor],
         **{name: said[name] for name in ("done", "failed", "cancelled", "bytes", "chunks")},
         "seconds": said["copy_ns"] / 1e9,
         "queue_seconds": said["queue_ns"] / 1e9,

@@ -12,36 +12,43 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from kvkernels import policy
 from kvkernels.common.arguments import integer
 from kvkernels.prepared import BoundPools
 from kvkernels.transfer.jobs import Job
 from kvkernels.transfer.metrics import PRIORITIES, read_stats
-from kvkernels.transfer.owner import Owner
-from kvkernels.transfer.trace import write_trace
+from kvkernels.transfer.owner import ANY_DEVICE, HOST, Owner
+from kvkernels.transfer.trace import names_of_lanes, names_of_streams, write_trace
 from kvkernels.transfer.transfer import Transfer
 
 CHUNK_BYTES = 16 << 20
+#: On a device two are on their way in a direction: together what one of the host's is, in front of something urgent.
+DEVICE_CHUNK_BYTES = 8 << 20
 _MOST_LANES = 256
 
 
 class Mover:
-    """Carries out copies beside the model, in order of urgency, and says when each is done.
+    """Carries out copies beside the model, on the host or a device, in order of urgency, and says when each is done.
 
     Parameters
     ----------
     device : torch.device or str, optional
-        Where the tensors are: the CPU.
+        Where the tensors are: the CPU, a CUDA device, or ``"cuda"`` for whichever a job's tensors are on. A device has
+        the pools of one side or of both; those on the host must be pinned.
     lanes : int, optional
-        Cores that copies may use at a time; by default 2, or 1 where the process has but one or two.
+        Cores that copies on the host may use at a time; by default 2, or as many as ``python -m kvkernels tune`` found
+        to be worth it, but always one fewer than the process has.
     chunk_bytes : int, optional
-        The parts that a large copy is cut into, between which a more urgent one may come.
+        The parts that a large copy is cut into, between which a more urgent one may come: by default 16 MiB, and 8 MiB
+        on a device, where two of a direction are on their way at a time.
 
     Raises
     ------
     ValueError
-        A device that is not the CPU, or numbers that are not positive.
+        A device that is not there, or is neither the CPU nor a CUDA device; numbers that are not positive; ``lanes`` on
+        a device.
     RuntimeError
-        There is no compiled library.
+        There is no compiled library, or none with CUDA code.
 
     Notes
     -----
@@ -54,6 +61,11 @@ class Mover:
     **Threads.** Those that copy are the library's own: they never need the GIL, so that Python may be busy. Those for
     stores have a lower priority for the operating system. A job is checked by the thread that submits it, in the modes
     (``inference_mode``, ``no_grad``) of that thread. All methods are safe to call from several threads.
+
+    **Streams.** On a device a transfer comes after what the caller's current stream was asked for before ``submit``, in
+    streams of the mover's own, one for each direction and priority. ``Transfer.block_stream`` has a stream wait for it.
+    One thread hands chunks over and sees their ends. A stream that is being captured is refused; captures of other
+    streams are left alone. Unverified on hardware.
 
     **Memory.** A transfer keeps its tensors alive until it has ended; mappings and ids are read when it is submitted.
     Sources must stay unwritten and destinations unread by others until then. Versions, for autograd, count the write
@@ -78,19 +90,23 @@ class Mover:
     def __init__(
         self, device: torch.device | str | None = None, *, lanes: int | None = None, chunk_bytes: int | None = None
     ) -> None:
-        place = torch.device("cpu" if device is None else device)
-        if place.type != "cpu":
-            raise ValueError(
-                f"Mover: device must be the cpu, got {place}: copies with a device are the ops' own, on the current "
-                "stream"
-            )
-        self.lanes = _default_lanes() if lanes is None else integer("Mover: lanes", lanes, "positive", least=1)
+        self.device = torch.device("cpu" if device is None else device)
+        if self.device.type not in ("cpu", "cuda"):
+            raise ValueError(f"Mover: device must be the cpu or a cuda device, got {self.device}")
+        is_host = self.device.type == "cpu"
+        if not is_host and lanes is not None:
+            raise ValueError(f"Mover: lanes must be left out on a device, whose copies take no cores, got {lanes}")
+        if lanes is None:
+            self.lanes = _default_lanes() if is_host else 0
+        else:
+            self.lanes = integer("Mover: lanes", lanes, "positive", least=1)
         if self.lanes > _MOST_LANES:
             raise ValueError(f"Mover: lanes must be at most {_MOST_LANES}, got {lanes}")
-        self.chunk_bytes = (
-            CHUNK_BYTES if chunk_bytes is None else integer("Mover: chunk_bytes", chunk_bytes, "positive", least=1)
-        )
-        self._owner: Owner[Transfer] = Owner(self.lanes, self.chunk_bytes)
+        self.chunk_bytes = CHUNK_BYTES if is_host else DEVICE_CHUNK_BYTES
+        if chunk_bytes is not None:
+            self.chunk_bytes = integer("Mover: chunk_bytes", chunk_bytes, "positive", least=1)
+        place = HOST if is_host else _place_of(self.device)
+        self._owner: Owner[Transfer] = Owner(self.lanes, self.chunk_bytes, place)
 
     def __enter__(self) -> Mover:
         return self
@@ -101,7 +117,9 @@ class Mover:
     def __reduce__(self) -> str:
         raise TypeError("Mover cannot be pickled or copied: it stands for this process's threads; make another")
 
-    def submit(self, job: Job, *, priority: str = "load", after: Sequence[Transfer] = ()) -> Transfer:
+    def submit(
+        self, job: Job, *, priority: str = "load", after: Sequence[Transfer | torch.cuda.Event] = ()
+    ) -> Transfer:
         """Check a job as its op would, and have it carried out.
 
         Parameters
@@ -111,8 +129,9 @@ class Mover:
             ``ConvertJob``.
         priority : {'expedited', 'load', 'store'}
             What it comes before.
-        after : sequence of Transfer
-            Transfers of this mover that must be done before; where one fails, this one does.
+        after : sequence of Transfer or torch.cuda.Event
+            Transfers of this mover that must be done before; where one fails, this one does. On a device also events,
+            each for what was recorded there when this is called. The current stream need not be among them.
 
         Returns
         -------
@@ -121,26 +140,31 @@ class Mover:
         Raises
         ------
         IndexError, ValueError
-            What the op refuses; a tensor on a device; an executor that needs Python; a mode that only traces. Nothing
-            was queued.
+            What the op refuses; tensors that are not where the mover is for; an executor that needs Python; a mode that
+            only traces. On a device also ids that are there, and host memory that is not pinned. Nothing was queued.
         RuntimeError
-            The mover was closed, or is that of a process that forked.
+            The mover was closed, or is that of a process that forked; the current stream is being captured; a call of
+            CUDA failed. Nothing was queued.
         """
         if priority not in PRIORITIES:
             raise ValueError(f"Mover.submit: priority must be one of {', '.join(PRIORITIES)}, got {priority!r}")
         if not isinstance(job, Job):
             raise ValueError(f"Mover.submit: job must be a Job, got {type(job).__name__}")
         owner = self._owner
-        for transfer in after:
-            if not isinstance(transfer, Transfer) or transfer._owner is not owner:
-                raise ValueError(f"Mover.submit: after must be transfers of this mover, got {transfer!r}")
+        tickets, events = [], []
+        for one in after:
+            if isinstance(one, Transfer) and one._owner is owner:
+                tickets.append(one.ticket)
+            elif owner.is_on_device and isinstance(one, torch.cuda.Event):
+                events.append(_recorded(one))
+            else:
+                kinds = "transfers of this mover" + (" or events" if owner.is_on_device else "")
+                raise ValueError(f"Mover.submit: after must be {kinds}, got {one!r}")
         if _get_current_dispatch_mode() is not None or torch.compiler.is_compiling():
             raise ValueError("Mover.submit: job must be of tensors with values, got a mode that intercepts ops")
-        transfer = owner.submit(
-            job.call, PRIORITIES.index(priority), [one.ticket for one in after],
-            lambda ticket: Transfer(owner, ticket, priority, job),
-        )  # fmt: skip
-        return transfer
+        return owner.submit(
+            job.call, PRIORITIES.index(priority), tickets, events, lambda ticket: Transfer(owner, ticket, priority, job)
+        )
 
     def poll(self) -> list[Transfer]:
         """What ended since the last call, in that order, but for what was waited for. Calls callbacks; never waits."""
@@ -204,7 +228,9 @@ class Mover:
 
         ``chrome://tracing`` and https://ui.perfetto.dev show it.
         """
-        return write_trace(path, self._owner.trace(), self.lanes)
+        chunks = self._owner.trace()
+        names = names_of_streams(chunks) if self._owner.is_on_device else names_of_lanes(self.lanes)
+        return write_trace(path, chunks, names)
 
 
 def _wait_all(transfers: Sequence[Transfer], timeout: float | None) -> bool:
@@ -212,8 +238,26 @@ def _wait_all(transfers: Sequence[Transfer], timeout: float | None) -> bool:
     return all([one.wait(None if until is None else max(0.0, until - time.monotonic())) for one in transfers])
 
 
+def _place_of(device: torch.device) -> int:
+    if not torch.cuda.is_available():
+        raise ValueError(f"Mover: device must be one of this machine, got {device}, and torch finds no cuda device")
+    if device.index is None:
+        return ANY_DEVICE
+    if device.index >= torch.cuda.device_count():
+        raise ValueError(f"Mover: device must be one of the {torch.cuda.device_count()} there are, got {device}")
+    return device.index
+
+
+def _recorded(event: torch.cuda.Event) -> int:
+    """The handle of an event, which torch makes when it is first recorded."""
+    if not event.cuda_event:
+        raise ValueError("Mover.submit: after must be events that were recorded, got one that was not")
+    return int(event.cuda_event)
+
+
 def _default_lanes() -> int:
-    return max(1, min(2, len(os.sched_getaffinity(0)) - 1))
+    tuned: int = policy.in_force().get("cpu", {}).get("lanes", 2)
+    return max(1, min(tuned, len(os.sched_getaffinity(0)) - 1))
 
 
 def _range_of(tensor: Tensor) -> tuple[int, int]:

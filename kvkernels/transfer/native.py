@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from ctypes import POINTER, c_char_p, c_int64
+from ctypes import POINTER, c_char_p, c_int64, c_void_p
 from functools import cache
 from typing import Any
 
@@ -20,7 +20,8 @@ _FUNCTIONS: dict[str, tuple[tuple[Any, ...], bool]] = {
     "close": ((c_int64,), True),
     "release": ((), True),
     "wait": ((c_int64, c_int64), True),
-    "submit": ((c_int64, _INTS, c_int64), False),
+    "block": ((c_int64, c_int64, c_int64, c_void_p), True),
+    "begin": ((), False),
     "cancel": ((c_int64,), False),
     "state": ((c_int64,), False),
     "report": ((c_int64, _INTS), False),
@@ -39,16 +40,18 @@ STATES = ("queued", "running", "done", "failed", "cancelled")
 class Native:
     """The library's functions, each as an attribute; a result below 0 is for ``checked``."""
 
-    open: Callable[[int, int], int]
-    begin: Callable[[], int]
+    open: Callable[[int, int, int], int]
     abandon: Callable[[], None]
 
     def __init__(self, path: str) -> None:
         self._quick, self._waiting = ctypes.PyDLL(path), ctypes.CDLL(path)
         for name, (arguments, waits) in _FUNCTIONS.items():
             setattr(self, name, self._function(name, (c_int64, *arguments), c_int64, waits))
-        self.open = self._function("open", (c_int64, c_int64), c_int64, True)
-        self.begin = self._function("begin", (), c_int64)
+        self.open = self._function("open", (c_int64, c_int64, c_int64), c_int64, True)
+        # A device may have the call wait for room in a stream, the host has not.
+        of_submit = (c_int64, c_int64, _INTS, c_int64, POINTER(c_void_p), c_int64)
+        self.submit = self._function("submit", of_submit, c_int64)
+        self.submit_to_device = self._function("submit", of_submit, c_int64, True)
         self.abandon = self._function("abandon", (), None)
         self._error = self._function("error", (), c_char_p)
         self._is_value = self._function("error_is_value", (), c_int64)

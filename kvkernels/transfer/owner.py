@@ -6,13 +6,15 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterable
-from ctypes import c_int64
+from ctypes import c_int64, c_void_p
 from typing import Any, Generic, Protocol, TypeVar
 
 from kvkernels.transfer.native import native
 
 _POLLED = 256  # tickets that are asked for at once
 _Tickets = c_int64 * _POLLED
+
+HOST, ANY_DEVICE = -1, -2  # where a mover's tensors are; from 0 on the CUDA device of that number
 
 _forks = 0  # that this process is the child of, since the package was imported
 
@@ -43,10 +45,12 @@ T = TypeVar("T", bound=Told)
 class Owner(Generic[T]):
     """The handle of a mover in the compiled library, and who is to be told of an end."""
 
-    def __init__(self, lanes: int, chunk_bytes: int) -> None:
+    def __init__(self, lanes: int, chunk_bytes: int, place: int) -> None:
         self._native = native()
         self._forks = _forks
-        self._handle = self._native.checked(self._native.open(lanes, chunk_bytes))
+        self.is_on_device = place != HOST
+        self.device = place if place >= 0 else None
+        self._handle = self._native.checked(self._native.open(lanes, chunk_bytes, place))
         self._lock = threading.Lock()
         self._untold: dict[int, T] = {}
         self._finalizer = weakref.finalize(self, _end, self._native, self._handle, _forks)
@@ -59,11 +63,15 @@ class Owner(Generic[T]):
                 "make another"
             )
 
-    def submit(self, call: Callable[[], None], priority: int, after: list[int], make: Callable[[int], T]) -> T:
-        """The transfer of what ``call`` makes ops do."""
+    def submit(
+        self, call: Callable[[], None], priority: int, after: list[int], events: list[int], make: Callable[[int], T]
+    ) -> T:
+        """The transfer of what ``call`` makes ops do, after transfers and after events of CUDA by their handles."""
         self.check_process("Mover.submit")
         tickets = (c_int64 * len(after))(*after) if after else None
-        if not self._native.begin():
+        handles = (c_void_p * len(events))(*events) if events else None
+        submit = self._native.submit_to_device if self.is_on_device else self._native.submit
+        if not self._native.checked(self._native.begin(self._handle)):
             raise RuntimeError("Mover.submit: a job must not submit another, got one that does")
         try:
             call()
@@ -72,7 +80,7 @@ class Owner(Generic[T]):
             raise
         # Under the lock, so that whoever polls meanwhile finds the transfer.
         with self._lock:
-            ticket = self._native.submit(self._handle, priority, tickets, len(after))
+            ticket = submit(self._handle, priority, tickets, len(after), handles, len(events))
             transfer = make(ticket if ticket >= 0 else self._native.checked(ticket))
             self._untold[transfer.ticket] = transfer
         return transfer
@@ -80,6 +88,11 @@ class Owner(Generic[T]):
     def wait(self, ticket: int, timeout_ns: int) -> bool:
         self.check_process("Transfer.wait")
         return self._native.checked(self._native.wait(self._handle, ticket, timeout_ns)) > 0
+
+    def block(self, ticket: int, timeout_ns: int, device: int, stream: int) -> bool:
+        """Whether the stream now waits for it, as far as the device has it."""
+        self.check_process("Transfer.block_stream")
+        return self._native.checked(self._native.block(self._handle, ticket, timeout_ns, device, stream)) > 0
 
     def cancel(self, ticket: int) -> bool:
         self.check_process("Transfer.cancel")
@@ -154,9 +167,10 @@ class Owner(Generic[T]):
         self.check_process("Mover.close")
         self._native.checked(self._native.close(self._handle, int(finishes)))
 
-    def stats(self, numbers: Any) -> None:
+    def stats(self, numbers: Any) -> int:
+        """How many numbers were written."""
         self.check_process("Mover.stats")
-        self._native.checked(self._native.stats(self._handle, numbers))
+        return self._native.checked(self._native.stats(self._handle, numbers))
 
     def trace(self) -> list[list[int]]:
         """The last chunks, each the eight numbers of transfer/metrics.h."""

@@ -7,15 +7,31 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from kvkernels.transfer.metrics import PRIORITIES
+from kvkernels.transfer.metrics import DIRECTIONS, PRIORITIES
 
 
-def write_trace(path: str | os.PathLike[str], chunks: Sequence[Sequence[int]], lanes: int) -> int:
-    """Write chunks, each the eight numbers of transfer/metrics.h, as a trace of the threads and of the queues."""
+def names_of_lanes(lanes: int) -> dict[int, str]:
+    """What the threads of a mover on the host are called, by their numbers."""
+    names = [f"{kind} {lane}" for kind in ("urgent", "stores") for lane in range(lanes)]
+    return dict(enumerate(names))
+
+
+def names_of_streams(chunks: Sequence[Sequence[int]]) -> dict[int, str]:
+    """What the streams of chunks are called, by their numbers: device, direction and priority in one."""
+    numbers = sorted({chunk[5] for chunk in chunks})
+    of_device = len(PRIORITIES) * len(DIRECTIONS[1:])
+    return {
+        number: f"cuda:{number // of_device} {DIRECTIONS[1:][number % of_device // len(PRIORITIES)]} "
+        f"{PRIORITIES[number % len(PRIORITIES)]}"
+        for number in numbers
+    }
+
+
+def write_trace(path: str | os.PathLike[str], chunks: Sequence[Sequence[int]], names: dict[int, str]) -> int:
+    """Write chunks, each the eight numbers of transfer/metrics.h, as a trace of threads, or streams, and queues."""
     events: list[dict[str, Any]] = [
         _name("process_name", 1, 0, "copies"),
-        *(_name("thread_name", 1, lane, f"urgent {lane}") for lane in range(lanes)),
-        *(_name("thread_name", 1, lanes + lane, f"stores {lane}") for lane in range(lanes)),
+        *(_name("thread_name", 1, number, name) for number, name in names.items()),
         _name("process_name", 2, 0, "queues"),
     ]
     queued: set[int] = set()

@@ -9,15 +9,17 @@ from ctypes import c_int64, create_string_buffer
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from kvkernels.transfer.jobs import Job
+from kvkernels.transfer.metrics import EXECUTORS
 from kvkernels.transfer.native import STATES
 from kvkernels.transfer.owner import Owner
 
 _log = logging.getLogger("kvkernels")
 _VALUE_ERROR, _DEPENDENCY, _CANCELLED = 1, 3, 4  # of transfer/item.h
-_Report = c_int64 * 8  # of transfer/queue.h
+_Report = c_int64 * 9  # of transfer/queue.h
 _FOREVER = 1e9  # seconds
 _SLICE_NS = 50_000_000  # so long a wait keeps Python from seeing an interrupt
 
@@ -136,6 +138,41 @@ class Transfer:
             self._result = self._read()
         return self._result
 
+    def block_stream(self, stream: torch.cuda.Stream | None = None) -> None:
+        """Have what a stream is asked for from now on wait for the transfer; the host does not.
+
+        For a transfer on a device. The host waits only until the transfer, which then goes before all others and
+        without a break, was handed to the device, along with those that it waits for; ``Mover.held`` would keep it
+        waiting. What one engine stream waits for need not be waited for by another.
+
+        Parameters
+        ----------
+        stream : torch.cuda.Stream, optional
+            The current one by default, of the mover's device or else of torch's current device.
+
+        Raises
+        ------
+        Exception
+            What the transfer failed of, or TransferCancelled, where it had ended so.
+        ValueError
+            The transfer is one on the host.
+        RuntimeError
+            The stream is being captured; the device failed.
+        """
+        if not self._owner.is_on_device:
+            raise ValueError(
+                "Transfer.block_stream: the transfer must be on a device, got one on the host: wait() for it"
+            )
+        if stream is None:
+            stream = torch.cuda.current_stream(self._owner.device)
+        if not isinstance(stream, torch.cuda.Stream):
+            raise ValueError(f"Transfer.block_stream: stream must be a torch.cuda.Stream, got {stream!r}")
+        while not self._owner.block(self.ticket, _SLICE_NS, stream.device_index, stream.cuda_stream):
+            pass
+        error = self.result().error if self.done() else None
+        if error is not None:
+            raise error
+
     def cancel(self) -> bool:
         """See to it that it never begins.
 
@@ -176,10 +213,10 @@ class Transfer:
     def _read(self) -> Result:
         numbers = _Report()
         self._owner.report(self.ticket, numbers)
-        state, kind, size, chunks, submitted, started, ended, undefined = numbers
+        state, kind, size, chunks, submitted, started, ended, undefined, executor = numbers
         return Result(
             STATES[state], size, chunks, (ended - started) / 1e9 if started else 0.0,
-            ((started or ended) - submitted) / 1e9, "cpu", self._error(kind) if kind else None,
+            ((started or ended) - submitted) / 1e9, EXECUTORS[executor], self._error(kind) if kind else None,
             self._job.written() if undefined else (),
         )  # fmt: skip
 

@@ -1,6 +1,8 @@
 // How moves are cut, against every fragment's own addresses, which are numbers here: nothing is behind them.
 #include <set>
+#include <tuple>
 
+#include "core/chunks.h"
 #include "core/cut.h"
 #include "core/fragments.h"
 #include "harness.h"
@@ -180,11 +182,54 @@ void split_moves_are_the_same_bytes() {
   }
 }
 
+using Listed = std::multiset<std::tuple<uint64_t, uint64_t, int64_t>>;
+
+Listed listed(const Work& work) {
+  Listed found;
+  for (const Fragment& one : fragments_of(work)) found.emplace(address_of(one.src), address_of(one.dst), one.bytes);
+  return found;
+}
+
+void chunks_are_the_whole_once_and_none_is_too_large() {
+  Random random(3);
+  bool seen[2] = {};
+  for (int round = 0; round < 400; ++round) {
+    Work work = random_work(random, 9);
+    const MoveSums sums = sums_of(work.moves);
+    const int64_t chunk_bytes = random.of({1, 500, 5000, work.bytes, work.bytes / 3 + 1, 1 << 30});
+    const WorkChunks chunks(work, chunk_bytes);
+    seen[chunks.keeps_moves() ? 1 : 0] = true;
+    Listed found;
+    int64_t bytes = 0;
+    for (int64_t i = 0; i < chunks.count(); ++i) {
+      const Work chunk = chunks.chunk(work, i);
+      int64_t pairs = 0;
+      for (const Segment& segment : chunk.segments) pairs += segment.count;
+      const Listed own = listed(chunk);
+      expect(chunk.pairs == pairs && pairs > 0, "its pairs are those of its segments");
+      expect(chunk.descriptors == static_cast<int64_t>(own.size()), "its fragments are counted");
+      expect(chunk.bytes <= chunk_bytes || (pairs == 1 && chunk.moves.size() == 1), "a larger page is alone");
+      expect(chunk.direction == work.direction && chunk.shape == sums_of(chunk.moves).shape,
+             "it is of its work's kind");
+      expect(!chunks.keeps_moves() || chunk.moves.size() == work.moves.size(), "all moves are there");
+      found.insert(own.begin(), own.end());
+      bytes += chunk.bytes;
+    }
+    expect(bytes == work.bytes && found == listed(work), "together they are the whole");
+    if (chunk_bytes >= work.bytes) expect(chunks.count() == 1, "one is enough");
+    if (sums.bytes_per_pair * work.pairs == 0) expect(chunks.count() == 0, "nothing is no chunk");
+  }
+  expect(seen[0] && seen[1], "some were taken apart by moves");
+  Work nothing;
+  expect(WorkChunks(nothing, 1).count() == 0, "nothing is no chunk");
+}
+
 const Tests kTests{
     {"pieces_hold_every_fragment", pieces_hold_every_fragment},
     {"a_lone_block_has_no_stride", a_lone_block_has_no_stride},
     {"shapes_are_the_kernels_names", shapes_are_the_kernels_names},
     {"split_moves_are_the_same_bytes", split_moves_are_the_same_bytes},
+    {"chunks_are_the_whole_once_and_none_is_too_large", chunks_are_the_whole_once_and_none_is_too_large},
 };
 
 }  // namespace

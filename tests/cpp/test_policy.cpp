@@ -15,6 +15,7 @@
 #include "core/gpu_policy.h"
 #include "core/lower.h"
 #include "core/policy.h"
+#include "core/setting.h"
 
 namespace {
 
@@ -45,6 +46,10 @@ void check_decisions() {
   expect(policy.lanes_for(64 * kMiB, 8) == 8 && policy.lanes_for(int64_t{1} << 40, 3) == 3,
          "no more lanes than threads");
   expect(policy.lanes_for(64 * kMiB, 1) == 1 && policy.lanes_for(64 * kMiB, 0) == 1, "at least one lane");
+  CpuPolicy few = policy;
+  few.most_lanes = 3;
+  expect(few.lanes_for(64 * kMiB, 8) == 3 && few.lanes_for(64 * kMiB, 2) == 2 && few.lanes_for(64 * kMiB, 0) == 1,
+         "no more lanes than are worth it");
   const int64_t large = policy.sort_bytes;
   expect(policy.sorts(4096, large) && policy.sorts(16384, large), "pages of 4 to 16 KiB are sorted");
   expect(!policy.sorts(4095, large) && !policy.sorts(16385, large) && !policy.sorts(4096, large - 1), "others are not");
@@ -62,6 +67,28 @@ void check_caches() {
   expect(l2_of(16 * kMiB + 1) == kMiB / 2, "an L2 of more than 16 MiB");
   expect(policy_of_caches(2 * kMiB, 64 * kMiB).stream_soon_read_bytes == 16 * kMiB, "a quarter of L3");
   expect(policy_of_caches(2 * kMiB, 12 * kMiB).stream_soon_read_bytes == 4 * kMiB, "but twice L2 at least");
+}
+
+void check_setting() {
+  Setting<CpuPolicy> setting;
+  expect(setting.get() == nullptr, "nothing was set");
+  CpuPolicy one = policy_of_caches(1 << 20, 1 << 22);
+  CpuPolicy other = one;
+  other.source = "a file";
+  setting.set(one);
+  const CpuPolicy* const first = setting.get();
+  setting.set(other);
+  expect(*first == one && *setting.get() == other, "who has read one keeps it");
+  setting.set(one);
+  expect(setting.get() == first, "values that take turns are kept once");
+
+  const CpuPolicy before = cpu_policy();
+  other = before;
+  other.lane_bytes = 12345;
+  set_cpu_policy(other);
+  expect(cpu_policy() == other && cpu_policy_of_machine() == before, "what was set serves");
+  set_cpu_policy(before);
+  expect(cpu_policy() == before, "and what served before may again");
 }
 
 bool rejects(const char* value) {
@@ -208,6 +235,9 @@ void check_rows() {
   row = {};
   row.ring_copy_bytes_at_least = 100;
   expect(fits(row, {.ring_copy_bytes = 100}) && !fits(row, {.ring_copy_bytes = 99}), "the ring's copies");
+  row = {Executor::kKernel};
+  row.sm_budget = 12;
+  expect(choice_of({}, {{row}, "this"})->sm_budget == 12 && choice_of({})->sm_budget == 0, "a row's SMs");
   PolicyRow every{Executor::kKernel, kToDevice, Link::kCoherent, 90, 121, Copies::kBatched, 1, 17, 4097, 3};
   expect(
       choice_of({.ring_copy_bytes = 3, .link = Link::kCoherent}, {{every}, "this"})->reason ==
@@ -356,6 +386,7 @@ int main() {
   expect_with("9223372036854775807", [] { return follows(INT64_MAX); });
   check_decisions();
   check_caches();
+  check_setting();
   check_default_policy();
   check_refusals();
   check_rows();

@@ -157,7 +157,7 @@ struct Cells {
   }
 };
 
-class Naming : public Payload {
+class Naming : public HostPayload {
  public:
   Naming(Cells& cells, Random& random, int64_t name) : cells_(cells), name_(name) {
     segments = {{random.in(0, 55), random.in(0, 55), random.in(1, 8)}};

@@ -2,7 +2,7 @@
 
 From the two lists of ids that vLLM's connector hands over, and vLLM's own list of the layers, it works out page by page
 what the destination must look like, and compares all of it: pages asked for, and all others. Of the worker it uses the
-host pool, a row a block. It expects a copy to be done when the call that submits it returns, as on the CPU.
+host pool, a row a block. It waits for each copy at once, so that nothing else happens meanwhile.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Audit:
         self._parked: dict[tuple[int, int], bytes] = {}
         self._unfinished: dict[int, str] = {}
         worker = engine.worker
-        self._host = worker.host
+        self._host = worker.host_worker.host
         self._submit = {"store": worker.submit_store, "load": worker.submit_load}
         self._get_finished, self._wait = worker.get_finished, worker.wait
         worker.submit_store = lambda job, src, dst: self._watch("store", job, src, dst)
@@ -77,6 +77,7 @@ class Audit:
             page = slice(0, move.ref.page_size_bytes)
             expected[move.ref.tensor_idx][dst_id, page] = src_before[move.ref.tensor_idx][src_id, page]
         submitted = self._submit[direction](job_id, src_spec, dst_spec)
+        self._wait({job_id})
         self._compare(f"{direction} {job_id}: destination", dst, expected)
         self._compare(f"{direction} {job_id}: source", src, src_before)
         self._follow(direction, job_id, moves)

@@ -11,108 +11,113 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from kvkernels.connectors.copies import Mappings
 
-    Pools = list[Tensor]
-    Copy = Callable[[Pools, Pools, Tensor, float], None]
+    # Submits a job's mappings, (device block, host row) for each group, with so much of each page from its start.
+    Copy = Callable[[Mappings, float], None]
 
 # Where the damage can be seen in all that the engine says and all that is compared.
 EVERYWHERE = {"job", "pages", "tokens", "log-probabilities", "bytes"}
 
 
-def break_ops(worker: Any, broken: Callable[[Copy, Pools, Pools, Tensor, bool], None]) -> None:
-    """Puts ``broken`` in the place of both ops.
+def break_copies(worker: Any, broken: Callable[[Copy, Mappings, bool], None]) -> None:
+    """Puts ``broken`` between the worker and its copies: it is given the real one, and whether this is a load."""
+    from kvkernels.connectors.copies import Copies
 
-    It is given the real one as ``copy(src, dst, mapping, fraction)``: pools (one for ``swap_blocks``, a group's layers
-    for ``copy_pages``), block ids as int64 ``[n, 2]``, and how much of each page, from its start; and whether the
-    destination is the device.
-    """
-    import torch
+    host = worker.host_worker
+    whole, submit = host._copies, host._copies.submit
+    half = [[types.SimpleNamespace(tensor_idx=ref.tensor_idx, page_size_bytes=ref.page_size_bytes // 2) for ref in refs]
+            for refs in host.groups]  # fmt: skip
+    halves = Copies(host.device, host.host, half, host._states)
 
-    ops = torch.ops.kvkernels
-    swap_blocks, copy_pages = ops.swap_blocks, ops.copy_pages
-    device = {pages.data_ptr() for pages in worker.device}
+    def broken_submit(mover: Any, mappings: Mappings, is_store: bool, expedited: bool, transfers: list[Any]) -> None:
+        def copy(mappings: Mappings, fraction: float) -> None:
+            (submit if fraction == 1.0 else halves.submit)(mover, mappings, is_store, expedited, transfers)
 
-    def broken_swap_blocks(src: Tensor, dst: Tensor, page_bytes: int, mapping: Tensor) -> None:
-        def copy(src: Pools, dst: Pools, mapping: Tensor, fraction: float) -> None:
-            part = int(page_bytes * fraction)
-            swap_blocks(src[0][:, :part], dst[0][:, :part], part, mapping)
+        broken(copy, mappings, not is_store)
 
-        broken(copy, [src], [dst], mapping, dst.data_ptr() in device)
+    whole.submit = broken_submit
 
-    def broken_copy_pages(src: Pools, dst: Pools, mapping: Tensor, runs: Tensor) -> None:
-        def copy(src: Pools, dst: Pools, mapping: Tensor, fraction: float) -> None:
-            part = runs.clone()
-            part[:, 4] = (part[:, 4] * fraction).long()
-            copy_pages(src, dst, mapping, part)
 
-        broken(copy, src, dst, mapping, dst[0].data_ptr() in device)
-
-    ops.swap_blocks, ops.copy_pages = broken_swap_blocks, broken_copy_pages
+def each(mappings: Mappings, change: Callable[[Any], Any]) -> Mappings:
+    changed = [None if mapping is None else change(mapping.copy()) for mapping in mappings]
+    return [None if mapping is None or not len(mapping) else mapping for mapping in changed]
 
 
 def copy_nothing(worker: Any) -> None:
-    break_ops(worker, lambda copy, src, dst, mapping, loading: None)
+    break_copies(worker, lambda copy, mappings, loading: None)
 
 
 def drop_last_block(worker: Any) -> None:
-    break_ops(worker, lambda copy, src, dst, mapping, loading: copy(src, dst, mapping[:-1], 1.0))
+    break_copies(worker, lambda copy, mappings, loading: copy(each(mappings, lambda pairs: pairs[:-1]), 1.0))
 
 
 def half_a_page(worker: Any) -> None:
-    break_ops(worker, lambda copy, src, dst, mapping, loading: copy(src, dst, mapping, 0.5))
+    break_copies(worker, lambda copy, mappings, loading: copy(mappings, 0.5))
 
 
 def exchange_two_blocks_on_load(worker: Any) -> None:
-    def broken(copy: Copy, src: Pools, dst: Pools, mapping: Tensor, loading: bool) -> None:
-        if loading and len(mapping) >= 2:
-            mapping = mapping.clone()
-            mapping[[-1, -2], 1] = mapping[[-2, -1], 1]
-        copy(src, dst, mapping, 1.0)
+    def exchanged(pairs: Any) -> Any:
+        if len(pairs) >= 2:
+            pairs[[-1, -2], 0] = pairs[[-2, -1], 0]
+        return pairs
 
-    break_ops(worker, broken)
+    break_copies(worker, lambda copy, mappings, loading: copy(each(mappings, exchanged) if loading else mappings, 1.0))
 
 
 def one_block_too_many(worker: Any) -> None:
-    def broken(copy: Copy, src: Pools, dst: Pools, mapping: Tensor, loading: bool) -> None:
-        copy(src, dst, mapping, 1.0)
+    def broken(copy: Copy, mappings: Mappings, loading: bool) -> None:
         if loading:
-            untouched = next(row for row in reversed(range(len(dst[0]))) if row not in mapping[:, 1])
-            copy(src, dst, mapping.new_tensor([[int(mapping[0, 0]), untouched]]), 1.0)
+            used = {int(block) for pairs in mappings if pairs is not None for block in pairs[:, 0]}
+            untouched = next(row for row in reversed(range(len(worker.host_worker.device[0]))) if row not in used)
+            first = next(pairs for pairs in mappings if pairs is not None)
+            extra = first[:1].copy()
+            extra[0, 0] = untouched
+            copy([extra if pairs is first else None for pairs in mappings], 1.0)
+        copy(mappings, 1.0)
 
-    break_ops(worker, broken)
+    break_copies(worker, broken)
 
 
 def some_copies_by_torch(worker: Any) -> None:
     calls = 0
 
-    def broken(copy: Copy, src: Pools, dst: Pools, mapping: Tensor, loading: bool) -> None:
+    def broken(copy: Copy, mappings: Mappings, loading: bool) -> None:
         nonlocal calls
         calls += 1
         if calls % 3:
-            copy(src, dst, mapping, 1.0)
-        else:
-            for source, destination in zip(src, dst, strict=True):
-                destination[mapping[:, 1]] = source[mapping[:, 0]]
+            copy(mappings, 1.0)
+            return
+        host = worker.host_worker
+        for refs, pairs in zip(host.groups, mappings, strict=True):
+            for ref in refs if pairs is not None else ():
+                page = slice(0, ref.page_size_bytes)
+                device, rows = host.device[ref.tensor_idx][:, page], host.host[ref.tensor_idx][:, page]
+                if loading:
+                    device[pairs[:, 0]] = rows[pairs[:, 1]]
+                else:
+                    rows[pairs[:, 1]] = device[pairs[:, 0]]
 
-    break_ops(worker, broken)
+    break_copies(worker, broken)
 
 
 def without_last_layer(worker: Any) -> None:
-    worker.groups = [refs[:-1] for refs in worker.groups]
+    from kvkernels.connectors.copies import Copies
+
+    host = worker.host_worker
+    host._copies = Copies(host.device, host.host, [refs[:-1] for refs in host.groups], host._states)
 
 
 def long_loads_reversed(worker: Any) -> None:
-    copy = worker.copy
+    def reversed_too(pairs: Any) -> Any:
+        if len(pairs) > 64:
+            pairs[:, 0] = pairs[::-1, 0].copy()
+        return pairs
 
-    def broken(self: Any, src: Pools, dst: Pools, mappings: list[Tensor]) -> int:
-        if dst is self.device and len(mappings[0]) > 64:
-            import torch
+    def broken(copy: Copy, mappings: Mappings, loading: bool) -> None:
+        copy(each(mappings, reversed_too) if loading else mappings, 1.0)
 
-            mappings = [torch.stack([mapping[:, 0], mapping[:, 1].flip(0)], dim=1) for mapping in mappings]
-        return copy(src, dst, mappings)
-
-    worker.copy = types.MethodType(broken, worker)
+    break_copies(worker, broken)
 
 
 def damage_between_jobs(worker: Any) -> None:
@@ -121,7 +126,7 @@ def damage_between_jobs(worker: Any) -> None:
     def broken(self: Any) -> list[Any]:
         finished = get_finished()
         if finished:
-            self.device[0][-1] += 1
+            self.host_worker.device[0][-1] += 1
         return finished
 
     worker.get_finished = types.MethodType(broken, worker)

@@ -58,33 +58,42 @@ def digest(page: torch.Tensor) -> bytes:
     return hashlib.blake2b(page.numpy(), digest_size=16).digest()
 
 
+def transfer_config(connector: str, extra: dict[str, Any], on_load_failure: str = "recompute") -> KVTransferConfig:
+    """What ``--kv-transfer-config`` is given."""
+    if connector == "KVKernelsConnector":
+        names = {"kv_connector": connector, "kv_connector_module_path": "kvkernels.connectors.vllm"}
+    else:
+        names = {"kv_connector": "OffloadingConnector"}
+        extra = {"spec_name": connector, "spec_module_path": "kvkernels.connectors.vllm", **extra}
+    return KVTransferConfig(
+        **names, kv_role="kv_both", kv_load_failure_policy=on_load_failure, kv_connector_extra_config=extra
+    )
+
+
 class Engine:
-    """A model served with its KV cache offloaded by one of the example's specs, or by none."""
+    """A model served with its KV cache offloaded, or without.
+
+    ``connector`` is ``KVKernelsConnector``, ``KVKernelsOffloadingSpec`` under vLLM's own connector, or None.
+    """
 
     def __init__(
         self,
         model: Path,
-        spec: str | None,
+        connector: str | None,
         *,
         blocks_per_chunk: int = 1,
         host_bytes: int = 1 << 25,
         device_blocks: int = 700,
         max_model_len: int = 3072,
+        extra: dict[str, Any] | None = None,
+        on_load_failure: str = "recompute",
         **engine_arguments: Any,
     ) -> None:
         config = AutoConfig.from_pretrained(model)
-        connector = None
-        if spec is not None:
-            connector = KVTransferConfig(
-                kv_connector="OffloadingConnector",
-                kv_role="kv_both",
-                kv_connector_extra_config={
-                    "spec_name": spec,
-                    "spec_module_path": "kvkernels_offload",
-                    "cpu_bytes_to_use": host_bytes,
-                    "blocks_per_chunk": blocks_per_chunk,
-                },
-            )
+        transfer = None
+        if connector is not None:
+            given = {"cpu_bytes_to_use": host_bytes, "blocks_per_chunk": blocks_per_chunk, **(extra or {})}
+            transfer = transfer_config(connector, given, on_load_failure)
         self.blocks_per_chunk = blocks_per_chunk
         self._keep_kv_caches()
         self.llm = LLM(
@@ -98,7 +107,7 @@ class Engine:
             block_size=32,
             num_gpu_blocks_override=device_blocks,
             kv_cache_memory_bytes=1 << 30,
-            kv_transfer_config=connector,
+            kv_transfer_config=transfer,
             **engine_arguments,
         )
         self.scheduler = self.llm.llm_engine.engine_core.engine_core.scheduler
@@ -111,11 +120,11 @@ class Engine:
         self.groups = [cache.kv_cache_groups[group_id].kv_cache_spec for group_id in self.group_ids]
         self.block_tokens = self.groups[0].block_size
         self.chunk_tokens = self.block_tokens * blocks_per_chunk
-        if spec:
-            connector = get_kv_transfer_group().connector_worker
-            self.worker = connector.worker
+        if connector:
+            side = get_kv_transfer_group().connector_worker
+            self.worker = side.worker
             self.manager = self.scheduler.connector.connector_scheduler.manager
-            host_tokens = connector.spec.num_chunks // len(self.groups) * self.chunk_tokens
+            host_tokens = side.spec.num_chunks // len(self.groups) * self.chunk_tokens
             self.longest_prompt = min(self.llm.model_config.max_model_len - NEW_TOKENS, host_tokens)
         # On a CPU with AMX, vLLM's attention is an illegal instruction until a matrix product of some size has asked
         # the kernel for the use of the tiles: a first prompt of a few tokens would end the process.

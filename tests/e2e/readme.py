@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
+import sys
 from typing import Any
 
 from suite import ROOT
@@ -20,5 +22,6 @@ def commands() -> str:
 def run() -> dict[str, Any]:
     script = commands()
     print(script, flush=True)
-    done = subprocess.run(["bash", "-euc", script], cwd=ROOT)
+    environment = {**os.environ, "PYTHON_VLLM": sys.executable}
+    done = subprocess.run(["bash", "-euc", script], cwd=ROOT, env=environment)
     return {"findings": [f"commands: exit code {done.returncode}"] if done.returncode or not script else []}

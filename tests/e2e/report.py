@@ -16,9 +16,11 @@ def report(cases: list[Case], expect_defects: bool, console: Console) -> bool:
     """
     seeded = [case for case in cases if case.defect and expect_defects]
     plain = [case for case in cases if case not in seeded]
-    compare_stress([case for case in cases if case.kind == "stress"])
+    for kind in ("stress", "failures"):
+        compare_tokens([case for case in cases if case.kind == kind])
     print_trips([case for case in plain if "cold_ms" in case.result], console)
     print_stress([case for case in plain if "evictions" in case.result], console)
+    print_ttft([case for case in plain if "ttft_ms" in case.result], console)
     for case in seeded:
         missed = f"; NOT by {', '.join(sorted(case.missed_checks))}" if case.missed_checks else ""
         found = ", ".join(sorted(case.failed_checks)) or "nothing"
@@ -33,7 +35,7 @@ def report(cases: list[Case], expect_defects: bool, console: Console) -> bool:
     return not wrong and not any(case.missed_checks for case in seeded)
 
 
-def compare_stress(cases: list[Case]) -> None:
+def compare_tokens(cases: list[Case]) -> None:
     """Adds a finding where a request's tokens are not those that the engine without a connector gave."""
     expected = next((case.result["tokens"] for case in cases if case.spec is None and "tokens" in case.result), None)
     for case in cases:
@@ -41,7 +43,7 @@ def compare_stress(cases: list[Case]) -> None:
             case.findings.append("tokens: the engine without a connector gave none to compare with")
         elif "tokens" in case.result:
             pairs = zip(expected, case.result["tokens"], strict=True)
-            differing = [request for request, (want, got) in enumerate(pairs) if want != got]
+            differing = [request for request, (want, got) in enumerate(pairs) if got is not None and want != got]
             if differing:
                 case.findings.append(f"tokens: requests {differing} differ from those without a connector")
 
@@ -69,6 +71,13 @@ def print_trips(cases: list[Case], console: Console) -> None:
         )
     if cases:
         console.print(table)
+
+
+def print_ttft(cases: list[Case], console: Console) -> None:
+    """What offloading saves, and what it costs a request that never hits: the two cold columns."""
+    for case in cases:
+        times = ", ".join(f"{where} {ms:.1f} ms" for where, ms in case.result["ttft_ms"].items())
+        console.print(f"TTFT of 2000 tokens, {case.model}, {case.spec or 'no connector'}: {times}")
 
 
 def print_stress(cases: list[Case], console: Console) -> None:

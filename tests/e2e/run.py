@@ -6,13 +6,15 @@
     make e2e ARGS="--model llama-bf16 --defect half_a_page"      (must fail)
 
 Without --model or --stress: the README's commands; vLLM's specs as canonical KV caches; the tiny models, each with one
-and three blocks a chunk and with each of the example's specs; the stress run; and every seeded defect, which must be
-found. With either, what it names.
+and three blocks a chunk; the stress run; failures; and every seeded defect, which must be found. With either, what it
+names.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -21,27 +23,31 @@ import time
 import traceback
 from multiprocessing.context import BaseContext
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from defects import BY_NAME
 from report import report
-from suite import EXAMPLE, OUT, ROOT, SPECS, STRESS_MODEL, TINY_MODELS, Case, default_cases
+from suite import EXAMPLE, ROOT, SPECS, STRESS_MODEL, TINY_MODELS, Case, default_cases, failure_cases, long_cases
 
-# An engine takes some ten seconds.
-TIMEOUT_SECONDS = 300
+# An engine takes some ten seconds, and many times that beside others.
+TIMEOUT_SECONDS = 1200
 
 
 def engine_processes() -> BaseContext:
     """Processes forked from one that has imported vLLM, which takes as long as a case."""
     # The library as `make build` left it, the example, and this folder.
-    os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, EXAMPLE, Path(__file__).parent)))
+    paths = [str(path) for path in (ROOT, EXAMPLE, Path(__file__).resolve().parent)]
+    os.environ["PYTHONPATH"] = os.pathsep.join(paths)
+    # What processes that an engine starts are given is this process's path.
+    sys.path[:0] = paths
     # As many engines run as there are cores; and sums in one order give one result.
     os.environ["OMP_NUM_THREADS"] = "1"
     # torch would say for each process that there is no Triton, which the CPU does not need.
     os.environ.setdefault("TORCH_LOGS", "-all")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["kvkernels_offload", "vllm.v1.worker.cpu_worker", "tiny_models", "engine"])
+    context.set_forkserver_preload(["kvkernels.connectors.vllm", "vllm.v1.worker.cpu_worker", "tiny_models", "engine"])
     return context
 
 
@@ -51,33 +57,37 @@ def print_to(log: Path) -> None:
     os.dup2(file, 2)
 
 
-def make_models(models: list[str]) -> None:
-    print_to(OUT / "models.log")
+def make_models(models: list[str], out: Path) -> None:
+    print_to(out / "models.log")
     import tiny_models
 
     for model in models:
-        tiny_models.make(model, str(OUT / "models" / model))
+        tiny_models.make(model, str(out / "models" / model))
+
+
+def run_case(case: Case) -> dict[str, Any]:
+    module = importlib.import_module({"promise": "promises"}.get(case.kind, case.kind))
+    if case.kind in ("readme", "canonical", "sides"):
+        return module.run()
+    if case.kind == "stress":
+        return module.run(case.folder, case.spec, case.blocks_per_chunk, case.defect)
+    if case.kind in ("failures", "promise"):
+        arguments = (case.spec, case.mode) if case.kind == "failures" else (case.mode,)
+        return module.run(case.folder, *arguments, case.defect)
+    if case.kind == "roundtrip":
+        # MLA has other formulas for a prompt without a prefix.
+        cold_too = case.model in TINY_MODELS and case.model != "deepseek"
+        return module.run(case.folder, case.spec, case.blocks_per_chunk, case.prompts, case.defect, cold_too)
+    if case.kind == "ttft":
+        return module.run(case.folder, case.spec)
+    return module.run(case.folder)
 
 
 def work(case: Case, answer: Path) -> None:
     """The body of a case's process: what it prints goes to its log, its result to a file."""
     print_to(case.log)
-    import readme
-    import roundtrip
-    import stress
-
     try:
-        if case.kind == "readme":
-            result = readme.run()
-        elif case.kind == "canonical":
-            import canonical
-
-            result = canonical.run()
-        elif case.kind == "stress":
-            result = stress.run(case.folder, case.spec, case.blocks_per_chunk, case.defect)
-        else:
-            tiny = case.model in TINY_MODELS
-            result = roundtrip.run(case.folder, case.spec, case.blocks_per_chunk, case.prompts, case.defect, tiny)
+        result = run_case(case)
     except BaseException as error:
         traceback.print_exc()
         result = {"findings": [f"engine: {type(error).__name__}: {error}"]}
@@ -93,7 +103,7 @@ def run_all(context: BaseContext, cases: list[Case], jobs: int, console: Console
     while waiting or running:
         while waiting and len(running) < jobs:
             case = waiting.pop(0)
-            answer = OUT / f"{case.name}.json"
+            answer = case.out / f"{case.name}.json"
             answer.unlink(missing_ok=True)
             process = context.Process(target=work, args=(case, answer))
             process.start()
@@ -129,6 +139,14 @@ def chosen_cases(arguments: argparse.Namespace) -> list[Case]:
     return [Case("stress", model, None), *cases] if arguments.stress else cases
 
 
+def vllm_version() -> str:
+    """By its files, without importing what takes long."""
+    namespace: dict[str, Any] = {}
+    found = importlib.util.find_spec("vllm")
+    exec((Path(found.origin).parent / "_version.py").read_text(), namespace)
+    return ".".join(namespace["__version__"].split(".")[:2])
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help=f"{', '.join(TINY_MODELS)}, or a folder")
@@ -137,6 +155,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--blocks-per-chunk", type=int, action="append", help="may come often; 1 and 3 by default")
     parser.add_argument("--defect", choices=BY_NAME, help="break the copies: the run must fail")
     parser.add_argument("--stress", action="store_true", help=f"the stress run of {STRESS_MODEL}")
+    parser.add_argument("--failures", action="store_true", help="copies that fail, resets, sleep, states")
+    parser.add_argument("--long", action="store_true", help="engines of several processes: ranks, and the HTTP server")
+    parser.add_argument("--only", action="append", metavar="KIND", help="of these the cases of a kind; may come often")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="engines at a time")
     arguments = parser.parse_args()
     model = arguments.model
@@ -154,20 +175,32 @@ def main() -> None:
     arguments = parse_arguments()
     console = Console(width=140, record=True)
     started = time.monotonic()
-    OUT.mkdir(parents=True, exist_ok=True)
+    version = vllm_version()
+    out = ROOT / "build" / ("e2e" if version == "0.32" else f"e2e-{version}")
+    out.mkdir(parents=True, exist_ok=True)
     chosen = arguments.model or arguments.stress
-    cases = chosen_cases(arguments) if chosen else default_cases()
+    if chosen:
+        cases = chosen_cases(arguments)
+    elif arguments.long:
+        cases = long_cases(version)
+    else:
+        cases = failure_cases(version) if arguments.failures else default_cases(version)
+    if arguments.only:
+        cases = [case for case in cases if case.kind in arguments.only]
+    for case in cases:
+        case.out = out
     context = engine_processes()
-    maker = context.Process(target=make_models, args=(sorted({case.model for case in cases} & set(TINY_MODELS)),))
+    models = sorted({case.model for case in cases} & set(TINY_MODELS))
+    maker = context.Process(target=make_models, args=(models, out))
     maker.start()
     maker.join()
     if maker.exitcode:
-        sys.exit(f"The tiny models could not be made:\n{(OUT / 'models.log').read_text()}")
+        sys.exit(f"The tiny models could not be made:\n{(out / 'models.log').read_text()}")
     run_all(context, cases, arguments.jobs, console)
     ok = report(cases, not chosen, console)
     seconds = time.monotonic() - started
-    console.print(f"{len(cases)} cases in {seconds:.0f} s: {'all as it must be' if ok else 'FAILED'}")
-    console.save_text(str(OUT / "report.txt"))
+    console.print(f"vLLM {version}: {len(cases)} cases in {seconds:.0f} s: {'all as it must be' if ok else 'FAILED'}")
+    console.save_text(str(out / "report.txt"))
     sys.exit(not ok)
 
 

@@ -29,18 +29,22 @@ def requests() -> tuple[list[Prompt], list[int]]:
     return prompts, [draw.choice([1, 32, 32]) for _ in prompts]
 
 
+def token_bytes(model: Path) -> int:
+    """What a float32 model keeps of a token."""
+    config = json.loads((model / "config.json").read_text())
+    return int(config["num_hidden_layers"] * 2 * config["num_key_value_heads"] * config["head_dim"] * 4)
+
+
 def run(model: Path, spec: str | None, blocks_per_chunk: int, defect: str | None) -> dict[str, Any]:
     """Tokens of every request, what happened on the way, and what the audit found.
 
     The model must be float32: engines that batch differently round bfloat16 differently, with or without a connector.
     """
-    config = json.loads((model / "config.json").read_text())
-    token_bytes = config["num_hidden_layers"] * 2 * config["num_key_value_heads"] * config["head_dim"] * 4
     engine = Engine(
         model,
         spec,
         blocks_per_chunk=blocks_per_chunk,
-        host_bytes=HOST_BLOCKS * 32 * token_bytes,
+        host_bytes=HOST_BLOCKS * 32 * token_bytes(model),
         device_blocks=DEVICE_BLOCKS,
         max_model_len=512,
         max_num_seqs=8,

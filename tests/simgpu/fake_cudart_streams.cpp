@@ -36,6 +36,7 @@ cudaError_t create_stream(const char* call, cudaStream_t* out, unsigned flags, i
   Lock lock(fake::mutex());
   if (const int code = fake::enter(call)) return done(code);
   priority = std::max(kGreatestPriority, std::min(kLeastPriority, priority));
+  fake::log(call, {{"device", fake::current_device()}, {"flags", flags}, {"priority", priority}});
   *out = static_cast<cudaStream_t>(fake::make_stream((flags & cudaStreamNonBlocking) == 0, priority));
   return done(0);
 }

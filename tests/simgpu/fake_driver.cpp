@@ -277,6 +277,11 @@ EXPORT void fake_fail(const char* call, int64_t k, int code) {
   state().failures[{call, state().calls[call] + k}] = code;
 }
 
+EXPORT void fake_fail_no_more() {
+  Lock lock(mutex());
+  state().failures.clear();
+}
+
 EXPORT int64_t fake_calls(const char* call) {
   Lock lock(mutex());
   return state().calls[call];

@@ -316,18 +316,20 @@ int finish_everything() {
 
 void nudge(int64_t operation) {
   Lock lock(mutex());
+  if (setting("time_stands_still") != 0) return;
   step_towards({operation});
 }
 
 void nudge(Stream& stream) {
   Lock lock(mutex());
+  if (setting("time_stands_still") != 0) return;
   step_towards(all_of(stream));
 }
 
 void pass_time() {
   Lock lock(mutex());
   Time& t = time();
-  if (t.pending.empty() || t.is_running) return;
+  if (t.pending.empty() || t.is_running || setting("time_stands_still") != 0) return;
   for (auto& [id, operation] : t.pending) read_early(id, operation);
   const uint64_t mood = draw(100);
   if (mood < t.idle_percent) return;

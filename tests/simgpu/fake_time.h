@@ -90,7 +90,8 @@ int finish_everything();
 void nudge(int64_t operation);
 void nudge(Stream& stream);
 
-// Lets as much happen as the scheduler likes; every call does.
+// Lets as much happen as the scheduler likes; every call does, unless "time_stands_still" is set: then only what
+// somebody waits for happens.
 void pass_time();
 
 // Finishes everything, forgets the schedule and starts the random scheduler anew; 0 is for no scheduler.

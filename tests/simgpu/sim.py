@@ -144,6 +144,7 @@ class Sim:
                      "fake_contexts")  # fmt: skip
             for function in names:
                 getattr(cls._loaded.cuda, function).restype = ctypes.c_int64
+            cls._loaded.cudart.fake_events.restype = ctypes.c_int64
             cls._loaded.drive.drive_divide.restype = ctypes.c_int64
         return cls._loaded
 
@@ -353,6 +354,10 @@ class Sim:
 
     def fail(self, call: str, k: int, code: int) -> None:
         self.cuda.fake_fail(call.encode(), ctypes.c_int64(k), code)
+
+    def fail_no_more(self) -> None:
+        """Whatever was to fail and did not."""
+        self.cuda.fake_fail_no_more()
 
     def calls(self, call: str) -> int:
         return self.cuda.fake_calls(call.encode())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 
 import numpy as np
@@ -11,9 +12,13 @@ from layout_cases import Side, expected, random_mapping, random_sides
 from torch_cuda.calls import BULK, on, pageable, pinned, places
 
 import kvkernels
-from kvkernels import KVCache, KVLayout, convert_blocks, copy_slots
+from kvkernels import KVCache, KVLayout, compile_plan, convert_blocks, copy_slots
+from kvkernels.layout import parts
 
 pytestmark = pytest.mark.cuda
+
+#: Pairs of layouts; KVKERNELS_EXAMPLES=5 makes them 5,000.
+PAIRS = max(12, round(1000 * float(os.environ.get("KVKERNELS_EXAMPLES", "1"))))
 
 # What serves fragments of any size.
 SERVED = {
@@ -47,30 +52,54 @@ def _read(tensors) -> list[list[bytes]]:
 @pytest.mark.parametrize("direction", SERVED)
 @pytest.mark.parametrize("seed", range(4))
 def test_random_pairs(sim, direction, seed):
-    """2,000 pairs of layouts over directions and seeds, each by every executor."""
+    """Pairs of layouts over directions and seeds, each by every executor."""
     rng = np.random.default_rng([seed, list(SERVED).index(direction)])
     used = Counter()
-    for _ in range(2000 // (4 * len(SERVED)) + 1):
+    for _ in range(PAIRS // (4 * len(SERVED)) + 1):
         src, dst = random_sides(rng)
         mapping = random_mapping(rng, src, dst)
-        wanted, source = expected(src, dst, mapping), [[bytes(t.tolist()) for t in rank] for rank in src.tensors]
+        (wanted, complete), source = expected(src, dst, mapping), [[bytes(t.tolist()) for t in r] for r in src.tensors]
+        options = {"allow_partial": not complete}
+        moves = len(mapping) and compile_plan(src.layouts, dst.layouts, **options).bytes
         ids = torch.tensor(mapping, dtype=torch.int64).reshape(-1, 2)
         src_place, dst_place = places(direction, 0)
         for executor in SERVED[direction]:
             kvkernels.reset_counters()
             from_tensors, to_tensors = _placed(src, src_place, rng), _placed(dst, dst_place, rng)
             with torch.cuda.stream(torch.cuda.Stream()):
-                convert_blocks(_caches(src, from_tensors), _caches(dst, to_tensors), ids, executor=executor)
+                convert_blocks(_caches(src, from_tensors), _caches(dst, to_tensors), ids, executor=executor, **options)
             text = f"{executor}, {direction}: {src.layouts} to {dst.layouts} with {mapping}"
             assert _read(to_tensors) == wanted, text
             assert _read(from_tensors) == source, text
-            if len(mapping):
+            if moves:
                 (name,) = [name for name, counted in kvkernels.counters().items() if counted["calls"]]
                 assert executor in ("auto", name), text
                 used[name] += 1
         if sim is not None:
             sim.reset()  # what it keeps of every launch
     assert set(used) >= set(SERVED[direction]) - {"auto"}
+
+
+def test_parts_and_scales_are_one_launch(sim):
+    """Values and scales of two ranks, apart and token-first, become one rank's cells of both, head-first."""
+    sizes, f8 = {"B": 4, "N": 16, "H": 8}, torch.float8_e4m3fn
+    whole = KVLayout("B N H D", D=128, dtype=f8, scales=KVLayout("B N H", dtype=torch.float32, **sizes), **sizes)
+    cells = parts(
+        kv=KVLayout("B H N D", D=128, dtype=f8, steps={"N": 132}, **sizes),
+        scales=KVLayout("B H N", dtype=torch.float32, offset_bytes=128, steps={"N": 132}, **sizes),
+    )
+    values, scales = (torch.randint(256, (4, 16, 8, n), dtype=torch.uint8) for n in (128, 4))
+    src = [
+        KVCache(whole.shard(rank, 2), [on(0)(t[:, :, 4 * rank : 4 * rank + 4].flatten()) for t in (values, scales)])
+        for rank in range(2)
+    ]
+    out = on(0)(torch.zeros(4, 8, 16, 132, dtype=torch.uint8))
+    kvkernels.reset_counters()
+    convert_blocks(src, KVCache(cells, out), torch.tensor([[3, 1], [0, 2]]))
+    torch.cuda.synchronize()
+    assert kvkernels.counters()["kernel"]["launches"] == 1
+    wanted = torch.cat((values, scales), -1).transpose(1, 2)
+    assert torch.equal(out.cpu()[[1, 2]], wanted[[3, 0]]) and not out.cpu()[[0, 3]].any()
 
 
 def _engine_and_host(host):

@@ -79,7 +79,7 @@ def test_the_first_row_that_fits_and_is_not_refused(tmp_path):
     assert [ran for ran, _, _ in found] == [
         "staged", "kernel", "dma", "kernel", "kernel", "dma", "kernel", "kernel", "dma", "dma"
     ]  # fmt: skip
-    said = " of the policy of KVKERNELS_POLICY"
+    said = f" of the policy of {tmp_path / 'policy.json'}"
     assert f": staged by rows[3]{said} (below 100 bytes)" in found[0][2]
     assert f": kernel by rows[5]{said}; staged cannot: the ids are on the device" in found[1][2]
     assert f": kernel by rows[5]{said}; dma cannot: the ids are on the device" in found[3][2]
@@ -98,6 +98,6 @@ def test_bulk_may_be_a_rows(tmp_path):
 def test_where_no_row_serves(tmp_path):
     """The copy engine, and where the ids are on the device the kernel."""
     host_ids, device_ids = answers(tmp_path, [], [("gather_blocks", "h2d", 64, place) for place in ("cpu", "cuda")])
-    said = " because no row of the policy of KVKERNELS_POLICY serves them"
+    said = f" because no row of the policy of {tmp_path / 'policy.json'} serves them"
     assert host_ids[0] == "dma" and host_ids[2].endswith(f": dma{said}")
     assert device_ids[0] == "kernel" and f": kernel{said}; dma cannot: the ids are on the device" in device_ids[2]

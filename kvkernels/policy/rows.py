@@ -19,31 +19,22 @@ limits what it is for:
     Of a fragment on average.
 ``ring_copy_bytes_at_least``
     Of ``staged`` alone: bytes of its copies over the link, on average.
-
-A file is JSON: ``{"rows": [...]}``, with a ``comment`` beside ``rows`` and in each row where one is wanted.
-``KVKERNELS_POLICY`` names it, and is read when kvkernels is imported.
+``sm_budget``
+    Not a limit: the most SMs that the executor's kernel may use, for calls that name none.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
-from kvkernels import registration  # noqa: F401  (the private ops exist once it is imported)
 from kvkernels.common.arguments import INT64_MAX
-from kvkernels.common.text import ask
+from kvkernels.common.text import ask, shortened
 from kvkernels.reference.checks import EXECUTORS
-
-VARIABLE = "KVKERNELS_POLICY"
-DEFAULT = "default"
 
 _WORDS = {
     "executor": ("kernel", "bulk", "dma", "staged", "triton"),
@@ -66,81 +57,14 @@ _KEYS = (
     "count_below",
     "fragment_bytes_below",
     "ring_copy_bytes_at_least",
+    "sm_budget",
 )
 
 
-def in_force() -> dict[str, Any]:
-    """The table that ``auto`` goes by, and where it came from.
-
-    Returns
-    -------
-    dict
-        ``source``, ``"default"`` or the file that ``KVKERNELS_POLICY`` named, and ``rows``. Without a compiled library
-        there is nothing to choose from and no row.
-
-    Examples
-    --------
-    >>> from kvkernels import policy
-    >>> policy.in_force()["source"]
-    'default'
-    """
-    return {"source": _SOURCE, "rows": _rows(is_default=False)}
-
-
-def default() -> dict[str, Any]:
-    """The table that is compiled in, as ``in_force`` has it."""
-    return {"source": DEFAULT, "rows": _rows(is_default=True)}
-
-
-def load(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a file, checked, without what is written there for people.
-
-    Parameters
-    ----------
-    path : str or Path
-        JSON as this module describes it.
-
-    Returns
-    -------
-    list of dict
-
-    Raises
-    ------
-    ValueError
-        The file cannot be read or is no such table; the message has the file, the row and the key.
-    """
-    try:
-        table = json.loads(Path(path).read_text(), object_pairs_hook=_without_repeats)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{VARIABLE}: {path} must be a file with JSON, got {error}") from error
-    if not isinstance(table, dict) or not isinstance(table.get("rows"), list):
-        raise ValueError(f"{VARIABLE}: {path} must be an object with a list 'rows', got {_short(table)}")
-    if unknown := table.keys() - {"rows", "comment"}:
-        raise ValueError(f"{VARIABLE}: {path} must have the keys 'rows' and 'comment' alone, got {min(unknown)!r}")
-    return [_checked(f"{VARIABLE}: {path}: rows[{i}]", row) for i, row in enumerate(table["rows"])]
-
-
-def text_of(table: Mapping[str, Any]) -> str:
-    """A table as a file that ``KVKERNELS_POLICY`` may name, a row a line."""
-    rows = ",\n".join("    " + json.dumps(row) for row in table["rows"])
-    return f'{{\n  "comment": {json.dumps(table["source"])},\n  "rows": [\n{rows}\n  ]\n}}'
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError(f"an object with a key that comes twice among {[key for key, _ in pairs]}")
-    return found
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _checked(where: str, row: Any) -> dict[str, Any]:
+def checked(where: str, row: Any) -> dict[str, Any]:
+    """A row of a file, without what is written there for people; ValueError, which names the key, where it is none."""
     if not isinstance(row, dict):
-        raise ValueError(f"{where} must be an object, got {_short(row)}")
+        raise ValueError(f"{where} must be an object, got {shortened(row)}")
     found = {key: value for key, value in row.items() if key != "comment"}
     if unknown := found.keys() - set(_KEYS):
         raise ValueError(f"{where} must have the keys {', '.join(_KEYS)} and comment alone, got {min(unknown)!r}")
@@ -155,18 +79,22 @@ def _checked(where: str, row: Any) -> dict[str, Any]:
         raise ValueError(
             f"{where}.ring_copy_bytes_at_least must be of a row with the executor 'staged', got {found['executor']!r}"
         )
+    if "sm_budget" in found and found["executor"] not in ("kernel", "bulk"):
+        raise ValueError(
+            f"{where}.sm_budget must be of a row with the executor 'kernel' or 'bulk', got {found['executor']!r}"
+        )
     return found
 
 
 def _check_value(where: str, key: str, value: Any) -> None:
     if key in _WORDS:
         if value not in _WORDS[key]:
-            raise ValueError(f"{where} must be one of {', '.join(map(repr, _WORDS[key]))}, got {_short(value)}")
+            raise ValueError(f"{where} must be one of {', '.join(map(repr, _WORDS[key]))}, got {shortened(value)}")
     elif key.startswith("capability"):
         if not isinstance(value, str) or re.fullmatch(r"\d{1,3}\.\d", value) is None:
-            raise ValueError(f"{where} must be a compute capability such as '9.0', got {_short(value)}")
+            raise ValueError(f"{where} must be a compute capability such as '9.0', got {shortened(value)}")
     elif isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < INT64_MAX:
-        raise ValueError(f"{where} must be an integer from 0 to {INT64_MAX - 1}, got {_short(value)}")
+        raise ValueError(f"{where} must be an integer from 0 to {INT64_MAX - 1}, got {shortened(value)}")
 
 
 def _number(key: str, value: Any) -> int:
@@ -176,25 +104,13 @@ def _number(key: str, value: Any) -> int:
     return int(value.replace(".", "") if isinstance(value, str) else value)
 
 
-def _numbers(rows: list[dict[str, Any]]) -> Tensor:
+def numbers(rows: list[dict[str, Any]]) -> Tensor:
+    """The rows as the compiled library takes them."""
     columns = [[_number(key, row[key]) if key in row else -1 for key in _KEYS] for row in rows]
     return torch.tensor(columns, dtype=torch.int64, device="cpu").reshape(len(rows), len(_KEYS))
 
 
-def _rows(is_default: bool) -> list[dict[str, Any]]:
+def in_force(is_default: bool = False) -> list[dict[str, Any]]:
+    """The rows that serve, or those that are compiled in; none without a compiled library."""
     rows = json.loads(ask(torch.ops.kvkernels._policy, is_default))
     return [{key: row[key] for key in (*_KEYS[1:], _KEYS[0]) if key in row} for row in rows]
-
-
-def _read_environment() -> str:
-    """Sets the table that the environment names, and says where the one in force is from."""
-    path = os.environ.get(VARIABLE)
-    if path is None:
-        return DEFAULT
-    rows = load(path)
-    with _disable_current_modes():
-        torch.ops.kvkernels._set_policy(_numbers(rows))
-    return path
-
-
-_SOURCE = _read_environment()
