@@ -13,6 +13,7 @@ import select
 import signal
 import socket
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -183,31 +184,47 @@ def remote_pool(payload: int, order: np.ndarray, page: int, transport: str) -> t
     return far, send
 
 
-def rates(rounds: int, payload: int, has_nixl: bool) -> list[dict[str, Any]]:
-    """GB/s by page size, and ratios of rounds that follow each other."""
+def rates(given: argparse.Namespace) -> list[dict[str, Any]]:
+    """GB/s by page size, each measured by a process of its own: what UCX has begun does not survive a fork."""
     rows = []
     for page in PAGES:
-        order = np.random.default_rng(1).permutation(payload // page)
-        made = {"a raw socket": raw_socket(payload), "packed, TCP": remote_pool(payload, order, page, "tcp")}
-        if has_nixl:
-            made["packed, NIXL"] = remote_pool(payload, order, page, "nixl")
-            made["a write a page, NIXL"] = nixl_pages(payload, order, page)
-        times: dict[str, list[float]] = {name: [] for name in made}
-        for _, send in made.values():
-            send()
-        for _ in range(rounds):
-            for name, (_, send) in made.items():
-                times[name].append(send())
-        for far, _ in made.values():
-            far.close()
-        row: dict[str, Any] = {"page": page}
-        row |= {name: high([payload / one / 1e9 for one in of]) for name, of in times.items()}
-        if has_nixl:
-            pairs = zip(times["a write a page, NIXL"], times["packed, NIXL"], strict=True)
-            row["ratio"] = statistics.median(theirs / ours for theirs, ours in pairs)
-        rows.append(row)
-        print(json.dumps(row), file=sys.stderr)
+        command = [
+            sys.executable,
+            __file__,
+            "--rounds",
+            str(given.rounds),
+            "--mib",
+            str(given.mib),
+            "--page",
+            str(page),
+        ]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        rows.append(json.loads(done.stdout.splitlines()[-1]))
+        print(json.dumps(rows[-1]), file=sys.stderr)
     return rows
+
+
+def row_of(page: int, rounds: int, payload: int, has_nixl: bool) -> dict[str, Any]:
+    """GB/s of one page size, and the ratio of rounds that follow each other."""
+    order = np.random.default_rng(1).permutation(payload // page)
+    made = {"a raw socket": raw_socket(payload), "packed, TCP": remote_pool(payload, order, page, "tcp")}
+    if has_nixl:
+        made["packed, NIXL"] = remote_pool(payload, order, page, "nixl")
+        made["a write a page, NIXL"] = nixl_pages(payload, order, page)
+    times: dict[str, list[float]] = {name: [] for name in made}
+    for _, send in made.values():
+        send()
+    for _ in range(rounds):
+        for name, (_, send) in made.items():
+            times[name].append(send())
+    for far, _ in made.values():
+        far.close()
+    row: dict[str, Any] = {"page": page}
+    row |= {name: high([payload / one / 1e9 for one in of]) for name, of in times.items()}
+    if has_nixl:
+        pairs = zip(times["a write a page, NIXL"], times["packed, NIXL"], strict=True)
+        row["ratio"] = statistics.median(theirs / ours for theirs, ours in pairs)
+    return row
 
 
 def cores_used(transport: str, seconds: float) -> dict[str, float]:
@@ -264,18 +281,22 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--mib", type=int, default=64)
     parser.add_argument("--idle-seconds", type=float, default=5.0)
+    parser.add_argument("--page", type=int, help="bytes: print this page size's row alone, as JSON")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     given = parser.parse_args()
     os.environ.setdefault("KVKERNELS_REMOTE_SECRET", os.urandom(16).hex())
     torch.set_num_threads(1)
     has_nixl = any(importlib.util.find_spec(name) for name in ("nixl_cu12", "nixl_cu13", "nixl"))
+    if given.page:
+        print(json.dumps(row_of(given.page, given.rounds, given.mib * MIB, has_nixl)))
+        return
     load = os.getloadavg()[0]
     found = {
         "machine": machine.in_words(machine.describe(torch.device("cpu"), None)),
         "load": load,
         "rounds": given.rounds,
         "payload": given.mib * MIB,
-        "rates": rates(given.rounds, given.mib * MIB, has_nixl),
+        "rates": rates(given),
         "cores": {name: cores_used(name, given.idle_seconds) for name in ("tcp", *(("nixl",) if has_nixl else ()))},
     }
     publish(given.out, "remote", found, markdown(found))

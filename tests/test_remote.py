@@ -8,10 +8,11 @@ import threading
 
 import pytest
 import torch
-from remote_cases import SECRET, WAIT_S, Sharded, pair, random_bytes, until
 
 pytest.importorskip("msgspec")
 pytest.importorskip("xxhash")
+
+from remote_cases import SECRET, WAIT_S, Sharded, pair, random_bytes, until
 
 from kvkernels import KVCache, KVLayout
 from kvkernels.transfer.remote import (
@@ -461,16 +462,20 @@ def test_a_transfers_result_may_time_out(pages):
 
 SENDS = {
     "no peer": (lambda pool: pool.send_blocks("host", "r", [0]), ValueError, "send_blocks: peer must be a Peer"),
-    "no blocks": (lambda pool: pool.send_blocks(Peer("h", 1), "r", []), ValueError, "block_ids must be 1 to"),
-    "block": (lambda pool: pool.send_blocks(Peer("h", 1), "r", [64]), IndexError, "below 64, got 64"),
+    "no blocks": (lambda pool: pool.send_blocks(Peer("127.0.0.1", 1), "r", []), ValueError, "block_ids must be 1 to"),
+    "block": (lambda pool: pool.send_blocks(Peer("127.0.0.1", 1), "r", [64]), IndexError, "below 64, got 64"),
     "negative": (lambda pool: pool.receive_blocks("r", [-1]), IndexError, "below 64, got -1"),
     "float": (lambda pool: pool.receive_blocks("r", [0.5]), ValueError, "must be integers"),
     "request": (lambda pool: pool.receive_blocks("", [0]), ValueError, "request must be 1 to 256"),
-    "long": (lambda pool: pool.send_blocks(Peer("h", 1), "r" * 257, [0]), ValueError, "request must be 1 to 256"),
+    "long": (
+        lambda pool: pool.send_blocks(Peer("127.0.0.1", 1), "r" * 257, [0]),
+        ValueError,
+        "request must be 1 to 256",
+    ),
     "writers": (lambda pool: pool.receive_blocks("r", [0], writers=0), ValueError, "writers must be a positive"),
     "time": (lambda pool: pool.receive_blocks("r", [0], timeout_s=0), ValueError, "timeout_s must be seconds"),
     "nan": (lambda pool: pool.receive_blocks("r", [0], timeout_s=float("nan")), ValueError, "seconds above 0"),
-    "lengths": (lambda pool: pool.fetch_blocks(Peer("h", 1), [0, 1], [0]), ValueError, "must be 1 ids"),
+    "lengths": (lambda pool: pool.fetch_blocks(Peer("127.0.0.1", 1), [0, 1], [0]), ValueError, "must be 1 ids"),
     "peers": (lambda pool: pool.fetch_blocks([], [0], [0]), ValueError, "peers must be"),
 }
 

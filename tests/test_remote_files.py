@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from remote_cases import Sharded, random_bytes
 
 pytest.importorskip("msgspec")
 pytest.importorskip("xxhash")
+
+from remote_cases import Sharded, random_bytes
 
 from kvkernels.transfer.remote import FileTier
 from kvkernels.transfer.remote import files as files_module

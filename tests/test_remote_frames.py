@@ -11,12 +11,13 @@ import time
 
 import pytest
 import torch
-from remote_cases import SECRET, WAIT_S, pair, random_bytes, until
 
 pytest.importorskip("msgspec")
 pytest.importorskip("xxhash")
 
 import contextlib
+
+from remote_cases import SECRET, WAIT_S, pair, random_bytes, until
 
 from kvkernels.transfer.remote import AuthenticationError, Peer, PeerLostError, ProtocolError, RemotePool
 from kvkernels.transfer.remote import hub as hub_module

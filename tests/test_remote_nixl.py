@@ -9,10 +9,12 @@ import time
 
 import pytest
 import torch
-from remote_cases import SECRET, WAIT_S, Sharded, pair, random_bytes, until
 
 pytest.importorskip("msgspec")
 pytest.importorskip("xxhash")
+
+from remote_cases import SECRET, WAIT_S, Sharded, pair, random_bytes, until
+
 from kvkernels.transfer.remote import Peer, PeerLostError, ProtocolError, RefusedError, RemotePool
 from kvkernels.transfer.remote.messages import Payload
 from kvkernels.transfer.remote.nixl import NixlTransport

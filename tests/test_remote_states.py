@@ -11,9 +11,14 @@ from collections import Counter, deque
 
 import pytest
 import torch
+
+pytest.importorskip("msgspec")
+pytest.importorskip("xxhash")
+
 from remote_cases import random_bytes
 
 from kvkernels import KVLayout
+from kvkernels.transfer.remote.arrivals import Reservation
 from kvkernels.transfer.remote.errors import PeerRestartedError, ProtocolError, RemoteError
 from kvkernels.transfer.remote.handshake import Identity
 from kvkernels.transfer.remote.messages import (
@@ -31,9 +36,10 @@ from kvkernels.transfer.remote.messages import (
     encode,
 )  # fmt: skip
 from kvkernels.transfer.remote.messages import Ring as RingMessage
-from kvkernels.transfer.remote.receiver import Receiver, Reservation
+from kvkernels.transfer.remote.outgoing import Outgoing
+from kvkernels.transfer.remote.receiver import Receiver
 from kvkernels.transfer.remote.ring import Ring
-from kvkernels.transfer.remote.sender import Outbox, Outgoing
+from kvkernels.transfer.remote.sender import Outbox
 from kvkernels.transfer.remote.stats import Stats
 from kvkernels.transfer.remote.wire import Conversion, layout_of_text
 

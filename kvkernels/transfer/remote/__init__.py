@@ -15,7 +15,8 @@ from kvkernels.transfer.remote.errors import (
 )
 from kvkernels.transfer.remote.files import FileTier
 from kvkernels.transfer.remote.handle import RemoteTransfer, TransferResult
-from kvkernels.transfer.remote.pool import Peer, RemotePool
+from kvkernels.transfer.remote.peer import Peer
+from kvkernels.transfer.remote.pool import RemotePool
 from kvkernels.transfer.remote.service import KVTransferEngine
 
 __all__ = [

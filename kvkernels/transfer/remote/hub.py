@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from kvkernels.transfer.remote.arrivals import Port
 from kvkernels.transfer.remote.errors import PeerLostError, ProtocolError, RefusedError, RemoteError
 from kvkernels.transfer.remote.handshake import Identity
 from kvkernels.transfer.remote.link import HANDSHAKE_S, Link
@@ -30,7 +31,7 @@ from kvkernels.transfer.remote.messages import (
     short,
 )
 from kvkernels.transfer.remote.messages import Ring as RingMessage
-from kvkernels.transfer.remote.receiver import Port, Receiver
+from kvkernels.transfer.remote.receiver import Receiver
 from kvkernels.transfer.remote.ring import Ring
 from kvkernels.transfer.remote.routes import Route
 from kvkernels.transfer.remote.sender import Outbox, Outlet

@@ -19,7 +19,7 @@ from kvkernels.transfer.remote.link import Link
 from kvkernels.transfer.remote.messages import Payload
 from kvkernels.transfer.remote.ring import Ring
 from kvkernels.transfer.remote.sender import Outlet
-from kvkernels.transfer.remote.transports import Inlet
+from kvkernels.transfer.remote.transports import Inlet, TcpTransport, Transport
 
 _NO_PLACE = 0  # the device of host memory
 
@@ -158,3 +158,12 @@ class _NixlOutlet:
             handle._released = True
         self._writing.clear()
         self._agent.close()
+
+
+def make_transport(name: str, host: str) -> Transport:
+    """By its name, for a pool that listens at a host."""
+    if name == "nixl":
+        return NixlTransport(host)
+    if name != "tcp":
+        raise ValueError(f"RemotePool: transport must be 'tcp' or 'nixl', got {name!r}")
+    return TcpTransport()

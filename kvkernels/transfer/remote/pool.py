@@ -4,52 +4,38 @@ from __future__ import annotations
 
 import os
 import secrets
-import threading
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from kvkernels.common.arguments import integer, integers
+from kvkernels.common.arguments import integers
 from kvkernels.layout.cache import KVCache
-from kvkernels.transfer.remote.claims import Claims, checked_blocks
+from kvkernels.transfer.remote.arrivals import Port, Reservation
+from kvkernels.transfer.remote.desk import Desk
 from kvkernels.transfer.remote.engine import Engine
 from kvkernels.transfer.remote.errors import RemoteError
+from kvkernels.transfer.remote.fetches import Fetches
 from kvkernels.transfer.remote.handle import RemoteTransfer
 from kvkernels.transfer.remote.handshake import Identity
 from kvkernels.transfer.remote.hub import Hub
 from kvkernels.transfer.remote.keys import load_secret
-from kvkernels.transfer.remote.messages import Fetch, FetchRefused, short
+from kvkernels.transfer.remote.messages import Fetch
 from kvkernels.transfer.remote.messages import Ring as RingMessage
-from kvkernels.transfer.remote.nixl import NixlTransport
-from kvkernels.transfer.remote.receiver import Port, Receiver, Reservation, bytes_of
+from kvkernels.transfer.remote.nixl import make_transport
+from kvkernels.transfer.remote.outgoing import Outgoing
+from kvkernels.transfer.remote.peer import Peer, check_peer, resolved
+from kvkernels.transfer.remote.receiver import Receiver
 from kvkernels.transfer.remote.ring import Ring
 from kvkernels.transfer.remote.routes import Route
-from kvkernels.transfer.remote.sender import Outbox, Outgoing, Outlet
-from kvkernels.transfer.remote.settings import Settings, check_seconds
+from kvkernels.transfer.remote.sender import Outbox, Outlet
+from kvkernels.transfer.remote.settings import Settings
 from kvkernels.transfer.remote.stats import Stats
-from kvkernels.transfer.remote.transports import TcpTransport, Transport
 from kvkernels.transfer.remote.wire import as_cache
 
 #: Block ids, each in range.
 Blocks: TypeAlias = "Tensor | Sequence[int]"
 REMEMBERED = 10_000
-
-
-class Peer:
-    """A pool elsewhere, by what its owner's `RemotePool.address` says. Nothing connects before it is used."""
-
-    def __init__(self, host: str, port: int) -> None:
-        if not isinstance(host, str) or not host:
-            raise ValueError(f"Peer: host must be a name or an address, got {host!r}")
-        self.host = host
-        self.port = integer("Peer: port", port, "from 1 to 65535", 1)
-        if self.port > 65535:
-            raise ValueError(f"Peer: port must be from 1 to 65535, got {port}")
-
-    def __repr__(self) -> str:
-        return f"Peer({self.host!r}, {self.port})"
 
 
 class RemotePool:
@@ -144,26 +130,15 @@ class RemotePool:
         if verify not in ("ring", "end"):
             raise ValueError(f"RemotePool: verify must be 'ring' or 'end', got {verify!r}")
         secret = load_secret(secret_file)
-        self._allow_fetch = allow_fetch
-        self._settings, self._stats, self._claims = settings, Stats(), Claims(self._cache.num_blocks)
-        self._ended: dict[int, RemoteTransfer] = {}
-        self._lock = threading.Lock()
-        self._requests: set[str] = set()
+        self._settings, self._stats, self._desk = settings, Stats(), Desk(self._cache.num_blocks)
         me = Identity(name, secrets.randbits(63))
         self._receiver = Receiver(
             me.epoch, self._cache.pools, self._stats, rejoin_s=rejoin_s, verify_end=verify == "end",
             remembers=REMEMBERED,
         )  # fmt: skip
-        self._hub = Hub(
-            settings,
-            secret,
-            me,
-            self._receiver,
-            _transport(transport, host),
-            self._stats,
-            self._new_outbox,
-            self._fetched,
-        )
+        fetches = Fetches(self._desk, self._stats, allow_fetch, self._cancel_sending)
+        way = make_transport(transport, host)
+        self._hub = Hub(settings, secret, me, self._receiver, way, self._stats, self._new_outbox, fetches.serve)
         self._engine = Engine(host, port, self._hub)
 
     @property
@@ -202,15 +177,13 @@ class RemotePool:
             A block id is out of range.
         RuntimeError
             The pool was closed.
+        OSError
+            The peer's name has no address.
         """
-        blocks = self._blocks("send_blocks", block_ids)
-        _check_peer("send_blocks", peer)
-        _check_request("send_blocks", request)
-        deadline = time.monotonic() + check_seconds("send_blocks: timeout_s", timeout_s)
-        self._claims.send("send_blocks", blocks)
-        outgoing, handle = self._outgoing(request, blocks, deadline)
-        address = (peer.host, peer.port)
-        self._do(lambda: self._hub.route_to(address).outbox.add(outgoing), lambda: self._claims.end_send(blocks))
+        check_peer("send_blocks", peer)
+        address = resolved(peer)
+        outgoing, handle = self._desk.outgoing("send_blocks", request, block_ids, timeout_s, self._cancel_sending)
+        self._do(lambda: self._hub.route_to(address).outbox.add(outgoing), lambda: self._desk.unsend(outgoing))
         return handle
 
     def receive_blocks(
@@ -242,9 +215,10 @@ class RemotePool:
         RuntimeError
             The pool was closed.
         """
-        _check_request("receive_blocks", request)
-        reservation, handle = self._reserve("receive_blocks", request, block_ids, writers, timeout_s)
-        self._do(lambda: self._receiver.reserve(reservation), lambda: self._unreserve(reservation))
+        reservation, handle = self._desk.reservation(
+            "receive_blocks", request, block_ids, writers, timeout_s, self._cancel_receiving
+        )
+        self._do(lambda: self._receiver.reserve(reservation), lambda: self._desk.unreserve(reservation))
         return handle
 
     def fetch_blocks(
@@ -269,14 +243,15 @@ class RemotePool:
 
         Raises
         ------
-        ValueError, IndexError, RuntimeError
-            As `receive_blocks` does.
+        ValueError, IndexError, RuntimeError, OSError
+            As `receive_blocks` and `send_blocks` do.
         """
         owners = [peers] if isinstance(peers, Peer) else list(peers) if isinstance(peers, Sequence) else []
         if not owners:
             raise ValueError(f"fetch_blocks: peers must be a Peer or a list of them, got {peers!r}")
         for peer in owners:
-            _check_peer("fetch_blocks", peer)
+            check_peer("fetch_blocks", peer)
+        addresses = [resolved(peer) for peer in owners]
         given = remote_block_ids.tolist() if isinstance(remote_block_ids, Tensor) else remote_block_ids
         remote = integers("fetch_blocks: remote_block_ids", given)
         if len(remote) != len(block_ids) or min(remote, default=0) < 0:
@@ -285,7 +260,9 @@ class RemotePool:
                 f"{min(remote, default=0)} on"
             )
         request = f"fetch {self.name} {secrets.token_hex(8)}"
-        reservation, handle = self._reserve("fetch_blocks", request, block_ids, len(owners), timeout_s)
+        reservation, handle = self._desk.reservation(
+            "fetch_blocks", request, block_ids, len(owners), timeout_s, self._cancel_receiving
+        )
         message = Fetch(request, remote, timeout_s)
         routes: list[Route] = []
         ended = reservation.end
@@ -298,16 +275,16 @@ class RemotePool:
         def begin() -> None:
             reservation.end = end
             self._receiver.reserve(reservation)
-            for peer in owners:
-                routes.append(self._hub.route_to((peer.host, peer.port)))
+            for address in addresses:
+                routes.append(self._hub.route_to(address))
                 routes[-1].fetch(message, reservation)
 
-        self._do(begin, lambda: self._unreserve(reservation))
+        self._do(begin, lambda: self._desk.unreserve(reservation))
         return handle
 
     def poll(self) -> list[RemoteTransfer]:
         """Transfers that ended and that nobody was told of; calls their callbacks. Never waits."""
-        return [transfer for transfer in list(self._ended.values()) if transfer.tell()]
+        return self._desk.poll()
 
     def stats(self) -> dict[str, Any]:
         """What was sent and received, and what is live.
@@ -316,7 +293,7 @@ class RemotePool:
         ``dropped_pages``; ``refused_segments``, whose pages had not their sums; ``failed_links``, by cause; and as of
         now ``receiving_blocks``, ``sending_blocks``, ``links`` and ``rings``.
         """
-        receiving, sending = self._claims.held()
+        receiving, sending = self._desk.held()
         live = {"links": len(self._hub.links), "rings": len(self._hub.inbound)}
         return {**self._stats.read(), "receiving_blocks": receiving, "sending_blocks": sending, **live}
 
@@ -345,97 +322,16 @@ class RemotePool:
             undo()
             raise
 
-    def _blocks(self, op: str, block_ids: Blocks) -> Tensor:
-        return checked_blocks(op, block_ids, self._cache.num_blocks)
+    def _cancel_receiving(self, reservation: Reservation) -> None:
+        self._do(lambda: self._receiver.cancel(reservation), lambda: None)
 
-    def _reserve(
-        self, op: str, request: str, block_ids: Blocks, writers: int, timeout_s: float
-    ) -> tuple[Reservation, RemoteTransfer]:
-        blocks = self._blocks(op, block_ids)
-        writers = integer(f"{op}: writers", writers, "a positive integer", 1)
-        deadline = time.monotonic() + check_seconds(f"{op}: timeout_s", timeout_s)
-        with self._lock:
-            if request in self._requests:
-                raise ValueError(f"{op}: request must be a new one, got {request!r}, which is expected already")
-            self._claims.receive(op, blocks)
-            self._requests.add(request)
-        handle = RemoteTransfer(
-            request, self._ended, lambda _: self._do(lambda: self._receiver.cancel(reservation), lambda: None)
-        )
+    def _cancel_sending(self, outgoing: Outgoing) -> None:
+        def cancel() -> None:
+            for route in self._hub.routes():
+                route.outbox.cancel(outgoing)
 
-        def end(outcome: str, error: RemoteError | None) -> None:
-            self._unreserve(reservation)
-            retries = sum(arrival.rejoined for arrival in reservation.arrivals.values())
-            pages = len(blocks) if outcome == "visible" else 0
-            handle.end(outcome, pages, bytes_of(reservation), retries, error)
-
-        reservation = Reservation(request, blocks, writers, deadline, end)
-        return reservation, handle
-
-    def _unreserve(self, reservation: Reservation) -> None:
-        self._claims.end_receive(reservation.blocks)
-        with self._lock:
-            self._requests.discard(reservation.request)
-
-    def _outgoing(self, request: str, blocks: Tensor, deadline: float) -> tuple[Outgoing, RemoteTransfer]:
-        handle = RemoteTransfer(request, self._ended, lambda _: self._do(lambda: self._cancel(outgoing), lambda: None))
-
-        def end(outcome: str, error: RemoteError | None) -> None:
-            self._claims.end_send(blocks)
-            pages = len(blocks) if outcome == "committed" else 0
-            handle.end(outcome, pages, outgoing.bytes, outgoing.retries, error)
-
-        outgoing = Outgoing(secrets.token_bytes(16), request, blocks, deadline, end)
-        return outgoing, handle
-
-    def _cancel(self, outgoing: Outgoing) -> None:
-        for route in self._hub.routes():
-            route.outbox.cancel(outgoing)
+        self._do(cancel, lambda: None)
 
     def _new_outbox(self, make_outlet: Callable[[Port, Ring, RingMessage], Outlet]) -> Outbox:
         cache = self._cache
         return Outbox(cache.layout, cache.pools, self._stats, self._settings.most_retries, make_outlet)
-
-    def _fetched(self, route: Route, name: str, message: Fetch) -> None:
-        """A peer wants blocks."""
-        if any(outgoing.request == message.request for outgoing in route.outbox.transfers.values()):
-            return  # it asks again on a new link, on which the transfer goes on
-        try:
-            allowed = self._allow_fetch
-            if not (allowed(name, message.blocks) if callable(allowed) else allowed):
-                raise ValueError("fetch_blocks: the owner must allow it, got allow_fetch that does not")
-            blocks = self._blocks("fetch_blocks", message.blocks)
-            self._claims.send("fetch_blocks", blocks)
-        except Exception as error:  # whatever the owner's own function raises, too
-            self._stats.failed("refused")
-            assert route.link is not None
-            route.link.post(FetchRefused(message.request, "refused", short(error)))
-            return
-        deadline = time.monotonic() + message.seconds
-        outgoing, handle = self._outgoing(message.request, blocks, deadline)
-        outgoing_end = outgoing.end
-
-        def end(outcome: str, error: RemoteError | None) -> None:
-            outgoing_end(outcome, error)
-            handle.tell()  # nobody here asked for it
-
-        outgoing.end = end
-        route.outbox.add(outgoing)
-
-
-def _transport(name: str, host: str) -> Transport:
-    if name == "nixl":
-        return NixlTransport(host)
-    if name != "tcp":
-        raise ValueError(f"RemotePool: transport must be 'tcp' or 'nixl', got {name!r}")
-    return TcpTransport()
-
-
-def _check_peer(op: str, peer: object) -> None:
-    if not isinstance(peer, Peer):
-        raise ValueError(f"{op}: peer must be a Peer, got {peer!r}")
-
-
-def _check_request(op: str, request: object) -> None:
-    if not isinstance(request, str) or not 1 <= len(request) <= 256:
-        raise ValueError(f"{op}: request must be 1 to 256 characters, got {request!r}")

@@ -13,13 +13,12 @@ called last. What became of the last 10,000 transfers is remembered, for senders
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from collections.abc import Iterator, Sequence
 
-import numpy as np
 from torch import Tensor
 
 from kvkernels.layout.plan import compile_plan
+from kvkernels.transfer.remote.arrivals import Arrival, Port, Reservation, bytes_of
 from kvkernels.transfer.remote.errors import (
     CancelledError,
     ChecksumError,
@@ -42,7 +41,6 @@ from kvkernels.transfer.remote.messages import (
     Begin,
     Commit,
     Final,
-    Message,
     Nack,
     Receipt,
     short,
@@ -52,48 +50,6 @@ from kvkernels.transfer.remote.stats import Stats
 from kvkernels.transfer.remote.wire import Conversion, check_sums, units_in
 
 MOST_WAITING = 1024
-
-
-class Port(Protocol):
-    """The link that a peer speaks through."""
-
-    peer: Identity
-
-    def post(self, message: Message) -> None:
-        """Say something; nothing where the link has ended."""
-
-
-class Arrival:
-    """What one writer has brought of a reservation."""
-
-    def __init__(self, transfer: bytes, port: Port, conversion: Conversion, reservation: Reservation) -> None:
-        self.transfer, self.conversion, self.reservation = transfer, conversion, reservation
-        self.writer = port.peer
-        self.port: Port | None = port
-        self.lost_at, self.rejoined = 0.0, 0
-        self.have = np.zeros(len(conversion.parts) * len(reservation.blocks), dtype=bool)
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether every unit is in its place."""
-        return bool(self.have.all())
-
-    def ranges(self) -> list[tuple[int, int]]:
-        """What is there, as first and count."""
-        edges = np.flatnonzero(np.diff(np.concatenate(([False], self.have, [False])).astype(np.int8)))
-        return [(int(start), int(end - start)) for start, end in edges.reshape(-1, 2)]
-
-
-class Reservation:
-    """Blocks that a request's pages are to arrive in; ``end(outcome, error)`` is called once."""
-
-    def __init__(
-        self, request: str, blocks: Tensor, writers: int, deadline: float,
-        end: Callable[[str, RemoteError | None], None],
-    ) -> None:  # fmt: skip
-        self.request, self.blocks, self.writers, self.deadline, self.end = request, blocks, writers, deadline, end
-        self.arrivals: dict[str, Arrival] = {}
-        self.state = "reserved"
 
 
 class Receiver:
@@ -345,9 +301,3 @@ class Receiver:
         self._finals[final.transfer] = final
         while len(self._finals) > self._remembers:
             self._finals.popitem(last=False)
-
-
-def bytes_of(reservation: Reservation) -> int:
-    """That its writers sent, packed."""
-    whole = (sum(part.page_bytes for part in a.conversion.parts) for a in reservation.arrivals.values())
-    return sum(whole) * len(reservation.blocks)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterator
 
+from kvkernels.transfer.remote.arrivals import Reservation
 from kvkernels.transfer.remote.errors import PeerLostError, RemoteError
 from kvkernels.transfer.remote.link import Link
 from kvkernels.transfer.remote.messages import Fetch
-from kvkernels.transfer.remote.receiver import Receiver, Reservation
+from kvkernels.transfer.remote.receiver import Receiver
 from kvkernels.transfer.remote.sender import Outbox, backoff_s
 
 

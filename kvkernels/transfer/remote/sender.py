@@ -16,13 +16,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from torch import Tensor
 
 from kvkernels.layout.layout import KVLayout
+from kvkernels.transfer.remote.arrivals import Port
 from kvkernels.transfer.remote.errors import (
     CancelledError,
     ChecksumError,
@@ -45,7 +45,7 @@ from kvkernels.transfer.remote.messages import (
     short,
 )
 from kvkernels.transfer.remote.messages import Ring as RingMessage
-from kvkernels.transfer.remote.receiver import Port
+from kvkernels.transfer.remote.outgoing import Flight, Outgoing
 from kvkernels.transfer.remote.ring import Ring
 from kvkernels.transfer.remote.stats import Stats
 from kvkernels.transfer.remote.wire import MOST_RING_BYTES, Conversion, layout_of_text, pack, units_in
@@ -71,41 +71,6 @@ class Outlet(Protocol):
         """After this nothing more is written."""
 
 
-class Outgoing:
-    """One transfer; ``end(outcome, error)`` is called once."""
-
-    def __init__(
-        self, transfer: bytes, request: str, blocks: Tensor, deadline: float,
-        end: Callable[[str, RemoteError | None], None],
-    ) -> None:  # fmt: skip
-        self.transfer, self.request, self.blocks, self.deadline, self.end = transfer, request, blocks, deadline, end
-        self.state = "planned"
-        self.epoch: int | None = None  # of the receiver that it was begun with
-        self.is_accepted = self.was_accepted = False  # on this link; on any
-        self.retries = 0
-        self.not_before = 0.0
-        self.bytes = 0
-        self.error: RemoteError | None = None
-        self.acked = self.posted = np.zeros(0, dtype=bool)
-        self.todo: deque[tuple[int, int]] = deque()
-
-    @property
-    def may_be_visible(self) -> bool:
-        """Whether the receiver may have every unit."""
-        return len(self.posted) > 0 and bool((self.posted | self.acked).all())
-
-
-@dataclass(frozen=True)
-class _Flight:
-    """What is in a segment."""
-
-    outgoing: Outgoing
-    first: int
-    count: int
-    length: int
-    sums: bytes
-
-
 class Outbox:
     """All transfers to one peer. ``make_outlet(port, mirror, message)`` gives what writes."""
 
@@ -122,7 +87,7 @@ class Outbox:
         self._outlet: Outlet | None = None
         self._conversion: Conversion | None = None
         self._free: list[int] = []
-        self._flights: dict[int, _Flight] = {}
+        self._flights: dict[int, Flight] = {}
 
     # What the owner does.
 
@@ -141,6 +106,7 @@ class Outbox:
         if self._port is not None and outgoing.is_accepted:
             self._port.post(Abort(outgoing.transfer, error.cause, str(error)))
             outgoing.todo.clear()
+            outgoing.is_cancelled = True
         else:
             self.give_up(outgoing, error)
 
@@ -236,6 +202,8 @@ class Outbox:
         outgoing.todo = deque((int(run[0]), len(run)) for run in np.split(missing, breaks) if len(run))
         outgoing.is_accepted = outgoing.was_accepted = True
         outgoing.state = "sending"
+        if outgoing.is_cancelled:
+            self.cancel(outgoing)
 
     def receipt(self, message: Receipt) -> None:
         """A segment's pages are in their place."""
@@ -301,7 +269,7 @@ class Outbox:
             self.give_up(outgoing, RemoteError(f"remote: the sender's pages could not be read: {error}"))
             return
         length = taken * part.page_bytes
-        self._flights[segment] = _Flight(outgoing, first, taken, length, sums)
+        self._flights[segment] = Flight(outgoing, first, taken, length, sums)
         self._outlet.write(segment, length)
 
     def _commit_written(self) -> None:
@@ -340,7 +308,7 @@ class Outbox:
         digest, pages = self._conversion.digest, len(outgoing.blocks)
         port.post(Begin(outgoing.transfer, outgoing.request, pages, digest, outgoing.epoch))
 
-    def _landed(self, segment: int, transfer: bytes) -> _Flight | None:
+    def _landed(self, segment: int, transfer: bytes) -> Flight | None:
         flight = self._flights.get(segment)
         if flight is None or flight.outgoing.transfer != transfer:
             return None

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any, Literal, overload
 
 from kvkernels.transfer.remote.handle import RemoteTransfer, TransferResult
-from kvkernels.transfer.remote.pool import Blocks, Peer, RemotePool
+from kvkernels.transfer.remote.peer import Peer
+from kvkernels.transfer.remote.pool import Blocks, RemotePool
 
 
 class KVTransferEngine:
