@@ -46,6 +46,7 @@ struct Job {
   // For a mover, which carries the job out later: what the work was lowered from, and its tensors.
   std::shared_ptr<const BoundCopy> bound;
   HeldSides held;
+  bool is_for_mover = false;
 
   // The same call on the reference; empty where nobody named it.
   std::function<void(const Job& job)> reference;

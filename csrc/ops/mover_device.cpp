@@ -109,6 +109,7 @@ struct Part {
     chunk.peer = job.peer;
     chunk.host_tensors = job.host_tensors;
     chunk.any_ids = job.any_ids;
+    chunk.is_for_mover = true;
     if (chunks.keeps_moves()) chunk.device_moves = job.device_moves;
     chunk.work = chunks.chunk(job.work, index - first_chunk);
     return chunk;
@@ -231,7 +232,8 @@ class CudaMoverDevices : public MoverDevices {
       value_error(job.op, ": ids must be on the cpu for a mover, which keeps transfers in order by what they touch, ",
                   "got cuda:", job.device);
     }
-    if (job.asked == Executor::kReference || job.asked == Executor::kTriton) refuse_python(job, job.asked);
+    if (job.asked == Executor::kReference) refuse(job, job.asked, "a mover's threads never run Python");
+    job.is_for_mover = true;
     named_errors(job.op, [&] { choose(job); });
   }
 
@@ -283,9 +285,8 @@ class CudaMoverDevices : public MoverDevices {
  private:
   std::string place() const { return device_ < 0 ? "a cuda device" : text("cuda:", device_); }
 
-  [[noreturn]] static void refuse_python(const Job& job, Executor executor) {
-    value_error(job.op, ": executor '", name_of(executor),
-                "' cannot serve this call: a mover's threads never run Python");
+  [[noreturn]] static void refuse(const Job& job, Executor executor, const std::string& reason) {
+    value_error(job.op, ": executor '", name_of(executor), "' cannot serve this call: ", reason);
   }
 
   // Once, for all chunks: what `auto` takes for the whole, or the executor that was named.
@@ -304,11 +305,8 @@ class CudaMoverDevices : public MoverDevices {
                   pageable);
     }
     const Executor executor = job.asked == Executor::kAuto ? site->choose(job).executor : job.asked;
-    if (executor == Executor::kTriton) refuse_python(job, executor);
     const std::string refusal = room_of(executor).refusal(job, *site);
-    if (!refusal.empty()) {
-      value_error(job.op, ": executor '", name_of(executor), "' cannot serve this call: ", refusal);
-    }
+    if (!refusal.empty()) refuse(job, executor, refusal);
     // `auto` finds another where there is no memory for a ring.
     if (job.asked != Executor::kAuto || executor != Executor::kStaged) job.asked = executor;
   }

@@ -28,6 +28,7 @@ from torch_cuda.transfers import (
 )
 
 import kvkernels
+from kvkernels import policy
 from kvkernels.transfer import (
     CopyPagesJob,
     GatherJob,
@@ -169,6 +170,19 @@ def test_what_is_refused_raises_at_submit_and_nothing_is_queued(mover):
     assert mover.stats()["queued"] == 0 and mover.drain(timeout=LONG) and mover.poll() == []
     assert torch.cuda.memory_allocated() <= before
     assert mover.submit(swap(pinned, pool)).result(LONG).state == "done"
+
+
+def test_a_row_of_the_policy_for_triton_is_passed_over(mover, tmp_path):
+    """Which an op would take."""
+    src, dst, path = host(), device(255), tmp_path / "policy.json"
+    path.write_text('{"rows": [{"executor": "triton"}, {"executor": "kernel"}]}')
+    policy.use(path)
+    try:
+        assert kvkernels.explain("swap_blocks", src, dst, PAGE, PAIRS).executor == "triton"
+        result = mover.submit(swap(src, dst)).result(LONG)
+    finally:
+        policy.use(None)
+    assert (result.state, result.executor) == ("done", "kernel") and is_moved(src, dst)
 
 
 @pytest.mark.cuda(devices=2)

@@ -56,6 +56,7 @@ class TritonPlan : public Plan {
 };
 
 std::string refusal(const Job& job, Site& site) {
+  if (job.is_for_mover) return "a mover's threads never run Python";
   if (job.has_addresses) return "it takes tensors, and got addresses";
   if (job.peer >= 0) return "its tensors are on two devices";
   const std::string reason = call_triton_refusal(site.device());
