@@ -24,7 +24,7 @@ import kvkernels
 import machine
 from kvkernels.connectors.worker import HostWorker
 from kvkernels.transfer import PreparedJob
-from mover import in_turns, low, own_time, vllm_function
+from mover import function_of, in_turns, low, own_time
 from publish import publish
 
 BLOCKS, LAYERS, BURST = 64, 32, 20
@@ -72,7 +72,7 @@ def submissions(rounds: int, vllm: Path | None) -> dict[str, float]:
         "swap_blocks a layer, copies included": lambda: own_time(a_call_a_layer),
     }
     if vllm:
-        pointers, out = vllm_function(vllm), np.empty((3, BLOCKS * LAYERS), np.uint64)
+        pointers, out = function_of(vllm, "compute_sub_block_ptrs"), np.empty((3, BLOCKS * LAYERS), np.uint64)
 
         def descriptors() -> None:
             at = 0

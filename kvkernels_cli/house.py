@@ -55,6 +55,16 @@ def policy(default: bool) -> int:
     return _forward("policy", *(["--default"] if default else []))
 
 
+@COMMAND.command(context_settings=HELP, epilog="\b\nExample:\n  kvkernels tune --dry-run")
+@click.option("--seconds", type=float, metavar="N", help="About how long to measure.")
+@click.option("--dry-run", is_flag=True, help="Measure, and write nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print the file's content instead of words.")
+def tune(seconds: float | None, dry_run: bool, as_json: bool) -> int:
+    """Measure this machine, and write what serves best here."""
+    flags = [flag for flag, is_set in (("--dry-run", dry_run), ("--json", as_json)) if is_set]
+    return _forward("tune", *([] if seconds is None else ["--seconds", str(seconds)]), *flags)
+
+
 REPLAY_EPILOG = """\b
 Examples:
   kvkernels replay trace.jsonl --policy lru,chain --capacity 1000,10000

@@ -291,13 +291,26 @@ def test_pinned_writes_what_it_measured(tmp_path):
     ]
 
 
-def test_mover_writes_its_tables_and_its_picture(tmp_path):
-    vllm = tmp_path / "gpu_worker.py"
-    vllm.write_text(
+def vllm_file(folder):
+    path = folder / "gpu_worker.py"
+    path.write_text(
         "import not_there\n\n"
         "def compute_sub_block_ptrs(block_ids, blocks_per_chunk, output, tensor, skip_count=0):\n"
         "    output[:] = tensor.data_ptr() + block_ids.astype(np.uint64) * tensor.stride(0)\n"
     )
+    return path
+
+
+def test_vllm_offload_writes_what_a_submission_costs(tmp_path):
+    done = run_script("vllm_offload.py", "--rounds", 2, "--vllm", vllm_file(tmp_path), "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "out" / "vllm_offload_cost.json").read_text())
+    assert len(found["submissions"]) == 4 and all(us > 0 for us in found["submissions"].values())
+    assert "| connector, alone |" in (tmp_path / "out" / "vllm_offload_cost.md").read_text()
+
+
+def test_mover_writes_its_tables_and_its_picture(tmp_path):
+    vllm = vllm_file(tmp_path)
     lmcache = tmp_path / "mem_alloc.py"
     lmcache.write_text(
         "import not_there\n\n"

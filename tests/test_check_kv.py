@@ -187,7 +187,9 @@ def compare_captures(tmp_path: Path, a: CaptureResult, b: CaptureResult, limits=
     return compare(open_source(paths[:1]), open_source(paths[1:]), limits or Limits(), **options)
 
 
-def test_the_first_diverging_layer_head_and_token_are_named(tmp_path):
+@pytest.mark.parametrize("slab", [300, 6 * 128, 1 << 19])
+def test_the_first_diverging_layer_head_and_token_are_named(tmp_path, monkeypatch, slab):
+    monkeypatch.setattr(measure, "_SLAB_ELEMENTS", slab)
     a, b = changed_capture()
     b.get(10).key[0, 0, 0] += 1
     b.get(9).value[30, 3, 5] += 1

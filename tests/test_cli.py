@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import json
 import os
@@ -316,6 +317,11 @@ def test_the_options_written_down_here_are_those_of_the_house(monkeypatch):
     theirs = {option for action in parser._actions for option in action.option_strings} - {"-h", "--help"}
     ours = {option for one in house.COMMAND.commands["replay"].params for option in one.opts if option.startswith("-")}
     assert ours == theirs
+    calibrate = importlib.import_module("kvkernels.transfer.calibrate")
+    parser = argparse.ArgumentParser()
+    calibrate.add_arguments(parser)
+    theirs = {option for action in parser._actions for option in action.option_strings} - {"-h", "--help"}
+    assert theirs == {option for one in house.COMMAND.commands["tune"].params for option in one.opts}
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     text = (ROOT / "benchmarks" / "swap.py").read_text()
     ours = {option for one in house.COMMAND.commands["bench"].params for option in one.opts}

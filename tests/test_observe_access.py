@@ -287,3 +287,12 @@ def test_a_prefix_cache_tells_of_each_block_that_it_was_asked_for():
     }  # fmt: skip
     ours, theirs = stats.get_stats_summary(), cache.get_stats()
     assert (ours["total_accesses"], ours["total_hits"]) == (theirs["blocks"], theirs["block_hits"])
+
+
+@pytest.mark.parametrize("start", range(4))
+def test_columns_are_paired_by_their_place_since_the_epoch(start):
+    grid, seconds = Grid(2, 6), [start, start + 1, start + 2, start + 3, start + 14]
+    for second in seconds:
+        grid.add(np.zeros(1, np.int64), np.array([second]))
+    expected = Counter(second // grid.column_s - grid.first_column for second in seconds)
+    assert {place: count for place, count in enumerate(grid.counts[0].tolist()) if count} == dict(expected)

@@ -222,6 +222,7 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.delenv(policy.VARIABLE, raising=False)
     monkeypatch.delenv("KVKERNELS_STREAM_BYTES", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("os.getloadavg", lambda: (0.0, 0.0, 0.0))
     return tmp_path / "kvkernels" / "policy.json"
 
 
@@ -249,6 +250,14 @@ def test_the_command_writes_to_the_file_that_the_variable_names(cache, tmp_path,
     assert calibrate.run(options(), host_timer=machine_timer, device_timer=recorded) == 0
     assert named.exists() and not cache.exists()
     assert policy.load(named)["rows"][0]["sm_budget"] == 8
+
+
+@pytest.mark.parametrize(("load", "is_busy"), [(2.1, True), (2.0, False)])
+def test_a_busy_machine_is_said_to_be_busy(cache, monkeypatch, capsys, load, is_busy):
+    monkeypatch.setattr("os.getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    assert calibrate.run(options(dry_run=True), host_timer=machine_timer) == 0
+    assert ("the machine is busy (load 2.1, 4 cores): measure again" in capsys.readouterr().err) is is_busy
 
 
 def test_what_the_command_refuses(cache, monkeypatch, capsys):

@@ -20,7 +20,7 @@ from stress import DEVICE_BLOCKS, HOST_BLOCKS, token_bytes
 
 REQUESTS = 200
 EVERY = 4
-MOST_STEPS = 6000
+MOST_STEPS = 2500
 # What goes wrong; "fail" is "op" under the policy by which the request fails instead of being computed again.
 MODES = ("op", "full", "check", "fail", "expedited")
 

@@ -112,8 +112,9 @@ def versions(broken: bool) -> Iterator[str]:
     """A version that is not supported is one sentence at import."""
     for version in ("0.31.0", "0.34.1")[: 1 if broken else 2]:
         program = (
-            "import vllm, sys\n"
-            f"vllm.__version__ = {'vllm.__version__' if broken else repr(version)}\n"
+            "import sys, types\n"
+            "sys.modules['vllm'] = types.ModuleType('vllm')\n"
+            f"sys.modules['vllm'].__version__ = {'0.32.0' if broken else version!r}\n"
             "try:\n    import kvkernels.connectors.vllm\n"
             "except ImportError as error:\n    sys.exit(0 if str(error) == sys.argv[1] else str(error))\n"
             "sys.exit('it was taken')\n"

@@ -41,6 +41,9 @@ def run(
         print(f"kvkernels tune: {why}", file=sys.stderr)
         return 1
     lines: list[str] = []
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    if load > cores / 2:
+        print(f"kvkernels tune: the machine is busy (load {load:.1f}, {cores} cores): measure again", file=sys.stderr)
 
     def told(settled: Settled) -> None:
         lines.append(settled.in_words())
