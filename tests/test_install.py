@@ -267,7 +267,8 @@ def test_an_old_setuptools_is_an_error(builder):
     (builder.tools / "setuptools" / "command").mkdir(parents=True)
     (builder.tools / "setuptools" / "__init__.py").write_text("__version__ = '65.5.0'\nExtension = setup = None\n")
     (builder.tools / "setuptools" / "command" / "__init__.py").touch()
-    (builder.tools / "setuptools" / "command" / "build_ext.py").write_text("build_ext = object\n")
+    for name in ("build_ext", "build_py"):
+        (builder.tools / "setuptools" / "command" / f"{name}.py").write_text(f"{name} = object\n")
     ran = builder.build()
     assert ran.returncode == 1
     assert "kvkernels: setuptools must be 77 or later, got 65.5.0: pip install --upgrade setuptools" in ran.stdout

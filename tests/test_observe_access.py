@@ -260,7 +260,7 @@ def test_the_dashboard_asks_for_metrics_that_there_are():
 
     class Mover:
         def stats(self):
-            return read_stats(lambda numbers: None)
+            return read_stats(len)  # each row there is, of zeros
 
     families = [*AccessCollector(filled(5)[0]).collect(), *MoverCollector(Mover()).collect()]
     samples = {sample.name for family in families for sample in family.samples}
