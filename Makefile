@@ -153,6 +153,7 @@ simgpu-build: $(VENV)/.requirements
 	rm -rf $(SIMGPU)/package
 	cmake --install $(SIMGPU) --prefix $(SIMGPU)/package/kvkernels
 	cp -r $(PACKAGE_SOURCES) $(SIMGPU)/package/kvkernels
+	cp -r kvkernels_cli kvkernels_records $(SIMGPU)/package
 
 $(STAND_IN)/.requirements: tests/simgpu/requirements.txt
 	@echo "Installing torch's CUDA build into $(STAND_IN): 5 GB"

@@ -72,6 +72,7 @@ PLANS = {
     "csrc/cuda/peer": [Step(STAND_IN, _on_torch("peers devices"))],
     "csrc/cuda/mover_streams": [Step(STAND_IN, MOVER_ON_A_DEVICE)],
     "csrc/cuda": [HOST, Step(SIMGPU, _files("cuda_time ptx_bulk ptx_kernels"))],
+    "csrc/host": [Step(CPU, _files("memory_mapping memory_pinned memory_shared tune"))],
     "csrc/ops": _ops("errors refusals"),
     "csrc/ops/address_facts": [Step(STAND_IN, _on_torch("addresses old_driver devices") + _files("batch"))],
     "csrc/ops/autograd": _ops("autograd"),

@@ -78,8 +78,9 @@ class Worker:
         if not {SIMGPU, STAND_IN}.isdisjoint(kinds):
             self._must(["cmake", "--preset", "simgpu", python, f"-DCMAKE_CUDA_ARCHITECTURES={PTX_ONLY}"])
         if STAND_IN in kinds:
-            package = self._simgpu / "package" / "kvkernels"
-            shutil.copytree(self._tree / "kvkernels", package, ignore=shutil.ignore_patterns("*.so"))
+            for package in ("kvkernels", "kvkernels_cli", "kvkernels_records"):
+                ignored = shutil.ignore_patterns("*.so")
+                shutil.copytree(self._tree / package, self._simgpu / "package" / package, ignore=ignored)
         for kind in sorted(kinds):
             self._must_build(kind)
 

@@ -157,15 +157,16 @@ def test(bin: Path, package: Path, files: Sequence[str], report: Path, log: Path
 
 def on_own_headers(bin: Path, torch: str, log: Path) -> str:
     """Builds on the headers of this torch, and says how the tests did on that."""
-    build, package = BUILDS / torch / "build", BUILDS / torch / "package" / "kvkernels"
-    shutil.rmtree(package, ignore_errors=True)
+    build, packages = BUILDS / torch / "build", BUILDS / torch / "package"
+    shutil.rmtree(packages, ignore_errors=True)
     options = [f"-DPython_EXECUTABLE={bin / 'python'}", "-DKVKERNELS_CUDA=OFF", "-DKVKERNELS_WERROR=OFF"]
     must_run(["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", *options], log)
     must_run(["cmake", "--build", build], log)
-    must_run(["cmake", "--install", build, "--prefix", package], log)
+    must_run(["cmake", "--install", build, "--prefix", packages / "kvkernels"], log)
     ignored = shutil.ignore_patterns("*.so", "_build.json", "__pycache__")
-    shutil.copytree(ROOT / "kvkernels", package, ignore=ignored, dirs_exist_ok=True)
-    passed, failed, _ = test(bin, package.parent, HEADERS_FILES, BUILDS / torch / "headers.xml", log)
+    for name in ("kvkernels", "kvkernels_cli", "kvkernels_records"):
+        shutil.copytree(ROOT / name, packages / name, ignore=ignored, dirs_exist_ok=True)
+    passed, failed, _ = test(bin, packages, HEADERS_FILES, BUILDS / torch / "headers.xml", log)
     return f"failed: {failed} tests" if failed else f"builds; {passed} passed"
 
 
