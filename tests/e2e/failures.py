@@ -74,10 +74,14 @@ def inject(engine: Engine, mode: str) -> dict[str, int]:
     def full_reserve(keys: Any, parents: Any) -> Any:
         return None if is_due("full") else reserve(keys, parents)
 
-    def spoilt_load(job_id: int, chunk_ids: Any, *rest: Any, **keywords: Any) -> None:
+    def spoilt_load(
+        job_id: int, chunk_ids: Any, device_ids: Any, group_sizes: Any, first_blocks: Any, **keywords: Any
+    ) -> None:
         if is_due("load"):
-            host.host[0][int(chunk_ids[0]) * host.blocks_per_chunk, :64] += 1
-        submit_load(job_id, chunk_ids, *rest, **keywords)
+            # The first block that is loaded, which may be one in the middle of its chunk.
+            row = int(chunk_ids[0]) * host.blocks_per_chunk + first_blocks[0] % host.blocks_per_chunk
+            host.host[0][row, :64] += 1
+        submit_load(job_id, chunk_ids, device_ids, group_sizes, first_blocks, **keywords)
 
     if mode in ("op", "fail", "expedited"):
         host._copies.submit = failing_submit
