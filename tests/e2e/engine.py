@@ -95,7 +95,6 @@ class Engine:
             given = {"cpu_bytes_to_use": host_bytes, "blocks_per_chunk": blocks_per_chunk, **(extra or {})}
             transfer = transfer_config(connector, given, on_load_failure)
         self.blocks_per_chunk = blocks_per_chunk
-        self.is_stuck = False
         self._keep_kv_caches()
         self.llm = LLM(
             model=str(model.resolve()),
