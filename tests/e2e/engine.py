@@ -167,6 +167,9 @@ class Engine:
         """Empties the prefix cache, the host pool with it on demand, and overwrites every block on the device."""
         if not self.llm.reset_prefix_cache(reset_connector=host_too):
             raise RuntimeError("vLLM did not reset its prefix cache")
+        # The connector keeps vLLM from writing to blocks of which a copy is under way, and cannot know of this.
+        host = self.worker.host_worker
+        host.wait(list(host._jobs))
         for pages in self.device:
             pages.fill_(POISON)
 
