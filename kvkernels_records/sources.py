@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from kvkernels_records.measure import Joined, Rows
 _LAYOUTS = {"H T D": (0, 1, 2), "T H D": (1, 0, 2), "H D T": (0, 2, 1), "T D H": (2, 0, 1), "D H T": (1, 2, 0)}
 
 
-class Source:
+class Source(ABC):
     """Arrays by name, and what is known of them. Nothing is read before it is asked for.
 
     Parameters
@@ -34,9 +35,9 @@ class Source:
         self.metadata: Mapping[str, Any] = {}
         self.names: list[str] = []
 
+    @abstractmethod
     def rows(self, name: str) -> Rows:
         """One array, perhaps in parts."""
-        raise NotImplementedError
 
     def first_token(self, name: str) -> int:
         """The place of an array's first token in its request."""
