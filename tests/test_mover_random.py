@@ -6,7 +6,7 @@ KVKERNELS_MOVER_SUBMISSIONS sets how many; a million take some minutes.
 from __future__ import annotations
 
 import os
-import threading
+from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -14,29 +14,18 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 import torch
+from mover_model import THREADS, Sent, round_of
 
 import kvkernels
 from kvkernels.registration import LIBRARY
-from kvkernels.transfer import GatherJob, Job, Mover, PreparedJob, ScatterJob, SwapJob, Transfer, TransferFailed
+from kvkernels.transfer import GatherJob, Job, Mover, PreparedJob, ScatterJob, SwapJob
 
 pytestmark = pytest.mark.skipif(not LIBRARY.compiled, reason="movers need the compiled library")
 
 SUBMISSIONS = int(os.environ.get("KVKERNELS_MOVER_SUBMISSIONS", "6000"))
-THREADS = 4
 A_ROUND = 1500  # submissions, after which all bytes are compared
 BLOCKS = 24
 PAGES = (16, 200, 4096, 100_000)  # bytes of a page of the four families of pools
-
-
-@dataclass
-class Sent:
-    transfer: Transfer
-    apply: Callable[[], None]  # what the model does where the transfer is done
-    reads: set[tuple[int, int]]  # tensor and block
-    writes: set[tuple[int, int]]
-    after: list[int]
-    is_doomed: bool = False
-    is_cancelled: bool = False
 
 
 @dataclass
@@ -160,46 +149,14 @@ class Client:
             self.mover.poll()
 
 
-def check(sent: list[Sent], world: World) -> None:
-    by_ticket = {one.transfer.ticket: one for one in sent}
-    failed = {one.transfer.ticket for one in sent if one.transfer.result().state != "done"}
-    for one in sorted(sent, key=lambda one: one.transfer.ticket):
-        result, ticket = one.transfer.result(), one.transfer.ticket
-        assert one.is_cancelled == (result.state == "cancelled")
-        if result.state == "done":
-            assert not one.is_doomed and not failed.intersection(one.after)
-            one.apply()
-        elif isinstance(result.error, TransferFailed):
-            cause = int(str(result.error).split("transfer ")[1].split(",")[0])
-            assert cause < ticket and cause in failed
-            assert cause in one.after or one.reads & by_ticket[cause].writes
-        elif result.state == "failed":
-            assert one.is_doomed and isinstance(result.error, ValueError)
-    for tensor, expected in zip(world.tensors, world.model, strict=True):
-        assert np.array_equal(tensor.numpy(), expected)
-
-
 @pytest.mark.parametrize("lanes", [1, 3])
 def test_random_transfers_end_in_the_models_bytes(lanes):
     world = World()
     families = [Family(world, page) for page in PAGES]
-    states: dict[str, int] = {}
+    states: Counter[str] = Counter()
     with Mover(lanes=lanes, chunk_bytes=64 << 10) as mover:
         for round_ in range(max(1, SUBMISSIONS // 2 // A_ROUND)):
             clients = [Client(mover, families, world, 1000 * round_ + i) for i in range(THREADS)]
-            threads = [threading.Thread(target=one.run, args=(A_ROUND // THREADS,)) for one in clients]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-            for client in clients:
-                if client.error is not None:
-                    raise client.error
-            assert mover.drain(timeout=120)
-            sent = [one for client in clients for one in client.sent]
-            check(sent, world)
-            for one in sent:
-                states[one.transfer.state] = states.get(one.transfer.state, 0) + 1
-            mover.poll()
+            states += round_of(mover, clients, A_ROUND, world.tensors, world.model)
         assert mover.stats()["queued"] == mover.stats()["running"] == 0
     assert set(states) == {"done", "failed", "cancelled"} and states["done"] > sum(states.values()) / 2

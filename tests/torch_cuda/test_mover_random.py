@@ -6,15 +6,15 @@ The model knows no streams: a transfer that is done did what it says, all of the
 from __future__ import annotations
 
 import os
-import threading
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
-from torch_cuda.transfers import LONG, device, host
+from mover_model import THREADS, Sent, round_of
+from torch_cuda.transfers import device, host
 
 import kvkernels
 from kvkernels.transfer import (
@@ -33,19 +33,8 @@ pytestmark = pytest.mark.cuda
 
 # KVKERNELS_MOVER_SUBMISSIONS=100000 takes minutes.
 SUBMISSIONS = int(os.environ.get("KVKERNELS_MOVER_SUBMISSIONS", "2000"))
-THREADS = 4
 A_ROUND = 400  # submissions, after which all bytes are compared
 BLOCKS, PAGE = 16, 48
-
-
-@dataclass
-class Sent:
-    transfer: Transfer
-    apply: Callable[[], None]  # what the model does where the transfer is done
-    reads: set[tuple[int, int]]  # pool and block
-    writes: set[tuple[int, int]]
-    after: list[int]
-    is_cancelled: bool = False
 
 
 class World:
@@ -143,46 +132,15 @@ class Client:
                 self.sent[int(random.integers(0, len(self.sent)))].transfer.block_stream()
 
 
-def check(sent: list[Sent], world: World) -> None:
-    by_ticket = {one.transfer.ticket: one for one in sent}
-    failed = {one.transfer.ticket for one in sent if one.transfer.result().state != "done"}
-    for one in sorted(sent, key=lambda one: one.transfer.ticket):
-        result, ticket = one.transfer.result(), one.transfer.ticket
-        assert one.is_cancelled == (result.state == "cancelled")
-        if result.state == "done":
-            assert not failed.intersection(one.after)
-            one.apply()
-        elif result.state == "failed":
-            assert isinstance(result.error, TransferFailed) and result.undefined == ()
-            cause = int(str(result.error).split("transfer ")[1].split(",")[0])
-            assert cause < ticket and cause in failed
-            assert cause in one.after or one.reads & by_ticket[cause].writes
-    for tensor, expected in zip(world.tensors, world.model, strict=True):
-        assert np.array_equal(tensor.cpu().numpy(), expected)
-
-
 @pytest.mark.parametrize("chunk_bytes", [None, PAGE])
 def test_random_transfers_end_in_the_models_bytes(sim, chunk_bytes):
     world = World()
-    states: dict[str, int] = {}
+    states: Counter[str] = Counter()
     with Mover("cuda:0", chunk_bytes=chunk_bytes) as mover:
         for round_ in range(max(1, SUBMISSIONS // 2 // A_ROUND)):
             if sim is not None:
                 sim.adversarial(1 + round_)
             clients = [Client(mover, world, 1000 * round_ + i) for i in range(THREADS)]
-            threads = [threading.Thread(target=one.run, args=(A_ROUND // THREADS,)) for one in clients]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-            for client in clients:
-                if client.error is not None:
-                    raise client.error
-            assert mover.drain(timeout=LONG)
-            sent = [one for client in clients for one in client.sent]
-            check(sent, world)
-            for one in sent:
-                states[one.transfer.state] = states.get(one.transfer.state, 0) + 1
-            mover.poll()
+            states += round_of(mover, clients, A_ROUND, world.tensors, world.model)
         assert mover.stats()["queued"] == mover.stats()["running"] == 0
     assert set(states) == {"done", "failed", "cancelled"} and states["done"] > sum(states.values()) / 2
